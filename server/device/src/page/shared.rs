@@ -1,0 +1,133 @@
+//! The two pages that all sessions share in one core life: by them a sleeper learns that and where to look.
+//!
+//! *Touched page* (front writes): 0 layout, 1 total, 2 front asleep, 3 front's life, 64 + slot: changes of that session.
+//! *Life page* (core writes): 0 layout, 1 asleep, 2 beat, 3 kicks, 4 blame, 64 + slot: "look at this session".
+//!
+//! The scheme, both ways: the writer writes its words, moves `touched[slot]` and `total`, makes a SeqCst fence, and signals
+//! the eventfd if the other is asleep. The sleeper sets `asleep`, makes a SeqCst fence, compares `total`, and only then sleeps.
+//! (The fences are the shell's: it owns the memory.)
+
+use super::{LAYOUT, Words};
+
+/// Session slots at most: sessions that live at the same time in one front.
+pub const SLOTS_MAX: usize = 4096;
+
+const TOTAL: usize = 1;
+const FRONT_ASLEEP: usize = 2;
+const SLOTS: usize = 64;
+
+const ASLEEP: usize = 1;
+const BEAT: usize = 2;
+const KICKS: usize = 3;
+const BLAME: usize = 4;
+
+/// View of the touched page.
+#[derive(Clone, Debug)]
+pub struct TouchedPage<W: Words> {
+    words: W,
+}
+
+impl<W: Words> TouchedPage<W> {
+    pub const WORDS: usize = SLOTS + SLOTS_MAX;
+
+    pub const fn new(words: W) -> Self {
+        Self { words }
+    }
+    pub fn init(&self) {
+        self.words.store(0, LAYOUT);
+    }
+    #[must_use]
+    pub fn is_valid(&self) -> bool {
+        self.words.load(0) == LAYOUT && self.words.len() >= Self::WORDS
+    }
+    /// Front: something changed in the session in `slot`.
+    pub fn touch(&self, slot: usize) {
+        if slot < SLOTS_MAX {
+            self.words
+                .store(SLOTS + slot, self.words.load(SLOTS + slot).wrapping_add(1));
+            self.words.store(TOTAL, self.words.load(TOTAL).wrapping_add(1));
+        }
+    }
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.words.load(TOTAL)
+    }
+    #[must_use]
+    pub fn touched(&self, slot: usize) -> u64 {
+        if slot < SLOTS_MAX {
+            self.words.load(SLOTS + slot)
+        } else {
+            0
+        }
+    }
+    #[must_use]
+    pub fn front_asleep(&self) -> bool {
+        self.words.load(FRONT_ASLEEP) != 0
+    }
+    pub fn set_front_asleep(&self, asleep: bool) {
+        self.words.store(FRONT_ASLEEP, u64::from(asleep));
+    }
+}
+
+/// View of the life page.
+#[derive(Clone, Debug)]
+pub struct LifePage<W: Words> {
+    words: W,
+}
+
+impl<W: Words> LifePage<W> {
+    pub const WORDS: usize = SLOTS + SLOTS_MAX;
+
+    pub const fn new(words: W) -> Self {
+        Self { words }
+    }
+    pub fn init(&self) {
+        self.words.store(0, LAYOUT);
+    }
+    #[must_use]
+    pub fn is_valid(&self) -> bool {
+        self.words.load(0) == LAYOUT && self.words.len() >= Self::WORDS
+    }
+    #[must_use]
+    pub fn core_asleep(&self) -> bool {
+        self.words.load(ASLEEP) != 0
+    }
+    pub fn set_core_asleep(&self, asleep: bool) {
+        self.words.store(ASLEEP, u64::from(asleep));
+    }
+    #[must_use]
+    pub fn beat(&self) -> u64 {
+        self.words.load(BEAT)
+    }
+    pub fn move_beat(&self) {
+        self.words.store(BEAT, self.words.load(BEAT).wrapping_add(1));
+    }
+    #[must_use]
+    pub fn kicks(&self) -> u64 {
+        self.words.load(KICKS)
+    }
+    /// Core: look at the session in `slot` (an INTx is due, a fence has passed).
+    pub fn kick(&self, slot: usize) {
+        if slot < SLOTS_MAX {
+            self.words
+                .store(SLOTS + slot, self.words.load(SLOTS + slot).wrapping_add(1));
+            self.words.store(KICKS, self.words.load(KICKS).wrapping_add(1));
+        }
+    }
+    #[must_use]
+    pub fn kicked(&self, slot: usize) -> u64 {
+        if slot < SLOTS_MAX {
+            self.words.load(SLOTS + slot)
+        } else {
+            0
+        }
+    }
+    /// Number of the session whose input the core is handling, 0: none. Read by the keeper after a death.
+    #[must_use]
+    pub fn blame(&self) -> u64 {
+        self.words.load(BLAME)
+    }
+    pub fn set_blame(&self, session: u64) {
+        self.words.store(BLAME, session);
+    }
+}

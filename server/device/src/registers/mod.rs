@@ -1,0 +1,1 @@
+//! The front half: filled in by its own files.

@@ -1,0 +1,1 @@
+//! The core half: filled in by its own files.
