@@ -1,0 +1,220 @@
+//! A SEQPACKET socket between two roles: packets of a CBOR header, raw payload and descriptors. Never blocks.
+//!
+//! In: packets of the other role. Out: packets to it. Knows nothing of what they mean. Our own processes speak here, but
+//! each is built so that a hostile other does no harm: sizes are bounded, what does not decode is an error, not a panic.
+
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+
+/// Descriptors in one packet: the kernel's SCM_MAX_FD.
+pub const PACKET_FDS_MAX: usize = 253;
+/// Bytes of one packet: a message-DMA piece (60 KiB) and its header, well below the default socket buffer (208 KiB).
+pub const PACKET_BYTES_MAX: usize = 96 * 1024;
+
+/// What a channel can answer instead of a packet.
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    /// The other side's buffer is full: keep the packet and try again when the channel is writable.
+    #[error("the channel is full")]
+    Full,
+    /// The other side is gone.
+    #[error("the other process closed the channel")]
+    Closed,
+    /// What came does not decode.
+    #[error("a packet does not decode: {0}")]
+    Malformed(String),
+    /// The operating system refused.
+    #[error("channel: {0}")]
+    Io(#[from] Errno),
+}
+
+/// What came in one packet.
+#[derive(Debug)]
+pub struct Packet<T> {
+    pub header: T,
+    pub payload: Vec<u8>,
+    pub fds: Vec<OwnedFd>,
+}
+
+/// One end. The descriptor is to be registered with the event loop.
+#[derive(Debug)]
+pub struct Channel {
+    fd: OwnedFd,
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Channel {
+    /// Takes over an inherited or received end.
+    #[must_use]
+    pub const fn from_fd(fd: OwnedFd) -> Self {
+        Self { fd }
+    }
+
+    /// Gives the descriptor up, to hand it to another process.
+    #[must_use]
+    pub fn into_fd(self) -> OwnedFd {
+        self.fd
+    }
+
+    /// Two joined ends, close-on-exec and non-blocking.
+    ///
+    /// # Errors
+    /// The operating system's, for want of descriptors.
+    pub fn pair() -> Result<(Self, Self), ChannelError> {
+        let (a, b) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+            None,
+        )?;
+        Ok((Self { fd: a }, Self { fd: b }))
+    }
+
+    /// Sends one packet whole or not at all.
+    ///
+    /// # Errors
+    /// Full (nothing was sent, try again later), Closed, or the system's.
+    pub fn send<T: Serialize>(
+        &self,
+        header: &T,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), ChannelError> {
+        let mut head = vec![0u8; 4];
+        ciborium::into_writer(header, &mut head)
+            .map_err(|error| ChannelError::Malformed(error.to_string()))?;
+        let header_bytes = (head.len() - 4) as u32;
+        head[..4].copy_from_slice(&header_bytes.to_le_bytes());
+        if head.len() + payload.len() > PACKET_BYTES_MAX || fds.len() > PACKET_FDS_MAX {
+            return Err(ChannelError::Malformed(format!(
+                "{} bytes and {} descriptors are more than a packet holds",
+                head.len() + payload.len(),
+                fds.len()
+            )));
+        }
+        let mut space = vec![MaybeUninit::uninit(); SendAncillaryMessage::ScmRights(fds).size()];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
+            return Err(ChannelError::Malformed("the descriptors do not fit".into()));
+        }
+        loop {
+            match sendmsg(
+                &self.fd,
+                &[IoSlice::new(&head), IoSlice::new(payload)],
+                &mut ancillary,
+                SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+            ) {
+                Ok(_) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN | Errno::NOBUFS) => return Err(ChannelError::Full),
+                Err(Errno::PIPE | Errno::CONNRESET) => return Err(ChannelError::Closed),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+
+    /// Receives one packet; `None` when there is none now.
+    ///
+    /// # Errors
+    /// Closed, Malformed (its descriptors are closed), or the system's.
+    pub fn receive<T: DeserializeOwned>(&self) -> Result<Option<Packet<T>>, ChannelError> {
+        let mut bytes = vec![0u8; PACKET_BYTES_MAX];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(PACKET_FDS_MAX))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let received = loop {
+            match recvmsg(
+                &self.fd,
+                &mut [IoSliceMut::new(&mut bytes)],
+                &mut ancillary,
+                RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC,
+            ) {
+                Ok(received) => break received,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(None),
+                Err(Errno::CONNRESET) => return Err(ChannelError::Closed),
+                Err(errno) => return Err(errno.into()),
+            }
+        };
+        let mut fds = Vec::new();
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                fds.extend(rights);
+            }
+        }
+        if received.bytes == 0 {
+            return Err(ChannelError::Closed);
+        }
+        let truncated = rustix::net::ReturnFlags::TRUNC | rustix::net::ReturnFlags::CTRUNC;
+        if received.flags.intersects(truncated) {
+            return Err(ChannelError::Malformed(
+                "a packet was cut: too long, or no descriptors left".into(),
+            ));
+        }
+        bytes.truncate(received.bytes);
+        let header_bytes = bytes
+            .get(..4)
+            .and_then(|head| head.try_into().ok())
+            .map_or(0, u32::from_le_bytes) as usize;
+        let header = bytes
+            .get(4..4 + header_bytes)
+            .ok_or_else(|| ChannelError::Malformed("no header".into()))?;
+        let header =
+            ciborium::from_reader(header).map_err(|error| ChannelError::Malformed(error.to_string()))?;
+        let payload = bytes.split_off(4 + header_bytes);
+        Ok(Some(Packet { header, payload, fds }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_packet_arrives_with_its_payload_and_descriptors() {
+        let (a, b) = Channel::pair().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        a.send(
+            &("hello".to_string(), 7u32),
+            b"payload",
+            &[file.as_fd(), file.as_fd()],
+        )
+        .unwrap();
+        let packet = b.receive::<(String, u32)>().unwrap().unwrap();
+        assert_eq!(
+            (packet.header, packet.payload.as_slice(), packet.fds.len()),
+            (("hello".into(), 7), &b"payload"[..], 2)
+        );
+        assert!(b.receive::<u32>().unwrap().is_none());
+        drop(a);
+        assert!(matches!(b.receive::<u32>(), Err(ChannelError::Closed)));
+    }
+
+    #[test]
+    fn what_does_not_decode_is_an_error_and_the_next_packet_arrives() {
+        let (a, b) = Channel::pair().unwrap();
+        a.send(&1u32, b"", &[]).unwrap();
+        a.send(&"text".to_string(), b"", &[]).unwrap();
+        assert!(matches!(b.receive::<String>(), Err(ChannelError::Malformed(_))));
+        assert_eq!(b.receive::<String>().unwrap().unwrap().header, "text");
+    }
+
+    #[test]
+    fn a_full_channel_says_so() {
+        let (a, _b) = Channel::pair().unwrap();
+        let full = (0..100_000).find_map(|_| a.send(&0u8, &[0; 4096], &[]).err());
+        assert!(matches!(full, Some(ChannelError::Full)));
+    }
+}

@@ -1,0 +1,129 @@
+//! What the roles say to each other over their channels. State is in the pages; messages carry descriptors, admissions
+//! and DMA for memory that is not shared.
+//!
+//! Order that holds: the keeper tells the core of a VM before it admits a session of that VM to the front, and the core
+//! empties the keeper's channel before the front's; so a session never names a VM that the core does not know.
+
+use crate::config::{CoreConfig, ListenerConfig, VmConfig};
+use serde::{Deserialize, Serialize};
+
+/// Keeper to front.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum KeeperToFront {
+    /// Accept on this socket. fds: the listening socket. A second one with the same number replaces the limits.
+    Listen(ListenerConfig),
+    /// Do not accept any more on it; sessions that came in by it are closed.
+    Unlisten {
+        /// [`ListenerConfig::listener`].
+        listener: u32,
+    },
+    /// Answer to [`FrontToKeeper::Admit`]. fds: front page (read-write), front page (read-only), session state.
+    Admitted { session: u64, vm: u64, name: String },
+    /// The other answer: the connection is refused in VERSION with this reason (which names the holder or the rule).
+    Refused { session: u64, reason: String },
+    /// A core life begins. fds: channel, touched page (read-write), life page (read-only), the core's wake-up eventfd, the
+    /// front's wake-up eventfd.
+    Core { life: u64 },
+    /// That core life is dead for guest memory: its fences are answered.
+    CoreDead { life: u64 },
+    /// Close all sessions of this VM.
+    CloseVm { vm: u64 },
+    /// End in order.
+    Stop,
+}
+
+/// Front to keeper.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum FrontToKeeper {
+    Ready,
+    /// Somebody connected; nothing is answered to it before the keeper has.
+    Admit {
+        session: u64,
+        listener: u32,
+        pid: i32,
+        uid: u32,
+    },
+    /// A session has ended (or its connection went away before it was admitted).
+    SessionGone {
+        session: u64,
+    },
+    /// The core's beat has stood still while a fence or a doorbell is outstanding: kill it.
+    CoreStuck {
+        life: u64,
+    },
+}
+
+/// Keeper to core.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum KeeperToCore {
+    /// First packet. fds: channel, touched page (read-only), life page (read-write), the core's wake-up eventfd, the
+    /// front's wake-up eventfd, hub state, control listener (accepted by the core while it is READY).
+    Start { life: u64, config: Box<CoreConfig> },
+    /// A VM exists from now on. fds: vm state.
+    Vm(VmConfig),
+    /// It does not any more; its state is forgotten.
+    VmGone { vm: u64 },
+    /// Answer to a request of the core.
+    Done { request: u64, error: Option<String> },
+    /// A line about the other roles, for `vmgmtctl log` and the status.
+    Notice { text: String },
+    /// End in order: drain, write what is to be kept, exit 0.
+    Stop,
+}
+
+/// Core to keeper.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum CoreToKeeper {
+    /// In service.
+    Ready { life: u64 },
+    /// The operator adds a VM with a socket of its own at run time (the keeper gives it its number).
+    AddVm {
+        request: u64,
+        vm: VmConfig,
+        listener: ListenerConfig,
+    },
+    /// The operator removes one.
+    RemoveVm { request: u64, name: String },
+}
+
+/// Front to core.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum FrontToCore {
+    /// A session exists. fds: front page (read-only), core page, session state.
+    Session { session: u64, slot: u32, vm: u64 },
+    /// Memory that maps of this session name. fds: the memory. `events`: the front page's events counter is above this only
+    /// when the object was sent before.
+    Object {
+        session: u64,
+        object: u64,
+        writable: bool,
+    },
+    /// No map names it any more.
+    ObjectGone { session: u64, object: u64 },
+    /// Interrupt vectors' eventfds, whole: bit v of `present` says that vector v has one. fds: theirs, in order.
+    Vectors { session: u64, present: u32 },
+    /// The session has ended; everything of it is to be let go (its fence is in its front page).
+    SessionGone { session: u64 },
+    /// All sessions that existed when this core life began have been told.
+    Adopted,
+    /// Answer to a DMA request of this life. payload: what was read. `error`: the client's errno, 0: done.
+    DmaAnswer { session: u64, request: u64, error: u32 },
+}
+
+/// Core to front: DMA for memory that is not shared, at most [`MESSAGE_DMA_BYTES_MAX`] each.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum CoreToFront {
+    DmaRead {
+        session: u64,
+        request: u64,
+        iova: u64,
+        bytes: u32,
+    },
+    /// payload: the bytes.
+    DmaWrite { session: u64, request: u64, iova: u64 },
+}
+
+/// Bytes of one message-DMA request: what QEMU's client takes with room to spare, and a packet holds.
+pub const MESSAGE_DMA_BYTES_MAX: u32 = 60 * 1024;
+/// Message-DMA requests outstanding per session.
+pub const MESSAGE_DMA_OUTSTANDING_MAX: usize = 4;
