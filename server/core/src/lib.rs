@@ -1,1 +1,15 @@
+//! OFFICE and WORKSHOPS: the hub (who may do what; routing, budgets, fairness, deadlines) and the four modes.
+//!
+//! Sans-IO: [`Hub`] takes [`Input`]s and gives [`Output`]s; what touches a disk, guest memory or the host is an
+//! [`Effect`] that the shell carries out and answers with an [`Outcome`].
+//!
+//! What must never come in here: a descriptor, a path of the host, an `Instant`, a thread, a random source, guest memory,
+//! the order of a `HashMap`.
+#![forbid(unsafe_code)]
 
+pub mod effect;
+pub mod interface;
+pub mod policy;
+
+pub use effect::{BufferRange, Effect, EffectId, FailedAt, FileSlot, Identity, Outcome};
+pub use interface::{ControlReply, ControlRequest, Input, Output};

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
+pub use vmgmt_core::policy::{Access, ShareGrant, VmConfig, VmLimits};
 
 /// A socket that VMs come in by.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,54 +51,6 @@ pub struct DeviceConfig {
     pub objects_max: u32,
 }
 
-/// A VM, as the core sees it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VmConfig {
-    /// Number given by the keeper, never used again.
-    pub vm: u64,
-    pub name: String,
-    pub shares: Vec<ShareGrant>,
-    /// VMs it may reach; empty: all.
-    pub reach: Vec<String>,
-    /// May send to all.
-    pub send_to_all: bool,
-    pub limits: VmLimits,
-    /// Ends with its last session (a VM of a shared socket).
-    pub transient: bool,
-}
-
-/// A share granted to a VM.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ShareGrant {
-    /// Name of a [`ShareConfig`].
-    pub share: String,
-    pub access: Access,
-}
-
-/// What a VM may do in a share.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Access {
-    ReadOnly,
-    ReadWrite,
-}
-
-/// Budgets of a VM. Defaults are generous and written down in the README.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VmLimits {
-    pub submissions_per_second_max: u64,
-    pub bytes_per_second_max: u64,
-    pub bytes_in_flight_max: u64,
-    pub submissions_in_flight_max: u32,
-    pub open_files_max: u32,
-    pub mailbox_bytes_max: u64,
-    /// Messages that wait in the mailbox longer than this are dropped (and counted), in seconds.
-    pub mailbox_seconds_max: u64,
-    pub message_bytes_max: u64,
-    pub offers_max: u32,
-    pub receives_max: u32,
-}
-
 /// A directory of the host that VMs can be granted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShareConfig {
@@ -133,23 +86,6 @@ impl Default for DeviceConfig {
             maps_max: 65_536,
             mapped_bytes_max: 1 << 44,
             objects_max: 64,
-        }
-    }
-}
-
-impl Default for VmLimits {
-    fn default() -> Self {
-        Self {
-            submissions_per_second_max: u64::MAX,
-            bytes_per_second_max: u64::MAX,
-            bytes_in_flight_max: 1 << 30,
-            submissions_in_flight_max: 8192,
-            open_files_max: 1024,
-            mailbox_bytes_max: 4 << 20,
-            mailbox_seconds_max: 24 * 3600,
-            message_bytes_max: 1 << 20,
-            offers_max: 64,
-            receives_max: 1024,
         }
     }
 }

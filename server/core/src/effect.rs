@@ -1,0 +1,223 @@
+//! What the hub asks the shell to do, and what comes back. One [`Outcome`] for each [`Effect`], in any order.
+
+use serde::{Deserialize, Serialize};
+use vmgmt_abi::file::{DirectoryEntry, FileStat};
+use vmgmt_abi::{Budget, Status};
+use vmgmt_device::rings::Token;
+
+/// Names an effect until its outcome; never used again in one core life.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash, Serialize, Deserialize)]
+pub struct EffectId(pub u64);
+
+/// An open file of the shell, with a generation so that a stale one is known.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash, Serialize, Deserialize)]
+pub struct FileSlot {
+    pub index: u32,
+    pub generation: u32,
+}
+
+/// Which file it is, whatever its name: for recovery.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Serialize, Deserialize)]
+pub struct Identity {
+    pub device: u64,
+    pub inode: u64,
+}
+
+/// Part of the data area of a submission's buffer (offset 0 is the first byte behind its meta).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct BufferRange {
+    pub token: Token,
+    pub offset: u64,
+    pub bytes: u64,
+}
+
+/// Something that only the shell can do. Paths are relative to the share, checked for form by the hub; the shell
+/// resolves them beneath the share's root (openat2), following no link out.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Effect {
+    /// One memory copy from one submission's buffer to another's; `into.bytes` equals `from.bytes`. Outcome: Bytes.
+    Copy { from: BufferRange, into: BufferRange },
+    /// Bytes of a buffer into private memory. Outcome: Data.
+    Fetch { from: BufferRange },
+
+    /// Opens a file. Outcome: Opened.
+    Open {
+        share: String,
+        path: String,
+        read: bool,
+        write: bool,
+        create: bool,
+        exclusive: bool,
+        truncate: bool,
+    },
+    /// Makes (or with `resume` opens, if it is there) a temporary file beside `target`, in the same directory. Outcome: Opened, with the bytes
+    /// that are there already as its size.
+    CreateTemporary {
+        share: String,
+        target: String,
+        temporary: String,
+        resume: bool,
+        permissions: Option<u32>,
+    },
+    /// Gives a temporary file its name, after cutting it to `bytes`; the slot is closed. `existing`: `file::existing`. Outcome: Committed.
+    Commit {
+        slot: FileSlot,
+        share: String,
+        temporary: String,
+        target: String,
+        existing: u64,
+        durable: bool,
+        bytes: u64,
+    },
+    /// Removes a temporary file and closes the slot. Outcome: Done.
+    Discard {
+        slot: FileSlot,
+        share: String,
+        temporary: String,
+    },
+    /// File into a buffer, as much as there is. Outcome: Bytes.
+    Read {
+        slot: FileSlot,
+        offset: u64,
+        into: BufferRange,
+    },
+    /// Buffer into a file. With `checksum` the crc32 of what the file then holds there. Outcome: Written.
+    Write {
+        slot: FileSlot,
+        offset: u64,
+        from: BufferRange,
+        checksum: bool,
+    },
+    /// Outcome: Checksum.
+    Checksum { slot: FileSlot, offset: u64, bytes: u64 },
+    /// Outcome: Done.
+    Truncate { slot: FileSlot, bytes: u64 },
+    /// Outcome: Done.
+    Sync { slot: FileSlot },
+    /// Closes a slot. Outcome: Done.
+    Close { slot: FileSlot },
+    /// Outcome: Stat.
+    Stat { share: String, path: String },
+    /// Entries from `cursor` (0: the first) that fit `bytes_max` as `file::DirectoryEntry` records, temporary names left out. Outcome: Listed.
+    List {
+        share: String,
+        path: String,
+        cursor: u64,
+        bytes_max: u64,
+    },
+    /// Outcome: Done.
+    MakeDirectory { share: String, path: String },
+    /// A file or an empty directory. Outcome: Done.
+    Remove { share: String, path: String },
+    /// Outcome: Committed.
+    Rename {
+        share: String,
+        source: String,
+        target: String,
+        existing: u64,
+        durable: bool,
+    },
+    /// Removes temporary files of broken puts in a share that are older than this, in seconds. Outcome: Done.
+    Sweep { share: String, older_than_seconds: u64 },
+}
+
+/// On which side a copy failed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum FailedAt {
+    /// The buffer it came from (or the only buffer).
+    From,
+    /// The buffer it went to.
+    Into,
+    /// The file.
+    File,
+}
+
+/// How an effect ended.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Outcome {
+    Done,
+    /// Bytes moved.
+    Bytes(u64),
+    /// Bytes written and, if asked for, the crc32 of them as the file holds them.
+    Written {
+        bytes: u64,
+        crc32: Option<u32>,
+    },
+    Data(Vec<u8>),
+    Opened {
+        slot: FileSlot,
+        stat: StatRecord,
+        identity: Identity,
+    },
+    /// The name (relative to the share) it got.
+    Committed {
+        path: String,
+    },
+    Checksum {
+        bytes: u64,
+        crc32: u32,
+    },
+    Stat(StatRecord),
+    /// Names with their stat; `next`: cursor to go on from, 0: that was all.
+    Listed {
+        entries: Vec<(String, StatRecord)>,
+        next: u64,
+    },
+    Failed {
+        status: u16,
+        budget: u32,
+        at: FailedAt,
+    },
+}
+
+impl Outcome {
+    /// A failure that is no budget's.
+    #[must_use]
+    pub const fn failed(status: Status, at: FailedAt) -> Self {
+        Self::Failed {
+            status: status.0,
+            budget: Budget::NONE.0,
+            at,
+        }
+    }
+}
+
+/// [`FileStat`] as the core saves it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct StatRecord {
+    /// Bytes.
+    pub size: u64,
+    /// Bytes on disk.
+    pub allocated: u64,
+    /// Nanoseconds since 1970.
+    pub modified_ns: i64,
+    /// `file::kind`.
+    pub kind: u32,
+    /// Permission bits.
+    pub permissions: u32,
+}
+
+impl From<StatRecord> for FileStat {
+    fn from(stat: StatRecord) -> Self {
+        let StatRecord {
+            size,
+            allocated,
+            modified_ns,
+            kind,
+            permissions,
+        } = stat;
+        Self {
+            size,
+            allocated,
+            modified_ns,
+            kind,
+            permissions,
+        }
+    }
+}
+
+/// Bytes that an entry of a listing takes in the guest's buffer.
+#[must_use]
+pub const fn entry_bytes(name: &str) -> usize {
+    size_of::<DirectoryEntry>() + name.len().next_multiple_of(8)
+}
