@@ -7,8 +7,12 @@
 #![allow(unsafe_code)]
 
 mod copy;
+mod mapping;
 mod words;
 
+pub use mapping::{
+    CopyFault, Fault, GuestMapping, GuestSlice, SLICES_MAX, copy_guest, read_file, write_file,
+};
 pub use words::SharedWords;
 
 /// Why memory could not be mapped.
