@@ -104,12 +104,6 @@ pub struct Negotiated {
     pub dma_message_bytes_max: u32,
 }
 
-#[derive(Deserialize)]
-struct ProposalJson {
-    #[serde(default)]
-    capabilities: CapabilitiesJson,
-}
-
 /// Unknown keys are skipped (QEMU adds `migration`); a known key of the wrong type is refused.
 #[derive(Default, Deserialize)]
 struct CapabilitiesJson {
@@ -118,13 +112,7 @@ struct CapabilitiesJson {
     max_dma_maps: Option<u64>,
     pgsizes: Option<u64>,
     write_multiple: Option<bool>,
-    twin_socket: Option<TwinSocketJson>,
-}
-
-#[derive(Deserialize)]
-struct TwinSocketJson {
-    #[serde(default)]
-    supported: bool,
+    twin_socket: Option<serde_json::Map<String, serde_json::Value>>,
 }
 
 /// Decodes the body of VERSION.
@@ -151,13 +139,12 @@ fn decode_json(json: &[u8]) -> Result<ClientCapabilities, Refusal> {
     if json.len() > limits::VERSION_JSON_BYTES_MAX {
         return Err(Refusal::VersionJson);
     }
-    // Exactly one NUL, at the end. Depth is bounded by serde_json's own limit of 128.
+    // Exactly one NUL, at the end.
     let (nul, text) = json.split_last().ok_or(Refusal::VersionJson)?;
     if *nul != 0 || text.contains(&0) {
         return Err(Refusal::VersionJson);
     }
-    let proposal: ProposalJson = serde_json::from_slice(text).map_err(|_| Refusal::VersionJson)?;
-    let json = proposal.capabilities;
+    let json = capabilities_of(text).ok_or(Refusal::VersionJson)?;
     let default = ClientCapabilities::default();
     Ok(ClientCapabilities {
         named: NamedCapabilities {
@@ -171,8 +158,23 @@ fn decode_json(json: &[u8]) -> Result<ClientCapabilities, Refusal> {
         max_dma_maps: json.max_dma_maps.unwrap_or(default.max_dma_maps),
         page_sizes: json.pgsizes.unwrap_or(default.page_sizes),
         write_multiple: json.write_multiple.unwrap_or(false),
-        twin_socket: json.twin_socket.is_some_and(|twin| twin.supported),
+        twin_socket: json
+            .twin_socket
+            .is_some_and(|twin| twin.get("supported") == Some(&true.into())),
     })
+}
+
+/// The `capabilities` object, or the empty one where there is none. Read as a value first: that bounds the
+/// depth (serde_json: 128) of unknown keys too, and a derived structure would take an array for an object.
+fn capabilities_of(text: &[u8]) -> Option<CapabilitiesJson> {
+    let serde_json::Value::Object(mut root) = serde_json::from_slice(text).ok()? else {
+        return None;
+    };
+    match root.remove("capabilities") {
+        None => Some(CapabilitiesJson::default()),
+        Some(capabilities) if capabilities.is_object() => serde_json::from_value(capabilities).ok(),
+        Some(_) => None,
+    }
 }
 
 /// What holds between a client and an offer.
