@@ -14,9 +14,9 @@ pub const MESSAGE_BYTES_MAX: u32 = uapi::HEADER_BYTES as u32 + 32 + DATA_BYTES_M
 /// Longest JSON of a VERSION proposal, with its NUL. QEMU sends 194 bytes; room for keys yet unknown.
 pub const VERSION_JSON_BYTES_MAX: usize = 4096;
 
-/// Before VERSION is accepted a peer may be anyone: it gets no megabyte of our memory.
-pub const MESSAGE_BYTES_MAX_BEFORE_VERSION: u32 =
-    uapi::HEADER_BYTES as u32 + 4 + VERSION_JSON_BYTES_MAX as u32;
+/// Longest message before VERSION is accepted, when a peer may be anyone: it gets no megabyte of our memory.
+/// Larger than the JSON may be, so that a proposal somewhat too long gets an answer and not a hang-up.
+pub const MESSAGE_BYTES_MAX_BEFORE_VERSION: u32 = 16 * 1024;
 
 /// QEMU reads the VERSION reply into the buffer of its own 214-byte request and refuses a longer one.
 pub const VERSION_REPLY_BYTES_MAX: usize = 214;
@@ -56,6 +56,7 @@ pub const DMA_MESSAGE_BYTES_MAX: u32 = 60 * 1024;
 pub const DMA_OUTSTANDING_MAX: usize = 4;
 
 const _: () = assert!(MESSAGE_BYTES_MAX_BEFORE_VERSION < MESSAGE_BYTES_MAX);
+const _: () = assert!(VERSION_JSON_BYTES_MAX + 20 < MESSAGE_BYTES_MAX_BEFORE_VERSION as usize);
 const _: () = assert!(DMA_MESSAGE_BYTES_MAX <= DATA_BYTES_MAX);
 const _: () = assert!(MULTI_WRITES_MAX * 24 + 8 <= DATA_BYTES_MAX as u64);
 const _: () = assert!(DMA_OUTSTANDING_MAX < u16::MAX as usize);

@@ -1,6 +1,8 @@
 //! What the kernel really does with descriptors on a stream socket: the ground under the rule in
 //! `src/input.rs`, tried on a real socket pair, and the connection on top of it.
 
+#![allow(clippy::unwrap_used, clippy::panic)] // a test's own helper may fail the test
+
 mod support;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;

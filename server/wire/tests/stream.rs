@@ -1,5 +1,7 @@
 //! Any cut of the stream gives the same requests, and saving and restoring at any step is invisible.
 
+#![allow(clippy::unwrap_used, clippy::panic)] // a test's own helper may fail the test
+
 mod support;
 use proptest::prelude::*;
 use support::*;

@@ -1,5 +1,7 @@
 //! Negotiation: what is taken, what is refused, and how long the answer is.
 
+#![allow(clippy::unwrap_used, clippy::panic)] // a test's own helper may fail the test
+
 mod support;
 use support::*;
 use vmgmt_wire::*;
