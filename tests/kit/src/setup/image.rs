@@ -1,0 +1,347 @@
+//! Setup, the joiner: guest images, made of a Debian kernel, busybox, kernel modules, our init script and the guest tool.
+//!
+//! In: extracted package trees and the freshly built `vmgmt`. Out: a kernel and an initramfs per image.
+//! The kernel takes several archives one after another, so what changes often (the tool) is a small archive of its own
+//! behind a base that is built once.
+
+use super::{
+    cache::Cache, cache::CacheLock, cache::repository, cpio::Writer, packages, packages::Tree, step,
+};
+use anyhow::{Context, Result, ensure};
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{BufWriter, Write},
+    os::unix::fs::{MetadataExt, PermissionsExt},
+    path::{Path, PathBuf},
+    process::Command,
+    time::UNIX_EPOCH,
+};
+
+/// Which guest image a VM boots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Image {
+    /// Kernel, busybox, the driver modules, `vmgmt`.
+    Small,
+    /// The same with dash as its shell, GNU tar, git and dropbear. Wants 768 MiB of memory.
+    Large,
+}
+
+/// A kernel and its initramfs, ready for `-kernel` and `-initrd`.
+#[derive(Clone, Debug)]
+pub struct Images {
+    /// The kernel (bzImage).
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initramfs: PathBuf,
+}
+
+const GUEST_TREE: Tree = Tree {
+    name: "guest-trixie-1",
+    suite: "trixie",
+    preferred: &[],
+    packages: "busybox-static,linux-image-cloud-amd64",
+};
+
+const LARGE_TREE: Tree = Tree {
+    name: "guest-large-trixie-2",
+    suite: "trixie",
+    preferred: &[],
+    packages: "git,tar,dropbear-bin,dash",
+};
+
+/// Modules that init loads, by file name without `.ko.xz`.
+const MODULES: [&str; 8] = [
+    "uio",
+    "uio_pci_generic",
+    "irqbypass",
+    "vfio",
+    "vfio_iommu_type1",
+    "vfio-pci-core",
+    "vfio-pci",
+    "virtio-iommu",
+];
+
+/// Folders of the large tree that the guest has no use for.
+const LARGE_LEFT_OUT: [&str; 13] = [
+    "usr/share/doc",
+    "usr/share/man",
+    "usr/share/info",
+    "usr/share/locale",
+    "usr/share/perl",
+    "usr/share/perl5",
+    "usr/share/bash-completion",
+    "usr/share/lintian",
+    "usr/share/zoneinfo",
+    "usr/lib/x86_64-linux-gnu/gconv",
+    "usr/lib/x86_64-linux-gnu/perl",
+    "usr/lib/x86_64-linux-gnu/perl-base",
+    "var",
+];
+
+/// The guest's target triple: with it named, flags for the guest tool do not reach build scripts.
+const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Names a ready-made static `vmgmt` to put into the images instead of building one.
+pub const GUEST_TOOL_VARIABLE: &str = "VMGMT_GUEST_TOOL";
+
+/// The image, brought up to date with the repository's guest tool and init script.
+pub fn ensure_image(cache: &Cache, lock: &CacheLock, image: Image) -> Result<Images> {
+    let tree = GUEST_TREE.ensure(cache, lock)?;
+    let kernel = find_file(&tree.join("boot"), "vmlinuz-")?;
+    let tool = guest_tool(cache)?;
+    let init = repository().join("qemu-configs/guest/init");
+    let name = match image {
+        Image::Small => "initramfs-small",
+        Image::Large => "initramfs-large",
+    };
+    let mut parts = vec![base_archive(cache, lock, &tree)?];
+    if image == Image::Large {
+        parts.push(large_archive(cache, lock)?);
+    }
+    let inputs: Vec<String> = parts
+        .iter()
+        .chain([&tool, &init])
+        .map(|path| stamp(path))
+        .collect::<Result<_>>()?;
+    let stamp_name = format!("{name}.stamp");
+    let wanted = inputs.join("\n");
+    let target = cache.path(name);
+    if target.exists() && fs::read_to_string(cache.path(&stamp_name)).is_ok_and(|text| text == wanted) {
+        return Ok(Images {
+            kernel,
+            initramfs: target,
+        });
+    }
+    step(&format!("assemble {name}"), || {
+        let temporary = cache.path(&format!(".{name}.new"));
+        let mut sink = BufWriter::new(File::create(&temporary)?);
+        for part in &parts {
+            std::io::copy(&mut File::open(part)?, &mut sink)?;
+        }
+        let mut overlay = Writer::new(sink);
+        overlay.file("init", 0o755, &fs::read(&init)?)?;
+        overlay.file("usr/bin/vmgmt", 0o755, &fs::read(&tool)?)?;
+        overlay.finish()?;
+        // A VM that boots right now reads the old file to its end: the name moves, the file does not change.
+        fs::rename(&temporary, &target)?;
+        cache.write_file(lock, &stamp_name, wanted.as_bytes())
+    })?;
+    Ok(Images {
+        kernel,
+        initramfs: target,
+    })
+}
+
+/// A file's identity for the up-to-date check: path, length and time of change.
+fn stamp(path: &Path) -> Result<String> {
+    let metadata = fs::metadata(path).with_context(|| format!("{} is missing", path.display()))?;
+    let changed_ns = metadata.modified()?.duration_since(UNIX_EPOCH)?.as_nanos();
+    Ok(format!("{} {} {changed_ns}", path.display(), metadata.len()))
+}
+
+/// The static guest tool: the one `VMGMT_GUEST_TOOL` names, or built from this repository in a target folder of its own.
+fn guest_tool(cache: &Cache) -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os(GUEST_TOOL_VARIABLE) {
+        return Ok(path.into());
+    }
+    let target_folder = cache.path("guest-target");
+    let tool = target_folder.join(GUEST_TARGET).join("release/vmgmt");
+    let fresh = tool.exists();
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo
+        .current_dir(repository())
+        .args([
+            "build",
+            "--quiet",
+            "--release",
+            "--package",
+            "vmgmt",
+            "--target",
+            GUEST_TARGET,
+            "--target-dir",
+        ])
+        .arg(&target_folder)
+        // An outer cargo's flags and wrappers are for the host programs.
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .env_remove("RUSTC_WORKSPACE_WRAPPER")
+        .env("CARGO_PROFILE_RELEASE_STRIP", "symbols")
+        .env("RUSTFLAGS", "-C target-feature=+crt-static");
+    if fresh {
+        packages::run(&mut cargo)?;
+    } else {
+        step("build the static guest tool", || packages::run(&mut cargo))?;
+    }
+    ensure!(
+        tool.exists(),
+        "cargo built vmgmt, but {} is not there",
+        tool.display()
+    );
+    Ok(tool)
+}
+
+/// busybox, its applets, the modules and the folders that init mounts on.
+fn base_archive(cache: &Cache, lock: &CacheLock, tree: &Path) -> Result<PathBuf> {
+    const NAME: &str = "initramfs-base-1";
+    let target = cache.path(NAME);
+    if target.exists() {
+        return Ok(target);
+    }
+    step("pack the base of the guest images", || {
+        let mut archive = Writer::new(Vec::new());
+        for folder in [
+            "dev", "proc", "sys", "tmp", "run", "root", "mnt", "etc", "usr", "usr/bin", "usr/sbin",
+        ] {
+            archive.directory(folder)?;
+        }
+        for folder in [
+            "usr/lib",
+            "usr/lib64",
+            "usr/lib/modules",
+            "usr/lib/modules/vmgmt",
+            "var",
+            "var/log",
+        ] {
+            archive.directory(folder)?;
+        }
+        for folder in ["bin", "sbin", "lib", "lib64"] {
+            archive.link(folder, &format!("usr/{folder}"))?;
+        }
+        archive.character_device("dev/console", 5, 1)?;
+        archive.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n")?;
+        archive.file("etc/group", 0o644, b"root:x:0:\n")?;
+        archive.file("etc/shells", 0o644, b"/bin/sh\n")?;
+        let busybox = tree.join("usr/bin/busybox");
+        archive.file("usr/bin/busybox", 0o755, &fs::read(&busybox)?)?;
+        let applets = Command::new(&busybox)
+            .arg("--list")
+            .output()
+            .context("cannot run the guest's busybox")?;
+        for applet in String::from_utf8(applets.stdout)?
+            .lines()
+            .filter(|applet| *applet != "busybox")
+        {
+            archive.link(&format!("usr/bin/{applet}"), "busybox")?;
+        }
+        let modules = module_files(&tree.join("usr/lib/modules"))?;
+        for module in MODULES {
+            let packed = modules
+                .get(module)
+                .with_context(|| format!("the guest kernel has no module {module}"))?;
+            let unpacked = Command::new("xz")
+                .arg("-dc")
+                .arg(packed)
+                .output()
+                .context("cannot run xz")?;
+            ensure!(
+                unpacked.status.success(),
+                "xz could not unpack {}",
+                packed.display()
+            );
+            archive.file(
+                &format!("usr/lib/modules/vmgmt/{module}.ko"),
+                0o644,
+                &unpacked.stdout,
+            )?;
+        }
+        cache.write_file(lock, NAME, &archive.finish()?)
+    })
+}
+
+/// Every module below `folder` by its name without `.ko.xz`.
+fn module_files(folder: &Path) -> Result<BTreeMap<String, PathBuf>> {
+    let mut found = BTreeMap::new();
+    for (path, _) in walk(folder)? {
+        let name = path
+            .file_name()
+            .and_then(|name| name.to_str())
+            .unwrap_or_default();
+        if let Some(module) = name.strip_suffix(".ko.xz") {
+            found.insert(module.to_owned(), path);
+        }
+    }
+    Ok(found)
+}
+
+/// git, tar, dropbear and the libraries they need.
+fn large_archive(cache: &Cache, lock: &CacheLock) -> Result<PathBuf> {
+    const NAME: &str = "initramfs-large-part-2";
+    let target = cache.path(NAME);
+    if target.exists() {
+        return Ok(target);
+    }
+    let tree = LARGE_TREE.ensure(cache, lock)?;
+    step("pack the large part", || {
+        let temporary = cache.path(&format!(".{NAME}.new"));
+        let mut archive = Writer::new(BufWriter::new(File::create(&temporary)?));
+        // Hard links (git has a hundred) become symbolic ones: the archive then holds the bytes once.
+        let mut first_names: BTreeMap<u64, String> = BTreeMap::new();
+        for (path, metadata) in walk(&tree)? {
+            let name = path
+                .strip_prefix(&tree)?
+                .to_str()
+                .context("a file name is not UTF-8")?
+                .to_owned();
+            let left_out = LARGE_LEFT_OUT.iter().any(|folder| {
+                name.strip_prefix(folder)
+                    .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+            });
+            // Packages bring their own /dev and /etc files; the image has what it needs of these.
+            if left_out || !name.starts_with("usr/") {
+                continue;
+            }
+            if metadata.is_dir() {
+                archive.directory(&name)?;
+            } else if metadata.is_symlink() {
+                let link = fs::read_link(&path)?;
+                archive.link(&name, link.to_str().context("a link's target is not UTF-8")?)?;
+            } else if metadata.is_file() {
+                match first_names.get(&metadata.ino()) {
+                    Some(first) => archive.link(&name, &format!("/{first}"))?,
+                    None => {
+                        archive.file(&name, metadata.permissions().mode(), &fs::read(&path)?)?;
+                        if metadata.nlink() > 1 {
+                            first_names.insert(metadata.ino(), name);
+                        }
+                    }
+                }
+            }
+        }
+        // Busybox's shell prefers its own applets to any program: here GNU tar is to be found.
+        archive.link("usr/bin/sh", "dash")?;
+        archive.finish()?.flush()?;
+        fs::rename(&temporary, &target)?;
+        Ok(target.clone())
+    })
+}
+
+/// All entries below `folder`, parents first, in a fixed order.
+fn walk(folder: &Path) -> Result<Vec<(PathBuf, fs::Metadata)>> {
+    let mut all = Vec::new();
+    let mut waiting = vec![folder.to_path_buf()];
+    while let Some(next) = waiting.pop() {
+        let mut entries: Vec<PathBuf> = fs::read_dir(&next)
+            .with_context(|| format!("cannot list {}", next.display()))?
+            .map(|entry| entry.map(|entry| entry.path()))
+            .collect::<std::io::Result<_>>()?;
+        entries.sort();
+        for path in entries {
+            let metadata = fs::symlink_metadata(&path)?;
+            if metadata.is_dir() {
+                waiting.push(path.clone());
+            }
+            all.push((path, metadata));
+        }
+    }
+    Ok(all)
+}
+
+/// The only file in `folder` whose name begins with `prefix`.
+fn find_file(folder: &Path, prefix: &str) -> Result<PathBuf> {
+    let found = walk(folder)?.into_iter().map(|(path, _)| path).find(|path| {
+        path.file_name()
+            .and_then(|name| name.to_str())
+            .is_some_and(|name| name.starts_with(prefix))
+    });
+    found.with_context(|| format!("no {prefix}* in {}", folder.display()))
+}
