@@ -149,3 +149,159 @@ pub enum Output {
     /// The front is to look at this session (INTx is due, or the device's state changed).
     Kick,
 }
+
+/// What the shell tells the rings.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Input {
+    /// The front touched this session: all of its page is looked at again (set-ups, doorbells, port window, host page,
+    /// generation, interrupts). Also the first input after [`super::Rings::attach`].
+    Touched,
+    /// Fetch at most `budget` submissions over all open rings in turn, and go on with what waited for memory.
+    Poll { budget: u32 },
+    /// The hub's answer to a submission: `payload` goes to the start of its data area, then the completion is published. With `confirm`
+    /// an [`Output::Published`] follows. An answer to a stale token is dropped and counted.
+    Complete {
+        token: Token,
+        answer: Answer,
+        payload: Vec<u8>,
+        confirm: bool,
+    },
+    /// What the host's page is to say from now on.
+    HostPage(HostFacts),
+    /// The turn is over: completions published in it are signalled now, once per ring. The shell ends each batch of inputs with
+    /// it. Whatever [`Output::Published`] was polled before it has been handled (and journaled) by the hub.
+    TurnEnd,
+}
+
+/// What one call achieved and what it waits for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Turn {
+    /// Submissions fetched.
+    pub fetched: u32,
+    /// Completions published.
+    pub completed: u32,
+    /// There is more to fetch now: poll again.
+    pub more: bool,
+    /// Something waits for memory that is reached by messages: poll (and end the turn) again when an answer of the front came.
+    pub waiting: bool,
+}
+
+impl Turn {
+    /// Whether anything was done, so that polling goes on for a while.
+    #[must_use]
+    pub const fn progressed(&self) -> bool {
+        self.fetched > 0 || self.completed > 0
+    }
+}
+
+/// What the host tells a VM through its page.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct HostFacts {
+    pub throttled_ns: u64,
+    /// Thousandths of a CPU; 0: nothing said.
+    pub granted_cpu_milli: u64,
+    /// 0: nothing said.
+    pub granted_memory_bytes: u64,
+}
+
+/// What the rings of a session are told once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Settings {
+    /// Session number, stamped into every token.
+    pub session: u64,
+    /// Modes that this core offers.
+    pub modes: Modes,
+}
+
+/// Modes that are offered; a known mode that is not is refused as NOT_SUPPORTED, an unknown one as BAD_ARGUMENT.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Modes {
+    pub file: bool,
+    pub chat: bool,
+    pub statistics: bool,
+    pub calculation: bool,
+}
+
+impl Default for Modes {
+    fn default() -> Self {
+        Self {
+            file: true,
+            chat: true,
+            statistics: false,
+            calculation: false,
+        }
+    }
+}
+
+impl Modes {
+    /// OK when `mode` may be opened, else why not.
+    #[must_use]
+    pub const fn judge(self, mode: Mode) -> Status {
+        let offered = match mode {
+            Mode::COMMON => true,
+            Mode::FILE => self.file,
+            Mode::CHAT => self.chat,
+            Mode::STATISTICS => self.statistics,
+            Mode::CALCULATION => self.calculation,
+            _ => return Status::BAD_ARGUMENT,
+        };
+        if offered {
+            Status::OK
+        } else {
+            Status::NOT_SUPPORTED
+        }
+    }
+}
+
+/// Where the data area of a submission in flight is (offset 0 is the first byte behind its meta).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Buffer<'a> {
+    /// In guest memory: `bytes` is the sum of the segments.
+    Guest { segments: &'a [Segment], bytes: u64 },
+    /// In the port window: what its user wrote; output goes through [`super::Rings::port_write`], at most `room` bytes.
+    Port { input: &'a [u8], room: u64 },
+}
+
+/// Counted since the session began (of this core life, or of all with [`super::Rings::restore`]).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Counters {
+    /// Submissions fetched, of rings and port window.
+    pub submissions: u64,
+    pub completions: u64,
+    /// Submissions whose form was refused by the rings themselves.
+    pub refused: u64,
+    /// Answers that came for a stale token.
+    pub stale_answers: u64,
+    /// Completions whose payload or buffer could not be reached.
+    pub bad_addresses: u64,
+    /// Interrupts raised.
+    pub signals: u64,
+    /// Batches whose interrupt the guest's event word spared.
+    pub signals_spared: u64,
+    /// Submissions given to the hub again after the death of a core life.
+    pub again: u64,
+    /// Times the device was put into FAILED.
+    pub failures: u64,
+    /// The host's page could not be written.
+    pub host_page_errors: u64,
+}
+
+/// What a planned handoff carries beside the in-flight table (which is itself the saved state of everything in flight).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Saved {
+    /// Of this record.
+    pub version: u32,
+    pub counters: Counters,
+    pub host_facts: HostFacts,
+}
+
+/// Why the rings could not be attached to a session's state.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum AttachError {
+    #[error("the state memory has {words} words, {needed} are needed")]
+    TooSmall { words: usize, needed: usize },
+    #[error("the in-flight table has layout {found:#x}, this version reads {known:#x}")]
+    Layout { found: u64, known: u64 },
+    #[error("saved rings have version {found}, this version reads {known}")]
+    Saved { found: u32, known: u32 },
+}
