@@ -188,13 +188,15 @@ impl Start {
     /// Starts it, in a process group of its own, to be killed by the kernel should this process die.
     pub fn start(self) -> Result<Process> {
         let (reader, writer) = std::io::pipe()?;
-        // The kernel sends the signal when the *thread* that started the child ends, and setpriv stays the same
-        // process when it becomes the program.
+        // setpriv stays the same process when it becomes the program. The shell between looks whether we died before the
+        // kernel was asked to tell: then nobody would be told any more.
         let mut command = Command::new("setpriv");
-        command
-            .args(["--pdeathsig", "KILL", "--"])
-            .arg(&self.program)
-            .args(&self.arguments);
+        command.args(["--pdeathsig", "KILL", "--", "/bin/sh", "-c"]);
+        command.args([
+            "test \"$PPID\" = \"$0\" && exec \"$@\"",
+            &std::process::id().to_string(),
+        ]);
+        command.arg(&self.program).args(&self.arguments);
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command
             .stdin(Stdio::null())
