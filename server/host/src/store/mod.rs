@@ -1,1 +1,323 @@
-//! To be filled by its own files.
+//! CELLAR, store: the host's files, for the effects that the hub asks for.
+//!
+//! In: effects without guest memory (names, opening, checksums), which all run on workers because each may sleep on a disk.
+//! Out: their outcomes; and open files, for the loop's reads and writes between files and guest memory. Must never know:
+//! guests' addresses, sessions, what a submission is.
+
+mod contents;
+mod errno;
+mod names;
+mod pool;
+mod quota;
+mod resolve;
+
+pub use contents::{OpenFile, Piecewise};
+pub use errno::status_of;
+
+use crate::config::ShareConfig;
+use pool::Pool;
+use quota::Quota;
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use slab::Slab;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use vmgmt_abi::{Budget, Status};
+use vmgmt_core::effect::{Effect, EffectId, FailedAt, FileSlot, Identity, Outcome, StatRecord};
+
+/// A granted directory, open.
+#[derive(Debug)]
+pub struct Share {
+    index: usize,
+    root: OwnedFd,
+    quota: Quota,
+}
+
+/// Why the store could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error(
+        "share \"{name}\": cannot open the directory {path}: {errno}; make it, or correct its path in the configuration"
+    )]
+    Share {
+        name: String,
+        path: String,
+        errno: Errno,
+    },
+    #[error("cannot start the workers: {0}")]
+    Workers(#[from] std::io::Error),
+}
+
+/// What a job on a worker gave.
+#[derive(Debug)]
+pub enum Done {
+    /// The effect has ended.
+    Outcome(Outcome),
+    /// It has, and a file is open.
+    Opened {
+        file: Box<OpenFile>,
+        stat: StatRecord,
+        identity: Identity,
+    },
+    /// The range that a read wanted is in the page cache now: try again.
+    Warm,
+    /// The range itself, from a file system whose page cache cannot be asked.
+    Scratch(Vec<u8>),
+}
+
+/// A job of an effect, ended.
+#[derive(Debug)]
+pub struct Finished {
+    pub effect: EffectId,
+    pub done: Done,
+}
+
+/// Open files and workers.
+pub struct Store {
+    shares: BTreeMap<String, Arc<Share>>,
+    files: Slab<(u32, Arc<OpenFile>)>,
+    generation: u32,
+    pool: Pool<Finished>,
+    /// Files that are the operator's (push, pull) belong to no share; they have a turn of their own.
+    host_files: Arc<Share>,
+}
+
+impl Store {
+    /// Opens the shares and starts the workers.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub fn new(shares: &[ShareConfig], workers: usize) -> Result<Self, StoreError> {
+        let pool = Pool::new(workers)?;
+        let mut open = BTreeMap::new();
+        for (index, config) in shares.iter().enumerate() {
+            let share = Share::open(index + 1, config)?;
+            if share.quota.is_limited() {
+                let (counted, began) = (Arc::clone(&share), Quota::now());
+                pool.submit(0, share.index, move || {
+                    counted.quota.count_tree(&counted.root, began);
+                    // No effect has this number: the loop drops the answer.
+                    Finished {
+                        effect: EffectId(u64::MAX),
+                        done: Done::Outcome(Outcome::Done),
+                    }
+                });
+            }
+            open.insert(config.name.clone(), share);
+        }
+        let slash = rustix::fs::open(
+            "/",
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .map_err(std::io::Error::from)?;
+        let host_files = Arc::new(Share {
+            index: 0,
+            root: slash,
+            quota: Quota::new(None, None),
+        });
+        Ok(Self {
+            shares: open,
+            files: Slab::new(),
+            generation: 0,
+            pool,
+            host_files,
+        })
+    }
+
+    /// Readable when [`Store::take_finished`] has something.
+    #[must_use]
+    pub fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.pool.wake_fd()
+    }
+
+    /// Bytes that may still be put into a share; `None`: no such share.
+    #[must_use]
+    pub fn bytes_left(&self, share: &str) -> Option<u64> {
+        self.shares.get(share).map(|share| share.quota.bytes_left())
+    }
+
+    /// Files open now.
+    #[must_use]
+    pub fn open_files(&self) -> usize {
+        self.files.len()
+    }
+
+    /// An open file.
+    #[must_use]
+    pub fn file(&self, slot: FileSlot) -> Option<Arc<OpenFile>> {
+        let (generation, file) = self.files.get(slot.index as usize)?;
+        (*generation == slot.generation).then(|| Arc::clone(file))
+    }
+
+    /// Takes over a file that the operator opened.
+    pub fn adopt(&mut self, fd: OwnedFd) -> FileSlot {
+        let file = OpenFile::new(fd, Arc::clone(&self.host_files), 0);
+        self.insert(Arc::new(file))
+    }
+
+    /// Takes over a file that a job has opened.
+    pub fn insert(&mut self, file: Arc<OpenFile>) -> FileSlot {
+        self.generation = self.generation.wrapping_add(1);
+        let index = self.files.insert((self.generation, file));
+        FileSlot {
+            index: index as u32,
+            generation: self.generation,
+        }
+    }
+
+    /// Lets a file go. It is closed on a worker: a close may sleep.
+    pub fn close(&mut self, owner: u64, slot: FileSlot) {
+        if self.file(slot).is_some() {
+            let (_, file) = self.files.remove(slot.index as usize);
+            let share = file.share_index();
+            self.pool.submit(owner, share, move || {
+                drop(file);
+                Finished {
+                    effect: EffectId(u64::MAX),
+                    done: Done::Outcome(Outcome::Done),
+                }
+            });
+        }
+    }
+
+    /// A job with an open file: reading ahead, or between the file and guest memory under a lease.
+    pub fn submit_work(
+        &self,
+        owner: u64,
+        effect: EffectId,
+        file: &OpenFile,
+        work: impl FnOnce() -> Done + Send + 'static,
+    ) {
+        self.pool.submit(owner, file.share_index(), move || Finished {
+            effect,
+            done: work(),
+        });
+    }
+
+    /// Starts an effect that needs no guest memory. Its end comes out of [`Store::take_finished`].
+    ///
+    /// # Errors
+    /// The outcome at once, where it needs no disk to be known: a share or slot that is not there, or an effect that is not the store's.
+    pub fn submit(&mut self, owner: u64, id: EffectId, effect: Effect) -> Result<(), Outcome> {
+        let stale = || Outcome::failed(Status::STALE, FailedAt::File);
+        match effect {
+            Effect::Close { slot } => {
+                self.close(owner, slot);
+                Err(Outcome::Done)
+            }
+            Effect::Checksum { slot, .. } | Effect::Truncate { slot, .. } | Effect::Sync { slot } => {
+                let file = self.file(slot).ok_or_else(stale)?;
+                let share = file.share_index();
+                self.pool.submit(owner, share, move || Finished {
+                    effect: id,
+                    done: Done::Outcome(contents::run(&file, &effect)),
+                });
+                Ok(())
+            }
+            Effect::Commit { slot, ref share, .. } => {
+                let file = self.file(slot).ok_or_else(stale)?;
+                let share = self.share(share)?;
+                let work = move || Finished {
+                    effect: id,
+                    done: names::run(&share, Some(&file), &effect),
+                };
+                self.pool.submit(owner, self.shares_index(slot), work);
+                Ok(())
+            }
+            Effect::Discard { slot, ref share, .. } => {
+                let share = self.share(share)?;
+                self.close(owner, slot);
+                self.pool.submit(owner, share.index, move || Finished {
+                    effect: id,
+                    done: names::run(&share, None, &effect),
+                });
+                Ok(())
+            }
+            Effect::Open { ref share, .. }
+            | Effect::CreateTemporary { ref share, .. }
+            | Effect::Stat { ref share, .. }
+            | Effect::List { ref share, .. }
+            | Effect::MakeDirectory { ref share, .. }
+            | Effect::Remove { ref share, .. }
+            | Effect::Rename { ref share, .. }
+            | Effect::Sweep { ref share, .. } => {
+                let share = self.share(share)?;
+                self.pool.submit(owner, share.index, move || Finished {
+                    effect: id,
+                    done: names::run(&share, None, &effect),
+                });
+                Ok(())
+            }
+            Effect::Copy { .. } | Effect::Fetch { .. } | Effect::Read { .. } | Effect::Write { .. } => {
+                Err(Outcome::failed(Status::NOT_SUPPORTED, FailedAt::File))
+            }
+        }
+    }
+
+    /// Jobs that have ended.
+    pub fn take_finished(&mut self) -> Vec<Finished> {
+        self.pool
+            .take_finished()
+            .into_iter()
+            .filter(|finished| finished.effect != EffectId(u64::MAX))
+            .collect()
+    }
+
+    fn shares_index(&self, slot: FileSlot) -> usize {
+        self.file(slot).map_or(0, |file| file.share_index())
+    }
+
+    fn share(&self, name: &str) -> Result<Arc<Share>, Outcome> {
+        self.shares
+            .get(name)
+            .map(Arc::clone)
+            .ok_or(Outcome::failed(Status::NO_SUCH_NAME, FailedAt::File))
+    }
+}
+
+impl Share {
+    fn open(index: usize, config: &ShareConfig) -> Result<Arc<Self>, StoreError> {
+        let root = rustix::fs::open(
+            &config.path,
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .map_err(|errno| StoreError::Share {
+            name: config.name.clone(),
+            path: config.path.display().to_string(),
+            errno,
+        })?;
+        Ok(Arc::new(Self {
+            index,
+            root,
+            quota: Quota::new(config.bytes_max, config.files_max),
+        }))
+    }
+
+    fn root(&self) -> BorrowedFd<'_> {
+        self.root.as_fd()
+    }
+}
+
+/// The outcome of a refused system call.
+fn refused(errno: Errno) -> Outcome {
+    Outcome::failed(status_of(errno), FailedAt::File)
+}
+
+/// The outcome of an exceeded quota.
+fn over_quota(exceeded: quota::Exceeded) -> Outcome {
+    let budget = match exceeded {
+        quota::Exceeded::Bytes => Budget::SHARE_BYTES,
+        quota::Exceeded::Files => Budget::SHARE_FILES,
+    };
+    Outcome::Failed {
+        status: Status::OVER_BUDGET.0,
+        budget: budget.0,
+        at: FailedAt::File,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,159 @@
+//! What is in a file: checksums, lengths, durability; and an open file as the loop's reads and writes need it.
+//!
+//! Runs on workers. Must never know: names, guests.
+
+use super::{Share, over_quota, refused};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::io::Errno;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use vmgmt_core::effect::{Effect, Outcome};
+
+/// Bytes read at a time for a checksum: stays in the second-level cache, so that the crc reads what was just copied.
+const CHECKSUM_PIECE_BYTES: usize = 256 * 1024;
+
+/// An open file: the descriptor, and what its share has been charged for.
+#[derive(Debug)]
+pub struct OpenFile {
+    fd: OwnedFd,
+    share: Arc<Share>,
+    /// Length up to which the share's quota has been charged.
+    charged_bytes: Mutex<u64>,
+    /// The file system refuses RWF_NOWAIT (or it is not known yet that it does).
+    no_nowait: AtomicBool,
+}
+
+/// How a file's bytes can go straight into guest memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Piecewise {
+    /// With RWF_NOWAIT: never sleeps on a disk.
+    Nowait,
+    /// Through scratch memory, on a worker.
+    Scratch,
+}
+
+impl OpenFile {
+    pub(super) const fn new(fd: OwnedFd, share: Arc<Share>, charged_bytes: u64) -> Self {
+        Self {
+            fd,
+            share,
+            charged_bytes: Mutex::new(charged_bytes),
+            no_nowait: AtomicBool::new(false),
+        }
+    }
+
+    /// The descriptor.
+    #[must_use]
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    pub(super) fn share_index(&self) -> usize {
+        self.share.index
+    }
+
+    /// How reads may go.
+    #[must_use]
+    pub fn piecewise(&self) -> Piecewise {
+        if self.no_nowait.load(Ordering::Relaxed) {
+            Piecewise::Scratch
+        } else {
+            Piecewise::Nowait
+        }
+    }
+
+    /// The file system refused RWF_NOWAIT and is not one in memory.
+    pub fn set_no_nowait(&self) {
+        self.no_nowait.store(true, Ordering::Relaxed);
+    }
+
+    /// Charges the share before the file grows to `end` bytes.
+    ///
+    /// # Errors
+    /// The outcome that names the quota.
+    pub fn charge_growth(&self, end: u64) -> Result<(), Outcome> {
+        if !self.share.quota.is_limited() {
+            return Ok(());
+        }
+        let mut charged = self.charged_bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        if end > *charged {
+            self.share.quota.charge(end - *charged, 0).map_err(over_quota)?;
+            *charged = end;
+        }
+        Ok(())
+    }
+
+    /// Corrects the charge after the file was cut.
+    pub(super) fn cut_charge(&self, bytes: u64) {
+        let mut charged = self.charged_bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        if *charged > bytes {
+            self.share.quota.give_back(*charged - bytes, 0);
+            *charged = bytes;
+        }
+    }
+
+    /// Reads a range into private memory (which also puts it into the page cache); shorter only at the end of the file.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn read_into(&self, offset: u64, into: &mut [u8]) -> Result<usize, Errno> {
+        let mut done = 0;
+        while done < into.len() {
+            match rustix::io::pread(&self.fd, &mut into[done..], offset + done as u64) {
+                Ok(0) => break,
+                Ok(bytes) => done += bytes,
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+        Ok(done)
+    }
+
+    /// The crc32 of a range as the file holds it, and the bytes that were there of it.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn checksum(&self, mut offset: u64, mut bytes: u64) -> Result<(u64, u32), Errno> {
+        let mut hasher = crc32fast::Hasher::new();
+        let mut piece = vec![
+            0;
+            CHECKSUM_PIECE_BYTES
+                .min(usize::try_from(bytes).unwrap_or(usize::MAX))
+                .max(1)
+        ];
+        let mut total = 0;
+        while bytes > 0 {
+            let want = piece.len().min(usize::try_from(bytes).unwrap_or(usize::MAX));
+            let got = self.read_into(offset, &mut piece[..want])?;
+            hasher.update(&piece[..got]);
+            total += got as u64;
+            if got < want {
+                break;
+            }
+            offset = offset.saturating_add(got as u64);
+            bytes -= got as u64;
+        }
+        Ok((total, hasher.finalize()))
+    }
+}
+
+/// Carries out an effect on an open file.
+pub(super) fn run(file: &OpenFile, effect: &Effect) -> Outcome {
+    let result = match *effect {
+        Effect::Checksum { offset, bytes, .. } => file
+            .checksum(offset, bytes)
+            .map(|(bytes, crc32)| Outcome::Checksum { bytes, crc32 }),
+        Effect::Truncate { bytes, .. } => {
+            if let Err(outcome) = file.charge_growth(bytes) {
+                return outcome;
+            }
+            rustix::fs::ftruncate(file.fd(), bytes).map(|()| {
+                file.cut_charge(bytes);
+                Outcome::Done
+            })
+        }
+        Effect::Sync { .. } => rustix::fs::fsync(file.fd()).map(|()| Outcome::Done),
+        _ => Err(Errno::OPNOTSUPP),
+    };
+    result.unwrap_or_else(refused)
+}

@@ -1,0 +1,375 @@
+//! Operations on names in a share: opening, temporary files and their final name, directories.
+//!
+//! Runs on workers. Must never know: guests. A target appears only complete: temporary name, contents, rename.
+
+use super::{Done, OpenFile, Share, over_quota, refused, resolve};
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::fs::{
+    AtFlags, Dir, FileType, Mode, OFlags, RawDir, RenameFlags, SeekFrom, fsync, ftruncate, mkdirat,
+    renameat_with, seek, statat, unlinkat,
+};
+use rustix::io::Errno;
+use std::mem::MaybeUninit;
+use std::sync::Arc;
+use vmgmt_abi::Status;
+use vmgmt_abi::file::{existing, kind};
+use vmgmt_core::effect::{Effect, FailedAt, Outcome, entry_bytes};
+
+/// How temporary names begin; no guest can name or see one. (The hub makes them and refuses them in paths.)
+pub const TEMPORARY_PREFIX: &str = ".vmgmt-put-";
+/// Names that RENAME tries before it says EXISTS.
+const RENAMES_MAX: u32 = 1000;
+/// Entries of one listing at most, whatever the guest's buffer holds: bounds the time on a worker.
+const LISTED_MAX: usize = 4096;
+
+/// Carries out an effect on names. `file` is the open file of Commit.
+pub(super) fn run(share: &Arc<Share>, file: Option<&OpenFile>, effect: &Effect) -> Done {
+    let done = match effect {
+        Effect::Open {
+            path,
+            read,
+            write,
+            create,
+            exclusive,
+            truncate,
+            ..
+        } => {
+            return open(share, path, *read, *write, *create, *exclusive, *truncate)
+                .unwrap_or_else(Done::Outcome);
+        }
+        Effect::CreateTemporary {
+            target,
+            temporary,
+            resume,
+            permissions,
+            ..
+        } => {
+            return create_temporary(share, target, temporary, *resume, *permissions)
+                .unwrap_or_else(Done::Outcome);
+        }
+        Effect::Commit {
+            temporary,
+            target,
+            existing,
+            durable,
+            bytes,
+            ..
+        } => match file {
+            Some(file) => commit(share, file, temporary, target, *existing, *durable, *bytes),
+            None => Err(Errno::BADF),
+        },
+        Effect::Discard { temporary, .. } => remove(share, temporary).or_else(|errno| match errno {
+            Errno::NOENT => Ok(Outcome::Done),
+            errno => Err(errno),
+        }),
+        Effect::Stat { path, .. } => resolve::stat(share.root(), path).map(|(stat, _)| Outcome::Stat(stat)),
+        Effect::List {
+            path,
+            cursor,
+            bytes_max,
+            ..
+        } => list(share, path, *cursor, *bytes_max),
+        Effect::MakeDirectory { path, .. } => make_directory(share, path),
+        Effect::Remove { path, .. } => remove(share, path),
+        Effect::Rename {
+            source,
+            target,
+            existing,
+            durable,
+            ..
+        } => rename(share, source, target, *existing, *durable),
+        Effect::Sweep {
+            older_than_seconds, ..
+        } => sweep(share, *older_than_seconds),
+        _ => Err(Errno::OPNOTSUPP),
+    };
+    Done::Outcome(done.unwrap_or_else(refused))
+}
+
+#[allow(clippy::fn_params_excessive_bools)] // the fields of one effect, spelled out by its only caller
+fn open(
+    share: &Arc<Share>,
+    path: &str,
+    read: bool,
+    write: bool,
+    create: bool,
+    exclusive: bool,
+    truncate: bool,
+) -> Result<Done, Outcome> {
+    let mut flags = match (read, write) {
+        (_, false) => OFlags::RDONLY,
+        (false, true) => OFlags::WRONLY,
+        (true, true) => OFlags::RDWR,
+    };
+    flags.set(OFlags::TRUNC, truncate && write);
+    let is_new = create && resolve::stat(share.root(), path).is_err();
+    if is_new {
+        share.quota.charge(0, 1).map_err(over_quota)?;
+        flags |= OFlags::CREATE;
+        flags.set(OFlags::EXCL, exclusive);
+    } else if create && exclusive {
+        return Err(Outcome::failed(Status::EXISTS, FailedAt::File));
+    }
+    let mode = if is_new {
+        Mode::from_raw_mode(0o644)
+    } else {
+        Mode::empty()
+    };
+    let opened = resolve::file(share.root(), path, flags, mode).and_then(|fd| {
+        let (stat, identity) = resolve::stat_of(fd.as_fd())?;
+        let file = Box::new(OpenFile::new(fd, Arc::clone(share), stat.size));
+        Ok(Done::Opened { file, stat, identity })
+    });
+    opened.map_err(|errno| {
+        if is_new {
+            share.quota.give_back(0, 1);
+        }
+        refused(errno)
+    })
+}
+
+fn create_temporary(
+    share: &Arc<Share>,
+    target: &str,
+    temporary: &str,
+    resume: bool,
+    permissions: Option<u32>,
+) -> Result<Done, Outcome> {
+    let create = || -> Result<(OwnedFd, bool), Errno> {
+        // The target's directory must be there and the target must not be a directory, or the put would fail only at its end.
+        let (directory, name) = resolve::parent(share.root(), target)?;
+        if let Ok(stat) = statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW)
+            && FileType::from_raw_mode(stat.st_mode) == FileType::Directory
+        {
+            return Err(Errno::ISDIR);
+        }
+        if resume {
+            match resolve::file(share.root(), temporary, OFlags::RDWR, Mode::empty()) {
+                Err(Errno::NOENT) => {}
+                found => return found.map(|fd| (fd, false)),
+            }
+        } else {
+            // Left over from a put that broke off and that nobody resumes.
+            match remove(share, temporary) {
+                Ok(_) | Err(Errno::NOENT) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+        let mode = Mode::from_raw_mode(permissions.unwrap_or(0o644) & 0o777);
+        let fd = resolve::file(
+            share.root(),
+            temporary,
+            OFlags::RDWR | OFlags::CREATE | OFlags::EXCL,
+            mode,
+        )?;
+        if permissions.is_some() {
+            rustix::fs::fchmod(&fd, mode)?;
+        }
+        Ok((fd, true))
+    };
+    share.quota.charge(0, 1).map_err(over_quota)?;
+    let (fd, is_new) = create().map_err(|errno| {
+        share.quota.give_back(0, 1);
+        refused(errno)
+    })?;
+    if !is_new {
+        share.quota.give_back(0, 1);
+    }
+    let (stat, identity) = resolve::stat_of(fd.as_fd()).map_err(refused)?;
+    let file = Box::new(OpenFile::new(fd, Arc::clone(share), stat.size));
+    Ok(Done::Opened { file, stat, identity })
+}
+
+fn commit(
+    share: &Share,
+    file: &OpenFile,
+    temporary: &str,
+    target: &str,
+    policy: u64,
+    durable: bool,
+    bytes: u64,
+) -> Result<Outcome, Errno> {
+    let (seen, identity) = resolve::stat_of(file.fd())?;
+    // Somebody on the host took the temporary name away or gave it to another file: ours is not to be published under it.
+    if resolve::stat(share.root(), temporary).map(|(_, identity)| identity) != Ok(identity) {
+        return Err(Errno::STALE);
+    }
+    if seen.size != bytes {
+        ftruncate(file.fd(), bytes)?;
+        file.cut_charge(bytes);
+    }
+    if durable {
+        fsync(file.fd())?;
+    }
+    let path = give_name(share, temporary, target, policy)?;
+    if durable {
+        sync_parent(share, &path)?;
+    }
+    Ok(Outcome::Committed { path })
+}
+
+fn rename(share: &Share, source: &str, target: &str, policy: u64, durable: bool) -> Result<Outcome, Errno> {
+    let path = give_name(share, source, target, policy)?;
+    if durable {
+        sync_parent(share, &path)?;
+        sync_parent(share, source)?;
+    }
+    Ok(Outcome::Committed { path })
+}
+
+/// Moves `source` to `target` under a policy for an existing target; the name it got.
+fn give_name(share: &Share, source: &str, target: &str, policy: u64) -> Result<String, Errno> {
+    let (source_directory, source_name) = resolve::parent(share.root(), source)?;
+    let (target_directory, target_name) = resolve::parent(share.root(), target)?;
+    let move_to =
+        |name: &str, flags| renameat_with(&source_directory, source_name, &target_directory, name, flags);
+    match policy {
+        existing::REPLACE => {
+            let replaced = statat(&target_directory, target_name, AtFlags::SYMLINK_NOFOLLOW).ok();
+            move_to(target_name, RenameFlags::empty())?;
+            if let Some(replaced) =
+                replaced.filter(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile)
+            {
+                share
+                    .quota
+                    .give_back(u64::try_from(replaced.st_size).unwrap_or(0), 1);
+            }
+            Ok(target.to_owned())
+        }
+        existing::RENAME => {
+            let above = target.len() - target_name.len();
+            for number in 0..RENAMES_MAX {
+                let name = numbered(target_name, number);
+                match move_to(&name, RenameFlags::NOREPLACE) {
+                    Err(Errno::EXIST) => {}
+                    moved => return moved.map(|()| format!("{}{name}", &target[..above])),
+                }
+            }
+            Err(Errno::EXIST)
+        }
+        _ => move_to(target_name, RenameFlags::NOREPLACE).map(|()| target.to_owned()),
+    }
+}
+
+/// `name.ext` → `name.1.ext`; number 0 is the name itself.
+fn numbered(name: &str, number: u32) -> String {
+    match (number, name.rsplit_once('.')) {
+        (0, _) => name.to_owned(),
+        (_, Some((stem, extension))) if !stem.is_empty() => format!("{stem}.{number}.{extension}"),
+        _ => format!("{name}.{number}"),
+    }
+}
+
+fn sync_parent(share: &Share, path: &str) -> Result<(), Errno> {
+    let (directory, _) = resolve::split(path)?;
+    fsync(resolve::directory_to_read(share.root(), directory)?)
+}
+
+fn make_directory(share: &Share, path: &str) -> Result<Outcome, Errno> {
+    let (directory, name) = resolve::parent(share.root(), path)?;
+    mkdirat(&directory, name, Mode::from_raw_mode(0o755)).map(|()| Outcome::Done)
+}
+
+fn remove(share: &Share, path: &str) -> Result<Outcome, Errno> {
+    let (directory, name) = resolve::parent(share.root(), path)?;
+    let stat = statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::Directory => unlinkat(&directory, name, AtFlags::REMOVEDIR)?,
+        file_type => {
+            unlinkat(&directory, name, AtFlags::empty())?;
+            if file_type == FileType::RegularFile && stat.st_nlink == 1 {
+                share.quota.give_back(u64::try_from(stat.st_size).unwrap_or(0), 1);
+            }
+        }
+    }
+    Ok(Outcome::Done)
+}
+
+fn list(share: &Share, path: &str, cursor: u64, bytes_max: u64) -> Result<Outcome, Errno> {
+    let directory = resolve::directory_to_read(share.root(), path)?;
+    if cursor != 0 {
+        // The cursor is the directory's own position cookie; a made-up one gives other entries, no harm.
+        seek(&directory, SeekFrom::Start(cursor))?;
+    }
+    let mut buffer = [MaybeUninit::uninit(); 16 * 1024];
+    let mut reader = RawDir::new(&directory, &mut buffer);
+    let (mut entries, mut bytes, mut position) = (Vec::new(), 0u64, cursor);
+    while let Some(entry) = reader.next() {
+        let entry = entry?;
+        let next = entry.next_entry_cookie();
+        // A name that is not UTF-8 cannot be said to a guest.
+        let name = entry
+            .file_name()
+            .to_str()
+            .ok()
+            .filter(|name| !matches!(*name, "." | "..") && !name.starts_with(TEMPORARY_PREFIX));
+        let stat = name.and_then(|_| statat(&directory, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW).ok());
+        if let (Some(name), Some(stat)) = (name, stat) {
+            let more = entry_bytes(name) as u64;
+            if bytes + more > bytes_max || entries.len() == LISTED_MAX {
+                // Position 0 means "from the start" and, as an answer, "that was all": with nothing listed the buffer is too small.
+                return if entries.is_empty() {
+                    Ok(Outcome::failed(Status::TOO_LARGE, FailedAt::Into))
+                } else {
+                    Ok(Outcome::Listed {
+                        entries,
+                        next: position,
+                    })
+                };
+            }
+            bytes += more;
+            entries.push((name.to_owned(), resolve::record(&stat)));
+        }
+        position = next;
+    }
+    Ok(Outcome::Listed { entries, next: 0 })
+}
+
+fn sweep(share: &Share, older_than_seconds: u64) -> Result<Outcome, Errno> {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime).tv_sec;
+    let mut directories = vec![String::new()];
+    while let Some(path) = directories.pop() {
+        let directory = match resolve::directory_to_read(share.root(), &path) {
+            Ok(directory) => directory,
+            Err(Errno::NOENT | Errno::ACCESS | Errno::LOOP | Errno::NOTDIR) => continue,
+            Err(errno) => return Err(errno),
+        };
+        for entry in Dir::read_from(&directory)? {
+            let Ok(entry) = entry else { break };
+            let Ok(name) = entry.file_name().to_str() else {
+                continue;
+            };
+            let Ok(stat) = statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW) else {
+                continue;
+            };
+            let record = resolve::record(&stat);
+            if record.kind == kind::DIRECTORY && name != "." && name != ".." {
+                directories.push(if path.is_empty() {
+                    name.to_owned()
+                } else {
+                    format!("{path}/{name}")
+                });
+            } else if record.kind == kind::FILE
+                && name.starts_with(TEMPORARY_PREFIX)
+                && now.saturating_sub(stat.st_mtime) > i64::try_from(older_than_seconds).unwrap_or(i64::MAX)
+                && unlinkat(&directory, name, AtFlags::empty()).is_ok()
+            {
+                share.quota.give_back(record.size, 1);
+            }
+        }
+    }
+    Ok(Outcome::Done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::numbered;
+
+    #[test]
+    fn a_free_name_keeps_its_extension() {
+        assert_eq!(numbered("a.txt", 0), "a.txt");
+        assert_eq!(numbered("a.tar.gz", 2), "a.tar.2.gz");
+        assert_eq!(numbered("noext", 1), "noext.1");
+        assert_eq!(numbered(".hidden", 1), ".hidden.1");
+    }
+}

@@ -1,0 +1,152 @@
+//! Paths beneath a share's root. Nothing here follows a symbolic or magic link, or leaves the root: openat2 sees to it.
+//!
+//! In: a root directory and a relative path that a guest chose. Out: descriptors beneath the root. Must never know: who asks.
+
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, fstat, openat2};
+use rustix::io::Errno;
+use vmgmt_abi::file::kind;
+use vmgmt_core::effect::{Identity, StatRecord};
+
+/// openat2 retries when a rename races with `..`-checks (RESOLVE_BENEATH answers EAGAIN then); we never name `..`, but others
+/// may rename above us.
+const RACE_RETRIES: usize = 16;
+
+fn open_beneath(root: BorrowedFd<'_>, path: &str, flags: OFlags, mode: Mode) -> Result<OwnedFd, Errno> {
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let mut last = Errno::AGAIN;
+    for _ in 0..RACE_RETRIES {
+        match openat2(
+            root,
+            if path.is_empty() { "." } else { path },
+            flags | OFlags::CLOEXEC,
+            mode,
+            resolve,
+        ) {
+            Err(errno @ (Errno::AGAIN | Errno::INTR)) => last = errno,
+            other => return other,
+        }
+    }
+    Err(last)
+}
+
+/// A directory beneath the root, for name operations (O_PATH). The empty path is the root.
+///
+/// # Errors
+/// The system's: no such name, a link in the way (LOOP), not a directory.
+pub fn directory(root: BorrowedFd<'_>, path: &str) -> Result<OwnedFd, Errno> {
+    open_beneath(
+        root,
+        path,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW,
+        Mode::empty(),
+    )
+}
+
+/// A directory beneath the root, for reading its entries.
+///
+/// # Errors
+/// As [`directory`].
+pub fn directory_to_read(root: BorrowedFd<'_>, path: &str) -> Result<OwnedFd, Errno> {
+    open_beneath(
+        root,
+        path,
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW,
+        Mode::empty(),
+    )
+}
+
+/// Splits a path into its directory (empty: the root) and its last component.
+///
+/// # Errors
+/// INVAL for the root itself.
+pub fn split(path: &str) -> Result<(&str, &str), Errno> {
+    let (directory, name) = path.rsplit_once('/').unwrap_or(("", path));
+    if name.is_empty() || name == "." || name == ".." {
+        Err(Errno::INVAL)
+    } else {
+        Ok((directory, name))
+    }
+}
+
+/// The directory that holds the last component of `path`, and that component.
+///
+/// # Errors
+/// As [`directory`] and [`split`].
+pub fn parent<'a>(root: BorrowedFd<'_>, path: &'a str) -> Result<(OwnedFd, &'a str), Errno> {
+    let (above, name) = split(path)?;
+    Ok((directory(root, above)?, name))
+}
+
+/// What lies at a path, without opening it for use; a link as the last component is itself what lies there.
+///
+/// # Errors
+/// As [`directory`].
+pub fn stat(root: BorrowedFd<'_>, path: &str) -> Result<(StatRecord, Identity), Errno> {
+    let fd = open_beneath(root, path, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty())?;
+    stat_of(fd.as_fd())
+}
+
+/// Stat of an open descriptor.
+///
+/// # Errors
+/// The system's.
+pub fn stat_of(fd: BorrowedFd<'_>) -> Result<(StatRecord, Identity), Errno> {
+    let stat = fstat(fd)?;
+    Ok((
+        record(&stat),
+        Identity {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+        },
+    ))
+}
+
+/// A regular file beneath the root, opened; anything else is refused before it is opened for use (a device node or a FIFO
+/// may do something when it is opened).
+///
+/// # Errors
+/// The system's; OPNOTSUPP for what is no regular file, ISDIR for a directory.
+pub fn file(root: BorrowedFd<'_>, path: &str, flags: OFlags, mode: Mode) -> Result<OwnedFd, Errno> {
+    match open_beneath(root, path, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty()) {
+        Ok(seen) => refuse_special(seen.as_fd())?,
+        Err(Errno::NOENT) if flags.contains(OFlags::CREATE) => {}
+        Err(errno) => return Err(errno),
+    }
+    let fd = open_beneath(
+        root,
+        path,
+        flags | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY,
+        mode,
+    )?;
+    refuse_special(fd.as_fd())?;
+    Ok(fd)
+}
+
+fn refuse_special(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+    match FileType::from_raw_mode(fstat(fd)?.st_mode) {
+        FileType::RegularFile => Ok(()),
+        FileType::Directory => Err(Errno::ISDIR),
+        FileType::Symlink => Err(Errno::LOOP),
+        _ => Err(Errno::OPNOTSUPP),
+    }
+}
+
+/// The record of a stat.
+#[must_use]
+pub fn record(stat: &rustix::fs::Stat) -> StatRecord {
+    StatRecord {
+        size: u64::try_from(stat.st_size).unwrap_or(0),
+        allocated: u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512),
+        modified_ns: stat
+            .st_mtime
+            .saturating_mul(1_000_000_000)
+            .saturating_add(stat.st_mtime_nsec as i64),
+        kind: match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => kind::FILE,
+            FileType::Directory => kind::DIRECTORY,
+            _ => kind::OTHER,
+        },
+        permissions: stat.st_mode & 0o777,
+    }
+}
