@@ -1,1 +1,4 @@
-//! To be filled by its own files.
+//! The core: rings, hub, modes, workers, in one event loop.
+
+pub mod journal;
+pub mod lines;
