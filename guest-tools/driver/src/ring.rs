@@ -1,0 +1,624 @@
+//! A ring pair in this program's memory.
+//!
+//! Comes in: requests. Goes out: completions, each matched to its submission by a tag that the device cannot make up.
+//! Never trusted: anything read back from memory the device can write. Indexes are kept in private and only checked against it.
+//! Protocol and fences: `vmgmt_abi::ring`.
+
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+use std::time::{Duration, Instant};
+
+use vmgmt_abi::registers::{self as registers, RING_STRIDE, RINGS, RingState};
+use vmgmt_abi::ring::{
+    COMPLETION_BYTES, LIST_ENTRY_BYTES, RING_EVENTS_BYTES, SUBMISSION_BYTES, completion_flag, event_due,
+    event_offset, flag, phase,
+};
+use vmgmt_abi::{Completion, Mode, Opcode, Status, Submission, feature};
+use zerocopy::IntoBytes;
+
+use crate::channel::{Channel, Finished, Request, Span, Tag};
+use crate::device::{Device, Woken, settle};
+use crate::error::{DriverError, Result};
+use crate::limits::{
+    COMPLETION_ENTRIES_DEFAULT, PAGE_BYTES, SPIN_DEFAULT, SPINS_PER_CLOCK, SUBMISSION_ENTRIES_DEFAULT,
+};
+use crate::list::cover;
+use crate::memory::{Buffer, DmaMemory};
+use crate::tags::TagTable;
+
+/// How a ring is opened.
+#[derive(Clone, Copy, Debug)]
+pub struct RingOptions {
+    pub mode: Mode,
+    /// Powers of two; made smaller where memory is scattered or the device allows less.
+    pub submission_entries: u32,
+    pub completion_entries: u32,
+    /// Interrupt vector. Rings that share one must be waited for by one thread.
+    pub vector: u32,
+    /// How long `wait` looks at the ring before it sleeps.
+    pub spin: Duration,
+}
+
+impl RingOptions {
+    /// The usual sizes.
+    #[must_use]
+    pub const fn new(mode: Mode) -> Self {
+        Self {
+            mode,
+            submission_entries: SUBMISSION_ENTRIES_DEFAULT,
+            completion_entries: COMPLETION_ENTRIES_DEFAULT,
+            vector: 0,
+            spin: SPIN_DEFAULT,
+        }
+    }
+}
+
+/// What belongs to a submission in flight.
+struct Pending {
+    request: Request,
+    list: Option<DmaMemory>,
+}
+
+/// Memory and indexes of one opening.
+struct Lanes {
+    index: u32,
+    set_up: u64,
+    submissions: DmaMemory,
+    completions: DmaMemory,
+    events: DmaMemory,
+    submission_entries: u32,
+    completion_entries: u32,
+    /// Index after the last submission written.
+    tail: u32,
+    /// Index after the last submission the device has taken, as far as checked.
+    submission_head: u32,
+    /// Index after the last completion taken.
+    completion_head: u32,
+    pending: TagTable<Pending>,
+}
+
+/// A ring pair, open in one mode.
+pub struct Ring {
+    device: Arc<Device>,
+    options: RingOptions,
+    lanes: Option<Lanes>,
+    /// Memory is proven shared and events are agreed: doorbells may be spared.
+    suppression: bool,
+    shared: bool,
+    spare_lists: Vec<DmaMemory>,
+    /// Completions of submissions that the ring made itself (CANCEL) are swallowed.
+    own: Vec<Tag>,
+}
+
+impl std::fmt::Debug for Ring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ring")
+            .field("mode", &self.options.mode)
+            .field("in_flight", &self.in_flight())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Ring {
+    /// Opens a free ring of the device and proves whether its memory is shared.
+    ///
+    /// # Errors
+    /// No ring is free, the device refuses, or it does not settle.
+    pub fn open(device: &Arc<Device>, options: RingOptions) -> Result<Self> {
+        let mut ring = Self {
+            device: Arc::clone(device),
+            options,
+            lanes: None,
+            suppression: false,
+            shared: false,
+            spare_lists: Vec::new(),
+            own: Vec::new(),
+        };
+        ring.start()?;
+        Ok(ring)
+    }
+
+    /// Whether the host reaches this program's memory directly (else by messages).
+    #[must_use]
+    pub const fn is_shared(&self) -> bool {
+        self.shared
+    }
+
+    /// The device.
+    #[must_use]
+    pub const fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    fn start(&mut self) -> Result<()> {
+        let (index, set_up) = self.device.take_ring()?;
+        let opened = Lanes::open(&self.device, &self.options, index, set_up);
+        match opened {
+            Ok(lanes) => self.lanes = Some(lanes),
+            Err(error) => {
+                self.device.return_ring(index, set_up);
+                return Err(error);
+            }
+        }
+        self.suppression = false;
+        self.shared = self.prove()?;
+        self.suppression =
+            self.shared && self.device.facts().features_agreed & feature::EVENT_SUPPRESSION != 0;
+        Ok(())
+    }
+
+    /// Asks the host whether it sees what we write.
+    fn prove(&mut self) -> Result<bool> {
+        let memory = self.allocate(8)?;
+        let nonce = nonce();
+        memory.store64(0, nonce)?;
+        let tag = self.submit(
+            Request::new(Opcode::PROVE)
+                .argument(nonce)
+                .input(&memory, 0, 8, 0),
+        )?;
+        let deadline = Instant::now() + crate::limits::SETTLE_TIMEOUT;
+        loop {
+            while let Some(finished) = self.reap()? {
+                if finished.tag == tag {
+                    return match finished.status {
+                        Status::OK => Ok(finished.result == 1),
+                        Status::NOT_SUPPORTED => Ok(false),
+                        status => Err(DriverError::RingRefused(status)),
+                    };
+                }
+            }
+            if !self.wait(Some(deadline))? {
+                return Err(DriverError::DeviceTimeout {
+                    what: "proving memory",
+                    waited: crate::limits::SETTLE_TIMEOUT,
+                });
+            }
+        }
+    }
+
+    fn lanes(&mut self) -> Result<&mut Lanes> {
+        let device = &self.device;
+        self.lanes
+            .as_mut()
+            .filter(|lanes| device.is_current(lanes.set_up))
+            .ok_or(DriverError::DeviceReplaced)
+    }
+
+    /// Gives the ring up after a broken contract, so that nothing more is believed.
+    fn broken(&mut self, error: DriverError) -> DriverError {
+        self.close();
+        error
+    }
+
+    /// A list in device memory; gives its address too.
+    fn list(&mut self, entries: &[vmgmt_abi::ListEntry]) -> Result<(u64, DmaMemory)> {
+        let bytes = entries.len() * LIST_ENTRY_BYTES;
+        let entries_max = self.device.facts().list_entries_max as usize;
+        let spare = self.spare_lists.iter().position(|memory| memory.len() >= bytes);
+        let memory = match spare {
+            Some(index) => self.spare_lists.swap_remove(index),
+            None => self.device.backing().allocate(bytes.max(PAGE_BYTES))?,
+        };
+        let piece = memory.pieces().first().copied().unwrap_or(crate::memory::Piece {
+            address: 0,
+            length: 0,
+        });
+        let room = (piece.length as usize / LIST_ENTRY_BYTES).min(entries_max);
+        if entries.len() > room {
+            return Err(DriverError::TooScattered {
+                entries: entries.len(),
+                entries_max: room,
+            });
+        }
+        memory.write(0, entries.as_bytes())?;
+        Ok((piece.address, memory))
+    }
+
+    /// Turns a request into the 64 bytes, with its list where it needs one.
+    fn encode(&mut self, request: &Request) -> Result<(Submission, Option<DmaMemory>)> {
+        request.check()?;
+        let mut submission = Submission {
+            tag: 0,
+            opcode: request.opcode.0,
+            flags: request.flags & !flag::LIST,
+            handle: request.handle,
+            offset: request.offset,
+            buffer: 0,
+            length: 0,
+            list_entries: 0,
+            meta_bytes: request.meta_bytes as u32,
+            deadline_ns: request.deadline_ns(),
+            argument: request.argument,
+        };
+        let Some(Span {
+            memory,
+            start,
+            length,
+        }) = &request.span
+        else {
+            return Ok((submission, None));
+        };
+        if *length as u64 > u64::from(self.device.facts().transfer_bytes_max) {
+            return Err(DriverError::BadArgument(format!(
+                "{length} bytes are too many for one submission"
+            )));
+        }
+        submission.length = *length as u64;
+        let entries = cover(memory.pieces(), *start, *length)?;
+        match entries.as_slice() {
+            [] => Ok((submission, None)),
+            [one] => {
+                submission.buffer = one.address;
+                Ok((submission, None))
+            }
+            several => {
+                let (address, memory) = self.list(several)?;
+                submission.flags |= flag::LIST;
+                submission.buffer = address;
+                submission.list_entries = several.len() as u32;
+                Ok((submission, Some(memory)))
+            }
+        }
+    }
+
+    fn submit_inner(&mut self, request: Request) -> Result<Tag> {
+        let depth = self.depth();
+        if !self.lanes()?.has_room()? {
+            return Err(DriverError::Full(depth));
+        }
+        let (mut submission, list) = self.encode(&request)?;
+        let suppression = self.suppression;
+        let lanes = self.lanes()?;
+        let tag = lanes
+            .pending
+            .insert(Pending { request, list })
+            .map_err(|_| DriverError::Full(depth))?;
+        submission.tag = tag.0;
+        let slot = (lanes.tail % lanes.submission_entries) as usize;
+        lanes
+            .submissions
+            .write(slot * SUBMISSION_BYTES, submission.as_bytes())?;
+        let old = lanes.tail;
+        lanes.tail = old.wrapping_add(1);
+        lanes
+            .events
+            .store32(event_offset::SUBMISSION_TAIL as usize, lanes.tail)?;
+        fence(Ordering::SeqCst);
+        let event = lanes.events.load32(event_offset::SUBMISSION_EVENT as usize)?;
+        if !suppression || event_due(event, old, lanes.tail) {
+            let (register, tail) = (registers::DOORBELLS + 4 * lanes.index, lanes.tail);
+            self.device.backing().write32(register, tail)?;
+        }
+        Ok(tag)
+    }
+
+    /// Takes the next completion, own ones included.
+    fn reap_inner(&mut self) -> Result<Option<Finished>> {
+        let lanes = self.lanes()?;
+        let Some(completion) = lanes.take_completion()? else {
+            return Ok(None);
+        };
+        let tag = Tag(completion.tag);
+        let Some(Pending { request, list }) = lanes.pending.remove(tag) else {
+            let error = DriverError::contract(format!(
+                "a completion with tag {:#x}, which is not in flight",
+                completion.tag
+            ));
+            return Err(self.broken(error));
+        };
+        self.spare_lists.extend(list);
+        Ok(Some(Finished::new(tag, request, &completion)))
+    }
+
+    /// Closes the ring and waits until no DMA of it is under way. Memory the device may still reach is not given back.
+    fn close(&mut self) {
+        let Some(lanes) = self.lanes.take() else { return };
+        let backing = self.device.backing();
+        let block = RINGS + lanes.index * RING_STRIDE;
+        let closed = if self.device.is_current(lanes.set_up) {
+            backing.write32(block + registers::RING_ENABLE, 0).and_then(|()| {
+                settle("closing a ring", || {
+                    let status = backing.read32(block + registers::RING_STATUS)?;
+                    Ok((RingState(status & 0xff) == RingState::CLOSED || status == u32::MAX).then_some(()))
+                })
+            })
+        } else {
+            // The device was reset since: the reset's end was awaited.
+            Ok(())
+        };
+        if closed.or_else(|_| self.device.reset()).is_ok() {
+            self.device.return_ring(lanes.index, lanes.set_up);
+            self.spare_lists.clear();
+        } else {
+            lanes.leak();
+            self.spare_lists.drain(..).for_each(DmaMemory::leak);
+        }
+    }
+}
+
+impl Channel for Ring {
+    fn mode(&self) -> Mode {
+        self.options.mode
+    }
+
+    fn data_bytes_max(&self) -> usize {
+        self.device.facts().transfer_bytes_max as usize
+    }
+
+    fn depth(&self) -> usize {
+        // One entry is kept for a CANCEL.
+        self.lanes
+            .as_ref()
+            .map_or(1, |lanes| lanes.pending.capacity().saturating_sub(1).max(1))
+    }
+
+    fn in_flight(&self) -> usize {
+        self.lanes.as_ref().map_or(0, |lanes| lanes.pending.len())
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Buffer> {
+        self.device.backing().allocate(bytes).map(Arc::new)
+    }
+
+    fn submit(&mut self, request: Request) -> Result<Tag> {
+        let depth = self.depth();
+        if self.in_flight() >= depth {
+            return Err(DriverError::Full(depth));
+        }
+        self.submit_inner(request)
+    }
+
+    fn reap(&mut self) -> Result<Option<Finished>> {
+        while let Some(finished) = self.reap_inner()? {
+            match self.own.iter().position(|tag| *tag == finished.tag) {
+                Some(index) => drop(self.own.swap_remove(index)),
+                None => return Ok(Some(finished)),
+            }
+        }
+        Ok(None)
+    }
+
+    fn wait(&mut self, deadline: Option<Instant>) -> Result<bool> {
+        let spin_until = Instant::now() + self.options.spin;
+        let vector = self.options.vector;
+        loop {
+            let lanes = self.lanes()?;
+            while Instant::now() < spin_until {
+                for _ in 0..SPINS_PER_CLOCK {
+                    if lanes.has_completion()? {
+                        return Ok(true);
+                    }
+                    std::hint::spin_loop();
+                }
+            }
+            // Arm, full fence, look again, and only then sleep (`vmgmt_abi::ring`).
+            lanes
+                .events
+                .store32(event_offset::COMPLETION_EVENT as usize, lanes.completion_head)?;
+            fence(Ordering::SeqCst);
+            if lanes.has_completion()? {
+                return Ok(true);
+            }
+            self.device.before_sleep(vector)?;
+            if self.lanes()?.has_completion()? {
+                return Ok(true);
+            }
+            let woken = self.device.sleep(vector, deadline)?;
+            if self.lanes()?.has_completion()? {
+                return Ok(true);
+            }
+            if woken == Woken::TimedOut {
+                return Ok(false);
+            }
+        }
+    }
+
+    fn cancel(&mut self, tag: Tag) -> Result<()> {
+        let own = self.submit_inner(Request::new(Opcode::CANCEL).argument(tag.0.into()))?;
+        self.own.push(own);
+        Ok(())
+    }
+
+    fn reopen(&mut self) -> Result<()> {
+        self.close();
+        self.own.clear();
+        if self.device.check_health().is_err() {
+            self.device.recover()?;
+        }
+        self.start()
+    }
+
+    fn wait_readable(&self, descriptor: std::os::fd::BorrowedFd<'_>) -> Result<()> {
+        wait_readable(descriptor, self.device.cancel_descriptor().as_deref())
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl Lanes {
+    fn open(device: &Arc<Device>, options: &RingOptions, index: u32, set_up: u64) -> Result<Self> {
+        let backing = device.backing();
+        let most = device.facts().ring_entries_max;
+        let (submissions, submission_entries) =
+            lane(device, options.submission_entries.min(most), SUBMISSION_BYTES)?;
+        let (completions, completion_entries) =
+            lane(device, options.completion_entries.min(most), COMPLETION_BYTES)?;
+        let events = backing.allocate(RING_EVENTS_BYTES)?;
+        let nonce = nonce();
+        events.store64(event_offset::NONCE as usize, nonce)?;
+
+        let block = RINGS + index * RING_STRIDE;
+        let address = |memory: &DmaMemory| memory.pieces().first().map_or(0, |piece| piece.address);
+        backing.write64(block + registers::RING_SUBMISSIONS_LOW, address(&submissions))?;
+        backing.write64(block + registers::RING_COMPLETIONS_LOW, address(&completions))?;
+        backing.write64(block + registers::RING_EVENTS_LOW, address(&events))?;
+        backing.write32(block + registers::RING_SUBMISSION_ENTRIES, submission_entries)?;
+        backing.write32(block + registers::RING_COMPLETION_ENTRIES, completion_entries)?;
+        backing.write32(block + registers::RING_MODE, options.mode.0)?;
+        backing.write32(block + registers::RING_VECTOR, options.vector)?;
+        backing.write64(block + registers::RING_NONCE_LOW, nonce)?;
+        backing.write32(block + registers::RING_ENABLE, 1)?;
+        let capacity = submission_entries.min(completion_entries) as usize;
+        let lanes = Self {
+            index,
+            set_up,
+            submissions,
+            completions,
+            events,
+            submission_entries,
+            completion_entries,
+            tail: 0,
+            submission_head: 0,
+            completion_head: 0,
+            pending: TagTable::new(capacity),
+        };
+        let opened = settle("opening a ring", || {
+            let status = backing.read32(block + registers::RING_STATUS)?;
+            match RingState(status & 0xff) {
+                _ if status == u32::MAX => Err(DriverError::DeviceAbsent),
+                RingState::OPEN => Ok(Some(())),
+                RingState::REFUSED => Err(DriverError::RingRefused(Status((status >> 16) as u16))),
+                RingState::OPENING => Ok(None),
+                // Not latched: the device is being reset or has failed.
+                RingState::CLOSED => device.check_health().map(|()| None),
+                other => Err(DriverError::contract(format!("unknown ring state {}", other.0))),
+            }
+        });
+        if let Err(error) = opened {
+            let undone = backing
+                .write32(block + registers::RING_ENABLE, 0)
+                .and_then(|()| device.reset());
+            if undone.is_err() {
+                lanes.leak();
+            }
+            return Err(error);
+        }
+        Ok(lanes)
+    }
+
+    /// Whether a submission slot is free. The device's head may only move forward, and not past the tail.
+    fn has_room(&mut self) -> Result<bool> {
+        let head = self.events.load32(event_offset::SUBMISSION_HEAD as usize)?;
+        let taken = head.wrapping_sub(self.submission_head);
+        let written = self.tail.wrapping_sub(self.submission_head);
+        if taken > written {
+            return Err(DriverError::contract(format!(
+                "submission head {head:#x} is outside of {:#x}..={:#x}",
+                self.submission_head, self.tail
+            )));
+        }
+        self.submission_head = head;
+        Ok(self.tail.wrapping_sub(head) < self.submission_entries
+            && self.pending.len() < self.pending.capacity())
+    }
+
+    fn completion_start(&self) -> usize {
+        (self.completion_head % self.completion_entries) as usize * COMPLETION_BYTES
+    }
+
+    /// The last word of the next completion, if it is published.
+    fn published(&self) -> Result<Option<u64>> {
+        let word = self.completions.load64(self.completion_start() + 24)?;
+        let bit = (word >> 48) as u16 & completion_flag::PHASE;
+        Ok((bit == phase(self.completion_head, self.completion_entries)).then_some(word))
+    }
+
+    fn has_completion(&self) -> Result<bool> {
+        Ok(self.published()?.is_some())
+    }
+
+    fn take_completion(&mut self) -> Result<Option<Completion>> {
+        let Some(word) = self.published()? else {
+            return Ok(None);
+        };
+        let start = self.completion_start();
+        let third = self.completions.load64(start + 16)?;
+        let completion = Completion {
+            result: self.completions.load64(start)?,
+            extra: self.completions.load64(start + 8)?,
+            detail: third as u32,
+            reserved: (third >> 32) as u32,
+            tag: word as u32,
+            status: (word >> 32) as u16,
+            flags: (word >> 48) as u16,
+        };
+        self.completion_head = self.completion_head.wrapping_add(1);
+        self.events
+            .store32(event_offset::COMPLETION_HEAD as usize, self.completion_head)?;
+        Ok(Some(completion))
+    }
+
+    /// Leaves everything where it is: the device may still write to it.
+    fn leak(mut self) {
+        let tags: Vec<Tag> = self.pending.tags().collect();
+        for pending in tags.into_iter().filter_map(|tag| self.pending.remove(tag)) {
+            std::mem::forget(pending.request.span);
+            pending.list.into_iter().for_each(DmaMemory::leak);
+        }
+        self.submissions.leak();
+        self.completions.leak();
+        self.events.leak();
+    }
+}
+
+/// Memory for a ring in one piece, with as many entries as that allows.
+fn lane(device: &Device, entries: u32, entry_bytes: usize) -> Result<(DmaMemory, u32)> {
+    if !entries.is_power_of_two() {
+        return Err(DriverError::BadArgument(format!(
+            "{entries} ring entries are no power of two"
+        )));
+    }
+    let mut entries = entries;
+    loop {
+        let bytes = entries as usize * entry_bytes;
+        let memory = device.backing().allocate(bytes)?;
+        if memory
+            .pieces()
+            .first()
+            .is_some_and(|piece| piece.length >= bytes as u64)
+        {
+            return Ok((memory, entries));
+        }
+        if bytes <= PAGE_BYTES {
+            return Err(DriverError::NotPossible("DMA", device.backing().name()));
+        }
+        entries /= 2;
+    }
+}
+
+/// A number that memory does not hold by chance. It proves a mapping, it keeps no secret.
+fn nonce() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    // The standard library seeds each of these from the system.
+    let mut hasher = std::collections::hash_map::RandomState::new().build_hasher();
+    hasher.write_u64(0x766d_676d_7470_726f);
+    hasher.finish() | 1
+}
+
+/// Polls a descriptor of the program's own, and the cancel descriptor.
+pub(crate) fn wait_readable(
+    descriptor: std::os::fd::BorrowedFd<'_>,
+    cancel: Option<&std::os::fd::OwnedFd>,
+) -> Result<()> {
+    use rustix::event::{PollFd, PollFlags, poll};
+    let Some(cancel) = cancel else { return Ok(()) };
+    loop {
+        let mut polled = [
+            PollFd::new(cancel, PollFlags::IN),
+            PollFd::from_borrowed_fd(descriptor, PollFlags::IN),
+        ];
+        match poll(&mut polled, None) {
+            Ok(_) if polled.first().is_some_and(|first| !first.revents().is_empty()) => {
+                return Err(DriverError::Interrupted);
+            }
+            Ok(_) => return Ok(()),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(DriverError::system("waiting for input", error)),
+        }
+    }
+}
