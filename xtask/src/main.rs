@@ -1,1 +1,74 @@
-fn main() {}
+//! The caretaker: `cargo xtask …`, what a person or CI runs at the top of the repository.
+//!
+//! In: a subcommand. Out: a prepared machine, built images, tested code, a running demo. It must never hold anything that
+//! the product itself needs.
+
+mod build;
+mod demo;
+mod parts;
+mod vm;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use vmgmt_testkit::setup::{self, Image, Wanted};
+
+/// Everything around the code: setting up, testing, showing.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what is missing and fetch QEMU and the guest's packages (as root where apt has to install).
+    Setup,
+    /// Build the guest image: kernel, busybox, driver modules, the static `vmgmt`.
+    GuestImage {
+        /// The image with git, GNU tar and dropbear.
+        #[arg(long)]
+        large: bool,
+    },
+    /// Set up, then run every part of the tests; a table of all parts stands at the end.
+    Test(parts::Options),
+    /// Two VMs, one file through all stations, messages each way.
+    Demo(demo::Options),
+    /// One VM on this terminal (leave it with Ctrl-A X).
+    Vm(vm::Options),
+}
+
+fn main() -> Result<()> {
+    match Arguments::parse().task {
+        Task::Setup => {
+            for image in [Image::Small, Image::Large] {
+                let tools = setup::prepare(Wanted { image, install: true })?;
+                if image == Image::Small {
+                    println!(
+                        "QEMU {}.{}: {}",
+                        tools.qemu.version.0,
+                        tools.qemu.version.1,
+                        tools.qemu.program.display()
+                    );
+                    println!("accelerator: {:?}", tools.accelerator);
+                    println!("kernel: {}", tools.images.kernel.display());
+                }
+                println!("{image:?} image: {}", tools.images.initramfs.display());
+            }
+            Ok(())
+        }
+        Task::GuestImage { large } => {
+            let image = if large { Image::Large } else { Image::Small };
+            let tools = setup::prepare(Wanted { image, install: true })?;
+            println!(
+                "kernel: {}\ninitramfs: {}",
+                tools.images.kernel.display(),
+                tools.images.initramfs.display()
+            );
+            Ok(())
+        }
+        Task::Test(options) => parts::test(&options),
+        Task::Demo(options) => demo::demo(&options),
+        Task::Vm(options) => vm::vm(&options),
+    }
+}

@@ -376,6 +376,7 @@ pub struct DaemonBuilder {
     arguments: Vec<String>,
     variables: Vec<(String, String)>,
     configuration: Option<String>,
+    folders: Vec<String>,
     ready: Ready,
     ready_deadline: Duration,
 }
@@ -388,6 +389,7 @@ impl DaemonBuilder {
             arguments: Vec::new(),
             variables: Vec::new(),
             configuration: None,
+            folders: Vec::new(),
             ready: Ready::LogText(VMGMTD_READY.into()),
             ready_deadline: Duration::from_secs(20),
         }
@@ -408,6 +410,12 @@ impl DaemonBuilder {
     /// The text of the configuration file, passed with `--config`; `@DIR@` stands for the daemon's folder.
     pub fn configuration(mut self, text: impl Into<String>) -> Self {
         self.configuration = Some(text.into());
+        self
+    }
+
+    /// A folder to make in the daemon's folder before it starts (a share, say).
+    pub fn folder(mut self, name: impl Into<String>) -> Self {
+        self.folders.push(name.into());
         self
     }
 
@@ -432,6 +440,9 @@ impl DaemonBuilder {
             .context("the temporary folder's name is not UTF-8")?
             .to_owned();
         let here = |text: &str| text.replace("@DIR@", &place);
+        for name in &self.folders {
+            fs::create_dir_all(folder.path().join(name))?;
+        }
         let log = new_log_path("vmgmtd")?;
         let mut start = Start::new(&self.program, &log);
         if let Some(text) = &self.configuration {

@@ -1,0 +1,60 @@
+//! The caretaker's workshop: builds this repository's programs and says where they are.
+//!
+//! In: names of binaries. Out: their paths. It must never guess a target folder: cargo tells.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use std::{
+    path::PathBuf,
+    process::{Command, Stdio},
+};
+use vmgmt_testkit::setup::repository;
+
+/// A cargo command at the top of the repository.
+pub fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(repository());
+    command
+}
+
+/// Builds the binaries `names` of package `vmgmtd`; gives their paths in the same order.
+pub fn host_programs(names: &[&str], release: bool) -> Result<Vec<PathBuf>> {
+    let mut command = cargo();
+    command.args([
+        "build",
+        "--quiet",
+        "--package",
+        "vmgmtd",
+        "--message-format=json-render-diagnostics",
+    ]);
+    for name in names {
+        command.args(["--bin", name]);
+    }
+    if release {
+        command.arg("--release");
+    }
+    let output = command
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot run cargo")?;
+    ensure!(output.status.success(), "building {} failed", names.join(" and "));
+    let text = String::from_utf8(output.stdout)?;
+    let messages: Vec<Value> = text
+        .lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect();
+    names
+        .iter()
+        .map(|name| {
+            let built = messages.iter().find(|message| {
+                message.pointer("/target/name").and_then(Value::as_str) == Some(name)
+                    && message.get("executable").is_some_and(Value::is_string)
+            });
+            let path = built
+                .and_then(|message| message.get("executable"))
+                .and_then(Value::as_str);
+            path.map(PathBuf::from)
+                .with_context(|| format!("cargo built no program {name}"))
+        })
+        .collect()
+}

@@ -1,0 +1,374 @@
+//! The caretaker's rounds: every part of the tests, its time and its result.
+//!
+//! In: the names of the parts wanted, or none for all. Out: what the test runners say, live, and a table at the end; not zero if any part
+//! failed. It must never judge a part by its words: the exit status decides, the words are only counted.
+
+use crate::build::cargo;
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use std::{
+    fs,
+    io::{BufRead, BufReader},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+use vmgmt_testkit::setup::{self, Image, Wanted, repository};
+
+/// QEMU tests that run at once, each with a VM or two: more than this on a small machine only wait for each other.
+const QEMU_TESTS_AT_ONCE_MAX: usize = 3;
+
+#[derive(Args)]
+pub struct Options {
+    /// Only these parts (setup, format, lint, unit, integration, uapi, qemu).
+    parts: Vec<String>,
+}
+
+/// One part of the tests.
+struct Part {
+    name: &'static str,
+    what: &'static str,
+    run: fn(&mut Counts) -> Result<()>,
+}
+
+const PARTS: [Part; 7] = [
+    Part {
+        name: "setup",
+        what: "QEMU and guest images",
+        run: setup_part,
+    },
+    Part {
+        name: "format",
+        what: "cargo fmt --check",
+        run: format_part,
+    },
+    Part {
+        name: "lint",
+        what: "clippy, warnings are errors",
+        run: lint_part,
+    },
+    Part {
+        name: "unit",
+        what: "unit, property and simulation tests of the crates",
+        run: unit_part,
+    },
+    Part {
+        name: "integration",
+        what: "vmgmtd as a process, without VMs",
+        run: integration_part,
+    },
+    Part {
+        name: "uapi",
+        what: "our numbers against the kernel's headers",
+        run: uapi_part,
+    },
+    Part {
+        name: "qemu",
+        what: "real VMs",
+        run: qemu_part,
+    },
+];
+
+/// What the test runners' closing lines add up to.
+#[derive(Default)]
+struct Counts {
+    passed: u64,
+    failed: u64,
+    ignored: u64,
+    skipped: Vec<String>,
+}
+
+/// A part that was run.
+struct Row {
+    name: &'static str,
+    what: &'static str,
+    time: Duration,
+    error: Option<String>,
+    counts: Counts,
+}
+
+/// Runs the parts and prints the table.
+pub fn test(options: &Options) -> Result<()> {
+    for wanted in &options.parts {
+        let known: Vec<&str> = PARTS.iter().map(|part| part.name).collect();
+        ensure!(
+            known.contains(&wanted.as_str()),
+            "no part {wanted}; there are {}",
+            known.join(", ")
+        );
+    }
+    let mut rows = Vec::new();
+    for part in &PARTS {
+        if !options.parts.is_empty() && !options.parts.iter().any(|wanted| wanted == part.name) {
+            continue;
+        }
+        println!("\n=== {}: {} ===", part.name, part.what);
+        let start = Instant::now();
+        let mut counts = Counts::default();
+        let error = (part.run)(&mut counts).err().map(|error| format!("{error:#}"));
+        if let Some(error) = &error {
+            println!("{}: FAILED: {error}", part.name);
+        }
+        rows.push(Row {
+            name: part.name,
+            what: part.what,
+            time: start.elapsed(),
+            error,
+            counts,
+        });
+    }
+    print_table(&rows);
+    let failed: Vec<&str> = rows
+        .iter()
+        .filter(|row| row.error.is_some())
+        .map(|row| row.name)
+        .collect();
+    if !failed.is_empty() {
+        bail!("failed: {}", failed.join(", "));
+    }
+    Ok(())
+}
+
+fn print_table(rows: &[Row]) {
+    println!(
+        "\n{:<12} {:>8} {:>7} {:>7} {:>8}  result",
+        "part", "time", "passed", "failed", "ignored"
+    );
+    for row in rows {
+        let result = if row.error.is_some() { "FAILED" } else { "ok" };
+        let Counts {
+            passed,
+            failed,
+            ignored,
+            skipped,
+        } = &row.counts;
+        let seconds = row.time.as_secs_f64();
+        let name = row.name;
+        println!(
+            "{name:<12} {seconds:>6.1} s {passed:>7} {failed:>7} {ignored:>8}  {result} ({})",
+            row.what
+        );
+        for line in skipped {
+            println!("{:<12} {line}", "");
+        }
+    }
+    let sum = |count: fn(&Counts) -> u64| rows.iter().map(|row| count(&row.counts)).sum::<u64>();
+    let seconds: f64 = rows.iter().map(|row| row.time.as_secs_f64()).sum();
+    let all_passed = rows.iter().all(|row| row.error.is_none());
+    println!(
+        "test result: {}. {} passed; {} failed; {} ignored; {} parts in {seconds:.1} s",
+        if all_passed { "ok" } else { "FAILED" },
+        sum(|counts| counts.passed),
+        sum(|counts| counts.failed),
+        sum(|counts| counts.ignored),
+        rows.len(),
+    );
+}
+
+fn setup_part(_: &mut Counts) -> Result<()> {
+    for image in [Image::Small, Image::Large] {
+        setup::prepare(Wanted { image, install: true })?;
+    }
+    Ok(())
+}
+
+fn format_part(counts: &mut Counts) -> Result<()> {
+    run(cargo().args(["fmt", "--all", "--check"]), counts)
+}
+
+fn lint_part(counts: &mut Counts) -> Result<()> {
+    run(
+        cargo().args([
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--quiet",
+            "--",
+            "-D",
+            "warnings",
+        ]),
+        counts,
+    )
+}
+
+/// All crates but the root package, whose tests are processes, and the kit, whose tests are VMs.
+fn unit_part(counts: &mut Counts) -> Result<()> {
+    let mut command = cargo();
+    command.args([
+        "test",
+        "--workspace",
+        "--no-fail-fast",
+        "--exclude",
+        "vmgmtd",
+        "--exclude",
+        "vmgmt-testkit",
+    ]);
+    let crates = run(&mut command, counts);
+    let kit = run(
+        cargo().args(["test", "--package", "vmgmt-testkit", "--lib", "--no-fail-fast"]),
+        counts,
+    );
+    crates.and(kit)
+}
+
+/// The root package's tests that need neither a VM nor the kernel's headers.
+fn integration_part(counts: &mut Counts) -> Result<()> {
+    let mut command = cargo();
+    command.args(["test", "--package", "vmgmtd", "--bins", "--no-fail-fast"]);
+    for name in root_tests()? {
+        if !name.starts_with("qemu") && !name.contains("uapi") {
+            command.args(["--test", &name]);
+        }
+    }
+    let daemon = run(&mut command, counts);
+    let kit = run(
+        cargo().args(["test", "--package", "vmgmt-testkit", "--test", "guards"]),
+        counts,
+    );
+    daemon.and(kit)
+}
+
+fn uapi_part(counts: &mut Counts) -> Result<()> {
+    let mut command = cargo();
+    command.args([
+        "test",
+        "--package",
+        "vmgmtd",
+        "--features",
+        "uapi-check",
+        "--no-fail-fast",
+    ]);
+    let names: Vec<String> = root_tests()?
+        .into_iter()
+        .filter(|name| name.contains("uapi"))
+        .collect();
+    ensure!(
+        !names.is_empty(),
+        "no tests/*uapi*.rs: nothing holds our numbers against the kernel's headers"
+    );
+    for name in &names {
+        command.args(["--test", name]);
+    }
+    run(&mut command, counts)
+}
+
+/// The tests that boot VMs or parse what boots them, a few at a time. Setup has run, so a test that skips itself says why.
+fn qemu_part(counts: &mut Counts) -> Result<()> {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let at_once = format!("--test-threads={}", processors.clamp(1, QEMU_TESTS_AT_ONCE_MAX));
+    let kit = [
+        "test",
+        "--package",
+        "vmgmt-testkit",
+        "--no-fail-fast",
+        "--test",
+        "boot",
+        "--test",
+        "configs",
+    ];
+    let kit = run(cargo().args(kit).args(["--", &at_once, "--show-output"]), counts);
+    let names: Vec<String> = root_tests()?
+        .into_iter()
+        .filter(|name| name.starts_with("qemu"))
+        .collect();
+    if names.is_empty() {
+        counts
+            .skipped
+            .push("skipped: there is no tests/qemu_*.rs yet".into());
+        return kit;
+    }
+    let mut command = cargo();
+    command.args(["test", "--package", "vmgmtd", "--no-fail-fast"]);
+    for name in &names {
+        command.args(["--test", name]);
+    }
+    kit.and(run(command.args(["--", &at_once, "--show-output"]), counts))
+}
+
+/// The names of the root package's integration tests.
+fn root_tests() -> Result<Vec<String>> {
+    let folder = repository().join("tests");
+    let mut names: Vec<String> = fs::read_dir(&folder)
+        .with_context(|| format!("cannot list {}", folder.display()))?
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.strip_suffix(".rs").map(str::to_owned))
+        .collect();
+    names.sort();
+    Ok(names)
+}
+
+/// Runs a command, shows every line of it as it comes, and counts.
+fn run(command: &mut Command, counts: &mut Counts) -> Result<()> {
+    let words: Vec<_> = command
+        .get_args()
+        .map(|word| word.to_string_lossy().into_owned())
+        .collect();
+    println!("$ cargo {}", words.join(" "));
+    let (reader, writer) = std::io::pipe()?;
+    command
+        .stdin(Stdio::null())
+        .stdout(writer.try_clone()?)
+        .stderr(writer);
+    let mut child = command.spawn().context("cannot start cargo")?;
+    // The command still holds the writing ends; without this the pipe would never end.
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    for line in BufReader::new(reader).split(b'\n') {
+        let line = String::from_utf8_lossy(&line?).into_owned();
+        println!("{line}");
+        count(&line, counts);
+    }
+    let status = child.wait()?;
+    ensure!(
+        status.success(),
+        "cargo {} ended with {status}",
+        words.first().map_or("", String::as_str)
+    );
+    Ok(())
+}
+
+/// Adds up `test result: ok. 3 passed; 0 failed; 1 ignored; …` and keeps `skipped: …`.
+fn count(line: &str, counts: &mut Counts) {
+    if line.starts_with("skipped: ") {
+        counts.skipped.push(line.to_owned());
+    }
+    let Some(rest) = line.strip_prefix("test result: ") else {
+        return;
+    };
+    for piece in rest.split([';', '.']) {
+        if let Some((Ok(number), what)) = piece
+            .trim()
+            .split_once(' ')
+            .map(|(n, what)| (n.parse::<u64>(), what))
+        {
+            match what {
+                "passed" => counts.passed += number,
+                "failed" => counts.failed += number,
+                "ignored" => counts.ignored += number,
+                _ => {}
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn closing_lines_add_up() {
+        let mut counts = Counts::default();
+        count(
+            "test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.20s",
+            &mut counts,
+        );
+        count(
+            "test result: FAILED. 4 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.00s",
+            &mut counts,
+        );
+        count("skipped: no VM", &mut counts);
+        count("running 3 tests", &mut counts);
+        assert_eq!(
+            (counts.passed, counts.failed, counts.ignored, counts.skipped.len()),
+            (7, 2, 1, 1)
+        );
+    }
+}
