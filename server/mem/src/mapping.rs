@@ -263,6 +263,16 @@ impl<'a> GuestSlice<'a> {
         self.bytes
     }
 
+    /// What is left of it after its first `bytes` bytes, if anything.
+    #[must_use]
+    pub fn after(&self, bytes: usize) -> Option<GuestSlice<'a>> {
+        (bytes < self.bytes).then(|| GuestSlice {
+            offset: self.offset + bytes,
+            bytes: self.bytes - bytes,
+            ..*self
+        })
+    }
+
     /// This and `next` as one, where `next` follows it in the same mapping.
     #[must_use]
     pub fn joined(&self, next: &GuestSlice<'a>) -> Option<GuestSlice<'a>> {

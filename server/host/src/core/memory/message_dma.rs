@@ -1,0 +1,378 @@
+//! CORE, message DMA: reads and writes of guest memory that is not shared, in one queue per session.
+//!
+//! In: what is asked for, in order, and the answers. Out: requests of at most 60 KiB, at most 4 outstanding. Knows no map but its
+//! number, and no process.
+//!
+//! One queue for both directions, because the client serves requests in order: a read that is asked for after a write sees it. A
+//! *barrier* write (a word that publishes) is given out only when all writes before it are answered, so that a guest never sees
+//! a completion whose payload failed. Writes to shared memory that come while writes by message wait are queued too ([`Write::local`]).
+
+use super::limits::{MESSAGE_WAIT_NS, QUEUED_BYTES_MAX, READ_IDLE_NS, READS_MAX};
+use crate::messages::{CoreToFront, MESSAGE_DMA_OUTSTANDING_MAX};
+use std::collections::{BTreeMap, VecDeque};
+use vmgmt_device::Tick;
+
+/// A request for the front: header and payload of a packet.
+#[derive(Debug)]
+pub struct DmaRequest {
+    pub message: CoreToFront,
+    pub payload: Vec<u8>,
+}
+
+/// A write that waits.
+#[derive(Debug)]
+pub struct Write {
+    pub iova: u64,
+    pub data: Vec<u8>,
+    /// Number of the map it was checked against.
+    pub number: u64,
+    /// Only after all writes before it are answered.
+    pub barrier: bool,
+    /// Done by ourselves, in shared memory, when its turn comes (a barrier, too).
+    pub local: bool,
+}
+
+#[derive(Debug)]
+enum Operation {
+    Read {
+        iova: u64,
+        bytes: u32,
+        number: u64,
+        ticket: u64,
+    },
+    Write(Write),
+}
+
+#[derive(Debug)]
+enum Answer {
+    Awaited,
+    Ready(Vec<u8>),
+    Failed,
+}
+
+/// A read that somebody wants. An answer with another ticket is not its answer: it was asked for by somebody who gave up, and may
+/// be older than the guest's last word.
+#[derive(Debug)]
+struct Read {
+    ticket: u64,
+    answer: Answer,
+    /// When it was last asked for.
+    touched: Tick,
+}
+
+/// What came of asking for a read.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Asked {
+    Pending,
+    Ready,
+    Failed,
+}
+
+/// The queue.
+#[derive(Debug, Default)]
+pub struct MessageQueue {
+    queue: VecDeque<Operation>,
+    outstanding: BTreeMap<u64, (Operation, Tick)>,
+    reads: BTreeMap<(u64, u32), Read>,
+    requests: u64,
+    tickets: u64,
+    now: Tick,
+    queued_bytes: usize,
+    /// First address whose write failed since it was last told.
+    failed: Option<u64>,
+}
+
+/// errno of an answer that says: dropped before it was sent (at a fence); ask again if it still holds.
+const CANCELED: u32 = libc::ECANCELED as u32;
+
+impl MessageQueue {
+    /// Nothing waits and nothing is outstanding.
+    pub fn is_idle(&self) -> bool {
+        self.queue.is_empty() && self.outstanding.is_empty()
+    }
+
+    /// Writes wait or are outstanding: later writes must queue behind them.
+    pub fn has_writes(&self) -> bool {
+        self.queue
+            .iter()
+            .any(|operation| matches!(operation, Operation::Write(_)))
+            || self.writes_outstanding()
+    }
+
+    /// Bytes of writes that still fit.
+    pub const fn write_room(&self) -> usize {
+        QUEUED_BYTES_MAX.saturating_sub(self.queued_bytes)
+    }
+
+    /// Time goes on. Reads that nobody has asked for again within [`READ_IDLE_NS`] are forgotten: who wanted them gave up.
+    pub fn handle_time(&mut self, now: Tick) {
+        self.now = now;
+        if !self.reads.is_empty() {
+            self.reads
+                .retain(|_, read| now.since_ns(read.touched) < READ_IDLE_NS);
+        }
+    }
+
+    /// Asks for a read unless that was done; the answer stays for [`MessageQueue::take`].
+    pub fn ask(&mut self, iova: u64, bytes: u32, number: u64) -> Asked {
+        if let Some(read) = self.reads.get_mut(&(iova, bytes)) {
+            read.touched = self.now;
+            return match read.answer {
+                Answer::Awaited => Asked::Pending,
+                Answer::Ready(_) => Asked::Ready,
+                Answer::Failed => Asked::Failed,
+            };
+        }
+        if self.reads.len() >= READS_MAX && !self.evict() {
+            // All are under way: the caller comes again when one is answered.
+            return Asked::Pending;
+        }
+        self.tickets += 1;
+        let ticket = self.tickets;
+        self.reads.insert(
+            (iova, bytes),
+            Read {
+                ticket,
+                answer: Answer::Awaited,
+                touched: self.now,
+            },
+        );
+        self.queue.push_back(Operation::Read {
+            iova,
+            bytes,
+            number,
+            ticket,
+        });
+        Asked::Pending
+    }
+
+    /// Takes the answer of a read, if it is there; a failed one is forgotten.
+    pub fn take(&mut self, iova: u64, bytes: u32) -> Option<Vec<u8>> {
+        match self.reads.remove(&(iova, bytes))?.answer {
+            Answer::Ready(data) => Some(data),
+            Answer::Awaited | Answer::Failed => None,
+        }
+    }
+
+    /// Forgets a read, answered or not.
+    pub fn forget(&mut self, iova: u64, bytes: u32) {
+        self.reads.remove(&(iova, bytes));
+    }
+
+    /// Forgets all reads: who still wants one asks again.
+    pub fn forget_reads(&mut self) {
+        self.reads.clear();
+    }
+
+    /// Queues a write; false when there is no room. After a failure writes are dropped until it was told.
+    pub fn write(&mut self, write: Write) -> bool {
+        if self.failed.is_some() {
+            return true;
+        }
+        if write.data.len() > self.write_room() {
+            return false;
+        }
+        self.queued_bytes += write.data.len();
+        self.queue.push_back(Operation::Write(write));
+        true
+    }
+
+    /// Whether all writes are done; `Err`: one failed since this was last asked, at this address.
+    pub fn settled(&mut self) -> Result<bool, u64> {
+        if self.has_writes() {
+            return Ok(false);
+        }
+        self.failed.take().map_or(Ok(true), Err)
+    }
+
+    /// A write to be done by ourselves, when its turn has come.
+    pub fn next_local(&mut self) -> Option<Write> {
+        match self.queue.front() {
+            Some(Operation::Write(write)) if write.local && !self.writes_outstanding() => {}
+            _ => return None,
+        }
+        match self.queue.pop_front() {
+            Some(Operation::Write(write)) => {
+                self.queued_bytes -= write.data.len();
+                Some(write)
+            }
+            _ => None,
+        }
+    }
+
+    /// The next request for the front.
+    pub fn poll_output(&mut self, session: u64, now: Tick) -> Option<DmaRequest> {
+        if self.outstanding.len() >= MESSAGE_DMA_OUTSTANDING_MAX {
+            return None;
+        }
+        loop {
+            match self.queue.front()? {
+                Operation::Write(write) if write.local || (write.barrier && self.writes_outstanding()) => {
+                    return None;
+                }
+                Operation::Read {
+                    iova, bytes, ticket, ..
+                } if !self.wants(*iova, *bytes, *ticket) => {
+                    self.queue.pop_front();
+                }
+                _ => break,
+            }
+        }
+        let operation = self.queue.pop_front()?;
+        self.requests += 1;
+        let request = self.requests;
+        let output = match &operation {
+            Operation::Read { iova, bytes, .. } => DmaRequest {
+                message: CoreToFront::DmaRead {
+                    session,
+                    request,
+                    iova: *iova,
+                    bytes: *bytes,
+                },
+                payload: Vec::new(),
+            },
+            Operation::Write(write) => DmaRequest {
+                message: CoreToFront::DmaWrite {
+                    session,
+                    request,
+                    iova: write.iova,
+                },
+                // Kept here too, in case the front drops it unsent at a fence.
+                payload: write.data.clone(),
+            },
+        };
+        self.outstanding
+            .insert(request, (operation, now.after_ns(MESSAGE_WAIT_NS)));
+        Some(output)
+    }
+
+    /// An answer came. Unknown requests (given up, or of before a reset) are ignored: false.
+    pub fn handle_answer(&mut self, request: u64, error: u32, payload: Vec<u8>) -> bool {
+        if !self.outstanding.contains_key(&request) {
+            return false;
+        }
+        if error == CANCELED {
+            // Dropped unsent, and so were all after it: they go again, in order.
+            let later = self.outstanding.split_off(&request);
+            for (operation, _) in later.into_values().rev() {
+                self.queue.push_front(operation);
+            }
+            return true;
+        }
+        if let Some((operation, _)) = self.outstanding.remove(&request) {
+            self.finish(operation, (error == 0).then_some(payload));
+        }
+        true
+    }
+
+    /// When the oldest outstanding request is given up.
+    pub fn poll_timeout(&self) -> Option<Tick> {
+        self.outstanding.values().map(|(_, until)| *until).min()
+    }
+
+    /// Gives up what is due.
+    pub fn handle_timeout(&mut self, now: Tick) {
+        let due: Vec<u64> = self
+            .outstanding
+            .iter()
+            .filter(|(_, (_, until))| *until <= now)
+            .map(|(request, _)| *request)
+            .collect();
+        for request in due {
+            if let Some((operation, _)) = self.outstanding.remove(&request) {
+                self.finish(operation, None);
+            }
+        }
+    }
+
+    /// Everything is void: a reset, or DMA was forbidden. Late answers find nothing.
+    pub fn clear(&mut self) {
+        let Self {
+            requests,
+            tickets,
+            now,
+            ..
+        } = *self;
+        *self = Self {
+            requests,
+            tickets,
+            now,
+            ..Self::default()
+        };
+    }
+
+    /// Maps went away: what was not yet given out for one that `is_mapped` no longer knows fails.
+    pub fn drop_unmapped(&mut self, is_mapped: impl Fn(u64) -> bool) {
+        for operation in std::mem::take(&mut self.queue) {
+            match operation {
+                Operation::Read { number, .. } if !is_mapped(number) => self.finish(operation, None),
+                Operation::Write(write) if self.failed.is_some() || !is_mapped(write.number) => {
+                    // The writes before it still go, none after it.
+                    self.queued_bytes = self.queued_bytes.saturating_sub(write.data.len());
+                    self.failed.get_or_insert(write.iova);
+                }
+                operation => self.queue.push_back(operation),
+            }
+        }
+    }
+
+    fn wants(&self, iova: u64, bytes: u32, ticket: u64) -> bool {
+        self.reads
+            .get(&(iova, bytes))
+            .is_some_and(|read| read.ticket == ticket)
+    }
+
+    fn writes_outstanding(&self) -> bool {
+        self.outstanding
+            .values()
+            .any(|(operation, _)| matches!(operation, Operation::Write(_)))
+    }
+
+    fn finish(&mut self, operation: Operation, done: Option<Vec<u8>>) {
+        match operation {
+            Operation::Read {
+                iova, bytes, ticket, ..
+            } => {
+                if let Some(read) = self
+                    .reads
+                    .get_mut(&(iova, bytes))
+                    .filter(|read| read.ticket == ticket)
+                {
+                    read.answer = match done {
+                        Some(data) if data.len() == bytes as usize => Answer::Ready(data),
+                        _ => Answer::Failed,
+                    };
+                    read.touched = self.now;
+                }
+            }
+            Operation::Write(write) => {
+                self.queued_bytes = self.queued_bytes.saturating_sub(write.data.len());
+                if done.is_none() {
+                    self.fail(write.iova);
+                }
+            }
+        }
+    }
+
+    /// A write failed: none after it may be seen by the guest.
+    pub fn fail(&mut self, iova: u64) {
+        self.failed.get_or_insert(iova);
+        self.queue.retain(|operation| match operation {
+            Operation::Read { .. } => true,
+            Operation::Write(write) => {
+                self.queued_bytes = self.queued_bytes.saturating_sub(write.data.len());
+                false
+            }
+        });
+    }
+
+    /// Forgets the answer that nobody has asked for for the longest time.
+    fn evict(&mut self) -> bool {
+        let answered = self
+            .reads
+            .iter()
+            .filter(|(_, read)| !matches!(read.answer, Answer::Awaited));
+        let oldest = answered.map(|(key, read)| (read.touched, *key)).min();
+        oldest.is_some_and(|(_, key)| self.reads.remove(&key).is_some())
+    }
+}

@@ -1,0 +1,126 @@
+//! CORE, map table: the mirror of the session's DMA maps, taken from the front page.
+//!
+//! In: the front page's words. Out: for a guest address the map that covers it. Knows no memory; where a map's bytes are is
+//! kept beside it for the one who looks it up ([`Backing`]).
+
+use super::object::Extent;
+use crate::words::MappedWords;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use vmgmt_device::page::{ChangedMaps, FrontPage, MapRecord};
+
+/// Where the bytes of a map are.
+#[derive(Clone, Debug)]
+pub enum Backing {
+    /// Not looked for yet.
+    Unknown,
+    /// Not mapped here: reached by messages.
+    Messages,
+    /// In an extent, from this offset on.
+    Mapped(Arc<Extent>, usize),
+}
+
+#[derive(Debug)]
+pub struct Map {
+    pub record: MapRecord,
+    pub backing: Backing,
+}
+
+/// Rounds of reading until the table stands still: more only postpones what the next turn sees anyway.
+const ROUNDS_MAX: usize = 3;
+
+/// The mirror.
+#[derive(Debug, Default)]
+pub struct Table {
+    /// By guest address.
+    maps: BTreeMap<u64, Map>,
+    /// Slot to (number, guest address).
+    slots: BTreeMap<usize, (u64, u64)>,
+    numbers: BTreeSet<u64>,
+    /// The `events` word up to which it is read.
+    seen: u64,
+}
+
+impl Table {
+    /// Takes over what changed since the last time; true when anything did.
+    pub fn refresh(&mut self, front: &FrontPage<MappedWords>) -> bool {
+        let mut any = false;
+        for _ in 0..ROUNDS_MAX {
+            if front.events() == self.seen {
+                break;
+            }
+            any = true;
+            let (changed, seen) = front.changed_maps(self.seen);
+            let slots = match changed {
+                ChangedMaps::Slots(mut slots) => {
+                    slots.sort_unstable();
+                    slots.dedup();
+                    slots
+                }
+                ChangedMaps::All => (0..front.maps_max()).collect(),
+            };
+            // All old ones go first: a range may have moved from one slot to another.
+            for slot in &slots {
+                self.remove(*slot);
+            }
+            for slot in slots {
+                if let Some(record) = front.map(slot) {
+                    self.insert(slot, record);
+                }
+            }
+            self.seen = seen;
+        }
+        any
+    }
+
+    /// The map that covers `iova`.
+    pub fn find(&mut self, iova: u64) -> Option<&mut Map> {
+        let (start, map) = self.maps.range_mut(..=iova).next_back()?;
+        (iova - start < map.record.bytes).then_some(map)
+    }
+
+    /// Whether the map with this number still exists.
+    pub fn has_number(&self, number: u64) -> bool {
+        self.numbers.contains(&number)
+    }
+
+    /// The `events` word up to which it is read.
+    pub const fn seen(&self) -> u64 {
+        self.seen
+    }
+
+    pub fn maps_mut(&mut self) -> impl Iterator<Item = &mut Map> {
+        self.maps.values_mut()
+    }
+
+    fn remove(&mut self, slot: usize) {
+        let Some((number, iova)) = self.slots.remove(&slot) else {
+            return;
+        };
+        self.numbers.remove(&number);
+        if self
+            .maps
+            .get(&iova)
+            .is_some_and(|map| map.record.number == number)
+        {
+            self.maps.remove(&iova);
+        }
+    }
+
+    fn insert(&mut self, slot: usize, record: MapRecord) {
+        let sane = record.bytes > 0
+            && record.iova.checked_add(record.bytes - 1).is_some()
+            && record.offset.checked_add(record.bytes).is_some();
+        if sane {
+            self.slots.insert(slot, (record.number, record.iova));
+            self.numbers.insert(record.number);
+            self.maps.insert(
+                record.iova,
+                Map {
+                    record,
+                    backing: Backing::Unknown,
+                },
+            );
+        }
+    }
+}
