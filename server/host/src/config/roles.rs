@@ -72,6 +72,10 @@ pub struct CoreConfig {
     pub workers: u32,
     /// The sockets, for `vmgmtctl qemu-args`: (VM's name or none for a shared one, path).
     pub sockets: Vec<(Option<String>, PathBuf)>,
+    /// What a VM that is added at run time gets.
+    pub device: DeviceConfig,
+    /// The same: its budgets.
+    pub vm_limits: VmLimits,
 }
 
 impl Default for DeviceConfig {
