@@ -39,6 +39,8 @@ pub struct Request {
     pub meta_bytes: usize,
     /// Whether the data behind them is input too (else it is room for output).
     pub data_is_input: bool,
+    /// Longest piece of a list in bytes, to try lists where memory is in one piece; 0: as it is.
+    pub piece_bytes_max: u64,
 }
 
 impl Request {
@@ -55,6 +57,7 @@ impl Request {
             span: None,
             meta_bytes: 0,
             data_is_input: false,
+            piece_bytes_max: 0,
         }
     }
 
@@ -252,6 +255,17 @@ impl Finished {
     }
 }
 
+/// What a channel did since it was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    pub submissions: u64,
+    pub doorbells: u64,
+    /// Waits that went to sleep.
+    pub sleeps: u64,
+    /// Sleeps that an interrupt ended.
+    pub interrupts: u64,
+}
+
 /// A ring or the port window, opened in one mode.
 pub trait Channel: Send {
     /// The mode.
@@ -259,6 +273,16 @@ pub trait Channel: Send {
 
     /// Most bytes of data of one submission.
     fn data_bytes_max(&self) -> usize;
+
+    /// What was done since it was opened.
+    fn counters(&self) -> Counters {
+        Counters::default()
+    }
+
+    /// Whether the host reaches this program's memory directly.
+    fn is_shared(&self) -> bool {
+        false
+    }
 
     /// Most submissions in flight.
     fn depth(&self) -> usize;

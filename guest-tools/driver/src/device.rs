@@ -48,8 +48,10 @@ pub struct DeviceFacts {
 /// How a sleep ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Woken {
-    /// Something may have happened: look at the ring.
+    /// The device interrupted: look at the ring.
     Interrupt,
+    /// Nothing happened for a while, and the device is still there (or it has no interrupt): look at the ring.
+    Looked,
     /// The time is over.
     TimedOut,
 }
@@ -243,7 +245,7 @@ impl Device {
         if Instant::now() >= health {
             self.check_health()?;
         }
-        Ok(Woken::Interrupt)
+        Ok(Woken::Looked)
     }
 
     /// Takes a free ring number.

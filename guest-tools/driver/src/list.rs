@@ -46,6 +46,23 @@ pub fn cover(pieces: &[Piece], start: usize, length: usize) -> Result<Vec<ListEn
     Ok(entries)
 }
 
+/// Cuts entries into pieces of at most `most` bytes.
+#[must_use]
+pub fn cut(entries: &[ListEntry], most: u64) -> Vec<ListEntry> {
+    let most = most.max(1);
+    let pieces = |entry: &ListEntry| {
+        let ListEntry { address, length } = *entry;
+        (0..length.div_ceil(most)).map(move |index| {
+            let start = index * most;
+            ListEntry {
+                address: address + start,
+                length: most.min(length - start),
+            }
+        })
+    };
+    entries.iter().flat_map(pieces).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -57,6 +74,25 @@ mod tests {
             .iter()
             .flat_map(|piece| (0..piece.length).map(|i| piece.address + i))
             .collect()
+    }
+
+    #[test]
+    fn a_cut_list_has_the_same_bytes() {
+        let entries = [
+            ListEntry {
+                address: 100,
+                length: 10,
+            },
+            ListEntry {
+                address: 500,
+                length: 3,
+            },
+        ];
+        let cut = cut(&entries, 4);
+        assert_eq!(
+            cut.iter().map(|e| (e.address, e.length)).collect::<Vec<_>>(),
+            [(100, 4), (104, 4), (108, 2), (500, 3)]
+        );
     }
 
     proptest! {

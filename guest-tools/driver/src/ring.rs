@@ -16,13 +16,13 @@ use vmgmt_abi::ring::{
 use vmgmt_abi::{Completion, Mode, Opcode, Status, Submission, feature};
 use zerocopy::IntoBytes;
 
-use crate::channel::{Channel, Finished, Request, Span, Tag};
+use crate::channel::{Channel, Counters, Finished, Request, Span, Tag};
 use crate::device::{Device, Woken, settle};
 use crate::error::{DriverError, Result};
 use crate::limits::{
     COMPLETION_ENTRIES_DEFAULT, PAGE_BYTES, SPIN_DEFAULT, SPINS_PER_CLOCK, SUBMISSION_ENTRIES_DEFAULT,
 };
-use crate::list::cover;
+use crate::list::{cover, cut};
 use crate::memory::{Buffer, DmaMemory};
 use crate::tags::TagTable;
 
@@ -88,6 +88,7 @@ pub struct Ring {
     spare_lists: Vec<DmaMemory>,
     /// Completions of submissions that the ring made itself (CANCEL) are swallowed.
     own: Vec<Tag>,
+    counters: Counters,
 }
 
 impl std::fmt::Debug for Ring {
@@ -113,15 +114,10 @@ impl Ring {
             shared: false,
             spare_lists: Vec::new(),
             own: Vec::new(),
+            counters: Counters::default(),
         };
         ring.start()?;
         Ok(ring)
-    }
-
-    /// Whether the host reaches this program's memory directly (else by messages).
-    #[must_use]
-    pub const fn is_shared(&self) -> bool {
-        self.shared
     }
 
     /// The device.
@@ -245,7 +241,10 @@ impl Ring {
             )));
         }
         submission.length = *length as u64;
-        let entries = cover(memory.pieces(), *start, *length)?;
+        let mut entries = cover(memory.pieces(), *start, *length)?;
+        if request.piece_bytes_max > 0 {
+            entries = cut(&entries, request.piece_bytes_max);
+        }
         match entries.as_slice() {
             [] => Ok((submission, None)),
             [one] => {
@@ -289,7 +288,9 @@ impl Ring {
         if !suppression || event_due(event, old, lanes.tail) {
             let (register, tail) = (registers::DOORBELLS + 4 * lanes.index, lanes.tail);
             self.device.backing().write32(register, tail)?;
+            self.counters.doorbells += 1;
         }
+        self.counters.submissions += 1;
         Ok(tag)
     }
 
@@ -344,6 +345,14 @@ impl Channel for Ring {
 
     fn data_bytes_max(&self) -> usize {
         self.device.facts().transfer_bytes_max as usize
+    }
+
+    fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    fn is_shared(&self) -> bool {
+        self.shared
     }
 
     fn depth(&self) -> usize {
@@ -404,7 +413,9 @@ impl Channel for Ring {
             if self.lanes()?.has_completion()? {
                 return Ok(true);
             }
+            self.counters.sleeps += 1;
             let woken = self.device.sleep(vector, deadline)?;
+            self.counters.interrupts += u64::from(woken == Woken::Interrupt);
             if self.lanes()?.has_completion()? {
                 return Ok(true);
             }

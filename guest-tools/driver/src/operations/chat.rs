@@ -151,14 +151,15 @@ impl Client {
         Ok(())
     }
 
-    /// The next message, of the receives posted (at least one is). Nothing when the deadline passed first; they stay posted.
+    /// The next message, of the receives posted (one is, where none was). Nothing when the deadline passed first; they stay posted.
     ///
     /// # Errors
     /// As [`Client::finish`].
     pub fn receive(&mut self, receiver: &mut Receiver, deadline: Option<Instant>) -> Result<Option<Message>> {
         loop {
-            let count = receiver.posted.len().max(1);
-            self.post_receives(receiver, count)?;
+            if receiver.posted.is_empty() {
+                self.post_receives(receiver, 1)?;
+            }
             let Some(oldest) = receiver.posted.front().copied() else {
                 return Ok(None);
             };
@@ -171,7 +172,6 @@ impl Client {
             if let Some(span) = finished.span.take() {
                 self.give_back(span.memory);
             }
-            self.post_receives(receiver, count)?;
             if message.is_some() {
                 return Ok(message);
             }
