@@ -10,6 +10,8 @@ pub const RECORDS_MAX: u32 = registers::ENTRIES_MAX;
 pub const ENTRIES_MIN: u32 = 2;
 /// Buffer list entries read at once (1 KiB).
 pub const LIST_PIECE_ENTRIES: u32 = 64;
+/// Pieces of buffer lists that the submissions in flight of a ring may hold together (1 MiB of the core's memory): 16 of the longest.
+pub const LIST_ENTRIES_HELD_MAX: usize = 16 * ring::LIST_ENTRIES_MAX as usize;
 /// Data of SEND and PUBLISH up to this length is fetched with the submission: one page, the usual message.
 pub const PREFETCH_BYTES_MAX: u64 = 4096;
 /// First wait until a ring that is stalled for want of completion slots is looked at again without being asked.

@@ -18,12 +18,25 @@
 //! ```
 //! The shell owns `busy` and `fenced` of the core page: it sets busy, fences and compares the front's fence around each call.
 
+mod complete;
+mod fetch;
+mod host_page;
 mod interface;
 mod limits;
+mod open;
+mod port;
+mod prepare;
+mod recover;
+mod ring;
+mod room;
+mod shape;
 mod table;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 pub use interface::{
     Answer, AttachError, Buffer, Channel, Counters, Fetched, HostFacts, Input, Modes, Output, PortInput,
     Saved, Segment, Settings, Token, Turn,
 };
+pub use room::Rings;
 pub use table::{STATE_BYTES, STATE_WORDS};

@@ -14,12 +14,12 @@
 //! | 3, 4 | failed: generation + 1 in which the device failed (0: not), and the cause |
 //! | 5 | sequence of the host's page (even) |
 //! | 6 | generation of the next port token |
-//! | 16 + 8 n | ring n: `1 << 32 \| epoch` when open; cursor: submission head, completion tail << 32; records ever used |
+//! | 16 + 8 n | ring n: `1 << 32 \| epoch` when open; cursor: submissions fetched << 12 \| those of them not published; records ever used |
 //! | 160.. | port: state, sequence, bytes of the result, mode, result |
 //! | 1024 + 16 (1024 n + i) | record i of ring n |
 //!
-//! Record: state (kind in bits 0..8, flags in 8..16, token generation in 32..64); submission index and completion index << 32;
-//! deadline; reserved; the submission (64 bytes); the completion (32 bytes).
+//! Record: state (kind in bits 0..8, flags in 8..16, token generation in 32..64); number of the submission (64 bits, so that one that
+//! waits for years is not taken for a young one); deadline; completion index; the submission (64 bytes); the completion (32 bytes).
 
 use super::limits::{PORT_RESULT_BYTES_MAX, RECORDS_MAX};
 use crate::page::Words;
@@ -40,11 +40,15 @@ const RINGS: usize = 16;
 const RING_WORDS: usize = 8;
 const PORT: usize = 160;
 const PORT_RESULT: usize = PORT + 4;
+/// Room for [`RECORDS_MAX`] outstanding submissions beside 52 bits of their number: 14 years at one each 100 ns.
+const OUTSTANDING_BITS: u32 = 12;
+const OUTSTANDING_MASK: u64 = (1 << OUTSTANDING_BITS) - 1;
 const RECORDS: usize = 1024;
 const RECORD_WORDS: usize = 16;
 const SUBMISSION: usize = 4;
 const COMPLETION: usize = 12;
 
+const _: () = assert!((RECORDS_MAX as u64) < OUTSTANDING_MASK);
 const _: () = assert!(RINGS + RING_WORDS * RINGS_MAX <= PORT);
 const _: () = assert!(PORT_RESULT + PORT_RESULT_BYTES_MAX.div_ceil(8) <= RECORDS);
 
@@ -76,7 +80,8 @@ pub struct Record {
     pub kind: Kind,
     pub flags: u8,
     pub generation: u32,
-    pub submission_index: u32,
+    /// Submissions of the ring fetched before it, in this epoch; its low half is the ring's index.
+    pub number: u64,
     pub completion_index: u32,
     pub deadline: u64,
     pub submission: Submission,
@@ -190,15 +195,19 @@ impl<W: Words> Table<W> {
     pub fn close_ring(&self, n: usize) {
         self.words.store(ring_at(n), 0);
     }
-    /// Submission head and completion tail.
-    pub fn cursor(&self, n: usize) -> (u32, u32) {
+    /// Submissions fetched, and how many completions are published.
+    pub fn cursor(&self, n: usize) -> (u64, u32) {
         let word = self.words.load(ring_at(n) + 1);
-        (word as u32, (word >> 32) as u32)
+        let fetched = word >> OUTSTANDING_BITS;
+        (fetched, fetched.wrapping_sub(word & OUTSTANDING_MASK) as u32)
     }
-    /// All submissions before `head` are fetched; all completions before `tail` are published.
+    /// Moves both in one store: `fetched` submissions were fetched, all completions before index `published` are published (never
+    /// more than were fetched, and never more than the table's records fewer).
     #[inline]
-    pub fn set_cursor(&self, n: usize, head: u32, tail: u32) {
-        self.words.store(ring_at(n) + 1, pair(head, tail));
+    pub fn set_cursor(&self, n: usize, fetched: u64, published: u32) {
+        let outstanding = u64::from((fetched as u32).wrapping_sub(published)) & OUTSTANDING_MASK;
+        self.words
+            .store(ring_at(n) + 1, fetched << OUTSTANDING_BITS | outstanding);
     }
     /// Records used in this epoch: those behind it mean nothing.
     pub fn used(&self, n: usize) -> u32 {
@@ -217,7 +226,6 @@ impl<W: Words> Table<W> {
     pub fn record(&self, n: usize, index: u32) -> Option<Record> {
         let at = record_at(n, index);
         let state = self.words.load(at);
-        let indexes = self.words.load(at + 1);
         let mut submission = Submission::new_zeroed();
         self.words.read_bytes(at + SUBMISSION, submission.as_mut_bytes());
         let mut completion = Completion::new_zeroed();
@@ -226,8 +234,8 @@ impl<W: Words> Table<W> {
             kind: kind_of(state)?,
             flags: (state >> 8) as u8,
             generation: (state >> 32) as u32,
-            submission_index: indexes as u32,
-            completion_index: (indexes >> 32) as u32,
+            number: self.words.load(at + 1),
+            completion_index: self.words.load(at + 3) as u32,
             deadline: self.words.load(at + 2),
             submission,
             completion,
@@ -238,12 +246,12 @@ impl<W: Words> Table<W> {
         n: usize,
         index: u32,
         generation: u32,
-        submission_index: u32,
+        number: u64,
         deadline: u64,
         submission: &Submission,
     ) {
         let at = record_at(n, index);
-        self.words.store(at + 1, pair(submission_index, 0));
+        self.words.store(at + 1, number);
         self.words.store(at + 2, deadline);
         self.words.write_bytes(at + SUBMISSION, submission.as_bytes());
         self.words.store(at, state_word(Kind::Fetched, 0, generation));
@@ -258,9 +266,8 @@ impl<W: Words> Table<W> {
         completion: &Completion,
     ) {
         let at = record_at(n, index);
-        let submission_index = self.words.load(at + 1) as u32;
         self.words.write_bytes(at + COMPLETION, completion.as_bytes());
-        self.words.store(at + 1, pair(submission_index, completion_index));
+        self.words.store(at + 3, u64::from(completion_index));
         self.words
             .store(at, state_word(Kind::Completing, flags, generation));
     }
@@ -362,6 +369,8 @@ mod tests {
         );
         table.open_ring(15, 10);
         assert_eq!(table.used(15), 0);
+        table.set_cursor(15, (7 << 32) + 5, u32::MAX);
+        assert_eq!(table.cursor(15), ((7 << 32) + 5, u32::MAX));
         assert_ne!(table.use_record(15, 0), generation);
         assert_eq!(table.record(15, 0).unwrap().kind, Kind::Free);
     }

@@ -1,0 +1,649 @@
+//! The rings of one session in one core life: the verbs, and which part of the room does what.
+
+use super::complete;
+use super::fetch;
+use super::host_page::HostPageWriter;
+use super::interface::{
+    Answer, AttachError, Buffer, Channel, Counters, HostFacts, Input, Output, Saved, Settings, Token, Turn,
+};
+use super::limits::BATCH_MAX;
+use super::open::{self, NotOpen};
+use super::port::{PORT_PLACE, Port};
+use super::recover;
+use super::ring::{Desk, Due, Ring, Stage, Standing, Stop};
+use super::table::{LAYOUT, STATE_WORDS, Table};
+use crate::page::{CorePage, FrontPage, Interrupts, OpenAnswer, RingSetup, Words, control};
+use crate::{GuestMemory, Tick};
+use std::collections::VecDeque;
+use vmgmt_abi::registers::{DeviceState, RINGS_MAX, RingState, VECTORS_MAX};
+use vmgmt_abi::ring::event_offset;
+use vmgmt_abi::{Status, feature};
+
+/// Version of [`Saved`].
+const SAVED_VERSION: u32 = 1;
+
+/// The core half of one session's device. See the module's head for the shell's turn.
+#[derive(Debug)]
+pub struct Rings<W: Words> {
+    desk: Desk<W>,
+    rings: Vec<Ring>,
+    /// Who is first in the next turn.
+    next_ring: usize,
+    port: Port,
+    host_page: HostPageWriter,
+    failed: bool,
+    /// Interrupt set-up and descriptors as last seen: after a change every ring is signalled once.
+    interrupts: Option<(Interrupts, u64)>,
+}
+
+impl<W: Words> Rings<W> {
+    /// Takes over a session: `state` is its in-flight table ([`super::STATE_WORDS`] words, zeros when the session is new). What an earlier
+    /// core life left goes on if the device's generation and the rings' epochs are the same, else it is void. The first input is then
+    /// [`Input::Touched`].
+    ///
+    /// # Errors
+    /// The table is too small, or of a layout that this version does not read.
+    pub fn attach(
+        settings: Settings,
+        state: W,
+        front: &FrontPage<W>,
+        core: &CorePage<W>,
+    ) -> Result<Self, AttachError> {
+        let table = Table::new(state);
+        if table.len() < STATE_WORDS {
+            return Err(AttachError::TooSmall {
+                words: table.len(),
+                needed: STATE_WORDS,
+            });
+        }
+        match table.layout() {
+            0 => table.init(),
+            LAYOUT => {}
+            found => {
+                return Err(AttachError::Layout { found, known: LAYOUT });
+            }
+        }
+        let generation = front.generation();
+        let mut rings = Self {
+            desk: Desk {
+                settings,
+                table,
+                now: Tick::default(),
+                generation,
+                suppression: front.features() & feature::EVENT_SUPPRESSION != 0,
+                outputs: VecDeque::new(),
+                counters: Counters::default(),
+                turn: Turn::default(),
+                telling: VecDeque::new(),
+                told: 0,
+            },
+            rings: (0..RINGS_MAX).map(|_| Ring::closed()).collect(),
+            next_ring: 0,
+            port: Port::default(),
+            host_page: HostPageWriter::default(),
+            failed: false,
+            interrupts: None,
+        };
+        rings.desk.table.set_life(core.life());
+        // An old `raise` is void: pending is only what this life raises.
+        for vector in 0..VECTORS_MAX {
+            core.set_raise(vector, front.ack(vector));
+        }
+        match rings.desk.table.generation() {
+            Some(before) if before == generation => rings.adopt(front, core),
+            Some(_) => rings.reset(generation),
+            None => rings.desk.table.set_generation(generation),
+        }
+        Ok(rings)
+    }
+
+    /// Takes one input. After it, [`Rings::poll_output`] until there is none.
+    pub fn handle<M: GuestMemory>(
+        &mut self,
+        now: Tick,
+        front: &FrontPage<W>,
+        core: &CorePage<W>,
+        memory: &mut M,
+        input: Input,
+    ) -> Turn {
+        self.desk.now = now;
+        self.desk.turn = Turn::default();
+        match input {
+            Input::Touched => {
+                self.refresh(front, core);
+                self.work(front, core, memory, 0);
+            }
+            Input::Poll { budget } => self.work(front, core, memory, budget),
+            Input::Complete {
+                token,
+                answer,
+                payload,
+                confirm,
+            } => self.complete(front, core, memory, token, answer, payload, confirm),
+            Input::HostPage(facts) => {
+                self.host_page.set(facts);
+                self.write_host_page(front, core, memory);
+            }
+            Input::TurnEnd => self.end_turn(front, core, memory),
+        }
+        self.desk.turn
+    }
+
+    /// What is to be done next, until there is nothing.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        let output = self.desk.outputs.pop_front()?;
+        if matches!(output, Output::Published { .. }) {
+            self.desk.told += 1;
+        }
+        Some(output)
+    }
+
+    /// When [`Rings::handle_timeout`] is to be called: a ring whose guest takes no completions is looked at again.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Tick> {
+        self.rings
+            .iter()
+            .filter(|ring| ring.is_open())
+            .filter_map(|ring| ring.stalled_until)
+            .min()
+    }
+
+    /// Looks again at what waited for its time.
+    pub fn handle_timeout<M: GuestMemory>(
+        &mut self,
+        now: Tick,
+        front: &FrontPage<W>,
+        core: &CorePage<W>,
+        memory: &mut M,
+    ) -> Turn {
+        self.handle(now, front, core, memory, Input::Poll { budget: BATCH_MAX })
+    }
+
+    /// Asks every guest for its doorbell, before the core sleeps. True: there is work already, poll instead.
+    pub fn arm<M: GuestMemory>(&mut self, front: &FrontPage<W>, memory: &mut M) -> bool {
+        if self.failed || !dma_is_allowed(front) {
+            return false;
+        }
+        let mut work = false;
+        for (n, ring) in self.rings.iter_mut().enumerate() {
+            if !ring.is_open() {
+                continue;
+            }
+            work |= front.doorbell(n) != ring.doorbell || ring_has_work(ring);
+            if !ring.shared {
+                continue;
+            }
+            let event = ring.event_address(event_offset::SUBMISSION_EVENT);
+            if memory.store_u32(event, ring.tail).is_err() {
+                // The next poll finds out what it was.
+                continue;
+            }
+            memory.fence();
+            let tail = ring.event_address(event_offset::SUBMISSION_TAIL);
+            work |= memory.load_u32(tail).is_ok_and(|tail| tail != ring.tail);
+        }
+        work
+    }
+
+    /// Where the data area of a submission in flight is; `None`: the token is stale (or not given to the hub again yet).
+    #[must_use]
+    pub fn buffer(&self, token: Token) -> Option<Buffer<'_>> {
+        if token.session != self.desk.settings.session {
+            return None;
+        }
+        match token.channel {
+            Channel::Port if self.port.is_in_flight(token) => self
+                .port
+                .buffer()
+                .map(|(input, room)| Buffer::Port { input, room }),
+            Channel::Port => None,
+            Channel::Ring(n) => {
+                let slot = self.rings.get(usize::from(n))?.slot(token.index)?;
+                (slot.generation == token.generation && slot.standing == Standing::Hub).then(|| {
+                    Buffer::Guest {
+                        segments: slot.segments.as_slice(),
+                        bytes: slot.data_bytes,
+                    }
+                })
+            }
+        }
+    }
+
+    /// Writes output of a port submission at `offset` of its data area. False: the token is stale, or it does not fit.
+    pub fn port_write(&mut self, token: Token, offset: u64, bytes: &[u8]) -> bool {
+        token.session == self.desk.settings.session
+            && token.channel == Channel::Port
+            && self.port.is_in_flight(token)
+            && self.port.write(offset, bytes)
+    }
+
+    /// Submissions in flight of all rings: fetched, and their record not yet done with.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.rings
+            .iter()
+            .map(|ring| ring.slots.len() - ring.free.len())
+            .sum()
+    }
+
+    #[must_use]
+    pub const fn counters(&self) -> Counters {
+        self.desk.counters
+    }
+
+    /// What the in-flight table does not hold, for a planned handoff.
+    #[must_use]
+    pub const fn save(&self) -> Saved {
+        Saved {
+            version: SAVED_VERSION,
+            counters: self.desk.counters,
+            host_facts: self.host_page.facts,
+        }
+    }
+
+    /// Goes on with what [`Rings::save`] gave, right after [`Rings::attach`].
+    ///
+    /// # Errors
+    /// The record is of a version that this one does not read.
+    pub fn restore(&mut self, saved: &Saved) -> Result<(), AttachError> {
+        let Saved {
+            version,
+            counters,
+            host_facts,
+        } = *saved;
+        if version != SAVED_VERSION {
+            return Err(AttachError::Saved {
+                found: version,
+                known: SAVED_VERSION,
+            });
+        }
+        self.desk.counters = counters;
+        self.host_page.set(host_facts);
+        Ok(())
+    }
+
+    fn adopt(&mut self, front: &FrontPage<W>, core: &CorePage<W>) {
+        let Some(port) = Port::adopt(&self.desk) else {
+            return self.fail(None, Status::OUTCOME_UNKNOWN, core);
+        };
+        self.port = port;
+        if let Some(cause) = self.desk.table.failed(self.desk.generation) {
+            self.failed = true;
+            core.set_state(self.desk.generation, DeviceState::FAILED, cause);
+        }
+        for n in 0..RINGS_MAX {
+            let Some(epoch) = self.desk.table.ring_epoch(n) else {
+                continue;
+            };
+            // A set-up that is being written has another epoch already.
+            let setup = front
+                .ring(n)
+                .filter(|setup| setup.enabled && setup.epoch == epoch);
+            let Some(setup) = setup.filter(|_| !self.failed) else {
+                self.desk.table.close_ring(n);
+                self.channel_closed(n);
+                continue;
+            };
+            let Some(ring) = recover::adopt(&mut self.desk, n, setup) else {
+                return self.fail(Some(n), Status::OUTCOME_UNKNOWN, core);
+            };
+            if let Some(place) = self.rings.get_mut(n) {
+                *place = ring;
+            }
+            // As the guest knows it, while it is looked at.
+            answer_open(core, n, epoch, RingState::OPEN, Status::OK);
+            core.set_state(self.desk.generation, DeviceState::ACTIVE, Status::OK);
+        }
+    }
+
+    /// The device was reset: everything in flight is void.
+    fn reset(&mut self, generation: u64) {
+        for n in 0..RINGS_MAX {
+            self.desk.table.close_ring(n);
+        }
+        for ring in &mut self.rings {
+            *ring = closed_under(ring.setup);
+        }
+        self.port.reset(&self.desk);
+        self.desk.generation = generation;
+        self.desk.table.set_generation(generation);
+        self.failed = false;
+        self.desk.outputs.push_back(Output::Reset {
+            session: self.desk.settings.session,
+        });
+    }
+
+    /// The guest broke the contract on ring `n`: its device fails until it is reset. The port window goes on, so that a program without
+    /// a driver can still ask.
+    fn fail(&mut self, n: Option<usize>, cause: Status, core: &CorePage<W>) {
+        self.failed = true;
+        self.desk.counters.failures += 1;
+        self.desk.table.set_failed(self.desk.generation, cause);
+        core.set_state(self.desk.generation, DeviceState::FAILED, cause);
+        for place in 0..RINGS_MAX {
+            let known = self.desk.table.ring_epoch(place).is_some();
+            self.desk.table.close_ring(place);
+            if known {
+                self.channel_closed(place);
+            }
+        }
+        for ring in &mut self.rings {
+            *ring = closed_under(ring.setup);
+        }
+        if let Some((n, ring)) = n.and_then(|n| Some((n, self.rings.get(n)?))) {
+            answer_open(core, n, ring.setup.epoch, RingState::REFUSED, cause);
+        }
+        self.desk.outputs.push_back(Output::Kick);
+    }
+
+    fn channel_closed(&mut self, n: usize) {
+        self.desk.outputs.push_back(Output::ChannelClosed {
+            session: self.desk.settings.session,
+            channel: Channel::Ring(n as u8),
+        });
+    }
+
+    /// Compares everything with the front page.
+    fn refresh(&mut self, front: &FrontPage<W>, core: &CorePage<W>) {
+        let generation = front.generation();
+        if generation != self.desk.generation {
+            self.reset(generation);
+        }
+        self.desk.suppression = front.features() & feature::EVENT_SUPPRESSION != 0;
+        for n in 0..RINGS_MAX {
+            // A set-up that is being written: the front will touch this session again.
+            if let Some(setup) = front.ring(n) {
+                self.refresh_ring(n, &setup, front, core);
+            }
+        }
+        let interrupts = Some((front.interrupts(), front.vectors_changed()));
+        if interrupts != self.interrupts {
+            // What was signalled before may have gone nowhere.
+            self.interrupts = interrupts;
+            self.rings
+                .iter_mut()
+                .for_each(|ring| ring.signal |= ring.is_open());
+        }
+    }
+
+    fn refresh_ring(&mut self, n: usize, setup: &RingSetup, front: &FrontPage<W>, core: &CorePage<W>) {
+        let Some(ring) = self.rings.get_mut(n) else {
+            return;
+        };
+        let doorbell = front.doorbell(n);
+        if doorbell != ring.doorbell {
+            ring.doorbell = doorbell;
+            ring.look = true;
+        }
+        if setup.epoch == ring.setup.epoch {
+            return;
+        }
+        let known = self.desk.table.ring_epoch(n).is_some();
+        if !setup.enabled {
+            *ring = closed_under(*setup);
+            answer_open(core, n, setup.epoch, RingState::CLOSED, Status::OK);
+        } else if self.failed {
+            *ring = closed_under(*setup);
+            answer_open(core, n, setup.epoch, RingState::REFUSED, Status::NOT_READY);
+        } else {
+            *ring = Ring::opening(*setup, false);
+            ring.doorbell = doorbell;
+        }
+        if known {
+            self.desk.table.close_ring(n);
+            self.channel_closed(n);
+        }
+    }
+
+    /// Goes on with everything that can go on, and fetches up to `budget` submissions.
+    fn work<M: GuestMemory>(
+        &mut self,
+        front: &FrontPage<W>,
+        core: &CorePage<W>,
+        memory: &mut M,
+        budget: u32,
+    ) {
+        if front.control() & (control::FROZEN | control::QUARANTINED | control::GONE) == 0 {
+            self.port.look(&mut self.desk, front, core);
+        }
+        if !dma_is_allowed(front) {
+            return;
+        }
+        self.write_host_page(front, core, memory);
+        let mut left = budget;
+        let mut stopped = 0u32;
+        loop {
+            let before = left;
+            for turn in 0..RINGS_MAX {
+                let n = (self.next_ring + turn) % RINGS_MAX;
+                if self.failed || stopped & 1 << n != 0 {
+                    continue;
+                }
+                match self.work_ring(n, core, memory, left) {
+                    Ok(fetched) => left = left.saturating_sub(fetched),
+                    Err(stop) => {
+                        stopped |= 1 << n;
+                        self.stop(n, stop, core);
+                    }
+                }
+            }
+            self.next_ring = (self.next_ring + 1) % RINGS_MAX;
+            if left == 0 || left == before {
+                break;
+            }
+        }
+        self.desk.turn.more = self
+            .rings
+            .iter()
+            .enumerate()
+            .any(|(n, ring)| stopped & 1 << n == 0 && ring_has_work(ring));
+    }
+
+    fn work_ring<M: GuestMemory>(
+        &mut self,
+        n: usize,
+        core: &CorePage<W>,
+        memory: &mut M,
+        budget: u32,
+    ) -> Result<u32, Stop> {
+        let Some(ring) = self.rings.get_mut(n) else {
+            return Ok(0);
+        };
+        match ring.stage {
+            Stage::Closed | Stage::Refused => return Ok(0),
+            Stage::Opening { adopt } => match open::open(&mut self.desk, ring, n, memory) {
+                Ok(()) => {
+                    core.set_state(self.desk.generation, DeviceState::ACTIVE, Status::OK);
+                    answer_open(core, n, ring.setup.epoch, RingState::OPEN, Status::OK);
+                }
+                Err(NotOpen::Stop(stop)) => return Err(stop),
+                // It was open: the guest took the memory away beneath it.
+                Err(NotOpen::Refused(status)) if adopt => return Err(Stop::Fail(status)),
+                Err(NotOpen::Refused(status)) => {
+                    ring.stage = Stage::Refused;
+                    answer_open(core, n, ring.setup.epoch, RingState::REFUSED, status);
+                    return Ok(0);
+                }
+            },
+            Stage::Open => {}
+        }
+        let desk = &mut self.desk;
+        fetch::return_slots(ring, memory)?;
+        recover::recover(desk, ring, n, memory)?;
+        complete::publish(desk, ring, n, memory)?;
+        complete::settle(desk, ring, n, memory)?;
+        if budget == 0 {
+            return Ok(0);
+        }
+        let fetched = fetch::fetch(desk, ring, n, memory, budget)?;
+        complete::publish(desk, ring, n, memory)?;
+        Ok(fetched)
+    }
+
+    fn stop(&mut self, n: usize, stop: Stop, core: &CorePage<W>) {
+        match stop {
+            Stop::Wait => self.desk.turn.waiting = true,
+            Stop::Quiet => {}
+            Stop::Fail(cause) => self.fail(Some(n), cause, core),
+        }
+    }
+
+    fn write_host_page<M: GuestMemory>(&mut self, front: &FrontPage<W>, core: &CorePage<W>, memory: &mut M) {
+        if dma_is_allowed(front)
+            && self.host_page.write(&mut self.desk, front, core, memory) == Err(Stop::Wait)
+        {
+            self.desk.turn.waiting = true;
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn complete<M: GuestMemory>(
+        &mut self,
+        front: &FrontPage<W>,
+        core: &CorePage<W>,
+        memory: &mut M,
+        token: Token,
+        answer: Answer,
+        payload: Vec<u8>,
+        confirm: bool,
+    ) {
+        let known = token.session == self.desk.settings.session
+            && match token.channel {
+                Channel::Port => self
+                    .port
+                    .complete(&mut self.desk, core, token, answer, &payload, confirm),
+                Channel::Ring(n) => {
+                    let n = usize::from(n);
+                    let due = Due::new(token.index, answer, payload, confirm);
+                    let known = self.accept(n, token, due);
+                    if known && dma_is_allowed(front) {
+                        self.publish_now(n, core, memory);
+                    }
+                    known
+                }
+            };
+        if !known {
+            self.desk.counters.stale_answers += 1;
+            if confirm {
+                self.desk.tell(token, false, None);
+            }
+        }
+    }
+
+    fn accept(&mut self, n: usize, token: Token, due: Due) -> bool {
+        let Some(ring) = self.rings.get_mut(n) else {
+            return false;
+        };
+        let known = ring.slot(token.index).is_some_and(|slot| {
+            slot.generation == token.generation
+                && match slot.standing {
+                    Standing::Hub => true,
+                    Standing::Recovering => slot.early.is_none(),
+                    _ => false,
+                }
+        });
+        if known {
+            complete::accept(ring, due);
+        }
+        known
+    }
+
+    fn publish_now<M: GuestMemory>(&mut self, n: usize, core: &CorePage<W>, memory: &mut M) {
+        let Some(ring) = self.rings.get_mut(n).filter(|ring| ring.is_open()) else {
+            return;
+        };
+        // What is being recovered has its completion slots already.
+        if !ring.recovering.is_empty() {
+            return;
+        }
+        if let Err(stop) = complete::publish(&mut self.desk, ring, n, memory) {
+            self.stop(n, stop, core);
+        }
+    }
+
+    fn end_turn<M: GuestMemory>(&mut self, front: &FrontPage<W>, core: &CorePage<W>, memory: &mut M) {
+        self.free_told();
+        if self.failed || !dma_is_allowed(front) {
+            return;
+        }
+        let mut vectors = [0; RINGS_MAX];
+        let mut count = 0;
+        for n in 0..RINGS_MAX {
+            match self.end_turn_of_ring(n, memory) {
+                Ok(None) => {}
+                Ok(Some(vector)) => {
+                    if let Some(place) = vectors.get_mut(count) {
+                        *place = vector;
+                        count += 1;
+                    }
+                }
+                Err(stop) => self.stop(n, stop, core),
+            }
+        }
+        let due = vectors.iter().copied().take(count);
+        complete::raise(&mut self.desk, front, core, due);
+    }
+
+    /// The vector to raise for ring `n`, if any.
+    fn end_turn_of_ring<M: GuestMemory>(&mut self, n: usize, memory: &mut M) -> Result<Option<u32>, Stop> {
+        let Some(ring) = self.rings.get_mut(n).filter(|ring| ring.is_open()) else {
+            return Ok(None);
+        };
+        if ring.recovering.is_empty() {
+            complete::publish(&mut self.desk, ring, n, memory)?;
+        }
+        complete::settle(&mut self.desk, ring, n, memory)?;
+        let due = complete::signal_due(&mut self.desk, ring, memory)?;
+        Ok(due.then_some(ring.setup.vector))
+    }
+
+    /// Frees the records of completions that the hub knows to be published.
+    fn free_told(&mut self) {
+        for _ in 0..std::mem::take(&mut self.desk.told) {
+            let Some(Some((n, index, generation))) = self.desk.telling.pop_front() else {
+                continue;
+            };
+            if n == PORT_PLACE {
+                self.port.told(&self.desk, generation);
+            } else if let Some(ring) = self.rings.get_mut(n)
+                && ring
+                    .slot(index)
+                    .is_some_and(|slot| slot.generation == generation && slot.standing == Standing::Told)
+            {
+                ring.free_slot(&self.desk.table, n, index);
+            }
+        }
+    }
+
+    /// The facts that the host's page says.
+    #[must_use]
+    pub const fn host_facts(&self) -> HostFacts {
+        self.host_page.facts
+    }
+}
+
+fn dma_is_allowed<W: Words>(front: &FrontPage<W>) -> bool {
+    const NEVER: u64 = control::FROZEN | control::QUARANTINED | control::GONE;
+    front.control() & (control::BUS_MASTER | NEVER) == control::BUS_MASTER
+}
+
+/// A ring without work that remembers which set-up it has answered.
+fn closed_under(setup: RingSetup) -> Ring {
+    Ring {
+        setup,
+        ..Ring::closed()
+    }
+}
+
+fn answer_open<W: Words>(core: &CorePage<W>, n: usize, epoch: u32, state: RingState, status: Status) {
+    core.set_open_answer(n, OpenAnswer { epoch, state, status });
+}
+
+/// Whether polling a ring again at once has a point.
+fn ring_has_work(ring: &Ring) -> bool {
+    ring.is_open()
+        && ring.stalled_until.is_none()
+        && ring.preparing.is_none()
+        && ring.records_free() > 0
+        && (ring.look || ring.tail != ring.head() || ring.batch_at < ring.batch_count)
+}
