@@ -45,6 +45,7 @@ use table::Table;
 use vmgmt_device::page::{CorePage, FrontPage};
 use vmgmt_device::{GuestMemory, MemoryError, Tick};
 
+pub use limits::PIECE_BYTES_MAX;
 pub use message_dma::DmaRequest;
 pub use pieces::{BulkError, Pieces, Side};
 
