@@ -178,7 +178,8 @@ impl DmaMemory {
     }
 
     /// Adds something to be done after the memory was given back.
-    pub(crate) fn and_then_release(mut self, then: impl FnOnce() + Send + Sync + 'static) -> Self {
+    #[must_use]
+    pub fn and_then_release(mut self, then: impl FnOnce() + Send + Sync + 'static) -> Self {
         let first = self.release.take();
         self.release = Some(Box::new(move || {
             if let Some(first) = first {

@@ -253,6 +253,14 @@ impl Client {
         Ok(())
     }
 
+    /// Serves what has come already, and waits for nothing more than the rest of a message that has begun.
+    pub fn serve_pending(&mut self) -> Result<(), ClientError> {
+        while self.input.has_message() || socket::is_readable(&self.socket)? {
+            self.take_message()?;
+        }
+        Ok(())
+    }
+
     /// The socket, for a test that wants to do worse.
     pub fn socket(&self) -> &OwnedFd {
         &self.socket

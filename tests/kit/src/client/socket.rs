@@ -118,6 +118,16 @@ pub(super) fn wait_readable(
     Ok(!set[0].revents().is_empty())
 }
 
+/// Whether something can be read now (or the other side is gone).
+pub(super) fn is_readable(socket: &OwnedFd) -> Result<bool, ClientError> {
+    let mut set = [PollFd::new(socket, PollFlags::IN)];
+    match poll(&mut set, Some(&Timespec::default())) {
+        Ok(ready) => Ok(ready > 0),
+        Err(Errno::INTR) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
 fn wait(set: &mut [PollFd], deadline: Instant, timeout: Duration) -> Result<(), ClientError> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
