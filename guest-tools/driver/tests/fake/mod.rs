@@ -1,0 +1,606 @@
+//! A device in this process, written against the public trait alone: it shares a memfd with the driver as QEMU shares RAM, runs
+//! rings on a thread of its own with event suppression both ways, and can be told to misbehave.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{Ordering, fence};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+
+use rustix::event::{EventfdFlags, eventfd};
+use vmgmt_driver::abi::registers::{self, DeviceState, RING_STRIDE, RINGS, RINGS_MAX, RingState};
+use vmgmt_driver::abi::ring::{
+    COMPLETION_BYTES, LIST_ENTRY_BYTES, SUBMISSION_BYTES, event_due, event_offset, flag, phase,
+};
+use vmgmt_driver::abi::{self, Completion, ListEntry, Opcode, Status, Submission};
+use vmgmt_driver::backing::memfd::MemfdMemory;
+use vmgmt_driver::backing::{Backing, InterruptKind, Interrupts, Width};
+use vmgmt_driver::{DmaMemory, DriverError, Result};
+use zerocopy::{FromBytes, IntoBytes};
+
+/// Where guest memory begins for the device.
+const BASE: u64 = 0x1_0000_0000;
+
+/// What the device does wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mischief {
+    None,
+    /// Completes with a tag that is not in flight.
+    WrongTag,
+    /// Completes each submission twice.
+    Twice,
+    /// Says that more bytes came than there was room for.
+    HugeResult,
+    /// Moves its head beyond the tail.
+    HeadJump,
+    /// Answers listings with noise.
+    Noise,
+    /// Answers everything with a status nobody knows.
+    UnknownStatus,
+    /// Lets a listing go on for ever.
+    EndlessListing,
+    /// Answers in an order of its own.
+    Reversed,
+}
+
+#[derive(Clone, Copy, Default)]
+struct FakeRing {
+    open: bool,
+    submissions: u64,
+    completions: u64,
+    events: u64,
+    submission_entries: u32,
+    completion_entries: u32,
+    head: u32,
+    tail: u32,
+    vector: u32,
+}
+
+pub struct State {
+    registers: BTreeMap<u32, u32>,
+    rings: [FakeRing; RINGS_MAX],
+    pub mischief: Mischief,
+    pub shared: bool,
+    pub suppression: bool,
+    pub files: BTreeMap<String, Vec<u8>>,
+    handles: BTreeMap<u64, String>,
+    next_handle: u64,
+    /// Receives that wait: ring and submission.
+    receives: VecDeque<(usize, Submission)>,
+    pub doorbells: u64,
+    pub interrupts: u64,
+    pub resets: u64,
+    /// Reads of MAGIC that give all ones.
+    pub absent_reads: u32,
+    kicks: u64,
+    stop: bool,
+}
+
+pub struct Shared {
+    pub memory: Arc<MemfdMemory>,
+    guest: DmaMemory,
+    state: Mutex<State>,
+    kick: Condvar,
+    interrupt: Arc<OwnedFd>,
+}
+
+pub struct Fake {
+    pub shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Fake {
+    pub fn new(scattered: bool) -> Arc<Self> {
+        let memory = MemfdMemory::new(64 << 20, BASE, scattered).unwrap();
+        let guest = DmaMemory::map_file(memory.descriptor(), 0, 64 << 20, BASE).unwrap();
+        let state = State {
+            registers: BTreeMap::from([
+                (registers::STATE, DeviceState::FAILED.0),
+                (registers::SESSION_LOW, 7),
+            ]),
+            rings: [FakeRing::default(); RINGS_MAX],
+            mischief: Mischief::None,
+            shared: true,
+            suppression: true,
+            files: BTreeMap::new(),
+            handles: BTreeMap::new(),
+            next_handle: 1,
+            receives: VecDeque::new(),
+            doorbells: 0,
+            interrupts: 0,
+            resets: 0,
+            absent_reads: 0,
+            kicks: 0,
+            stop: false,
+        };
+        let interrupt = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap());
+        let shared = Arc::new(Shared {
+            memory,
+            guest,
+            state: Mutex::new(state),
+            kick: Condvar::new(),
+            interrupt,
+        });
+        let worker = Arc::clone(&shared);
+        let thread = Some(std::thread::spawn(move || worker.run()));
+        Arc::new(Self { shared, thread })
+    }
+
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.shared.state.lock().unwrap()
+    }
+
+    /// As a restore of the VM does: another session, nothing open.
+    pub fn replace(&self) {
+        let mut state = self.state();
+        *state.registers.entry(registers::SESSION_LOW).or_default() += 1;
+        state.registers.insert(registers::STATE, DeviceState::BLANK.0);
+        state.rings = [FakeRing::default(); RINGS_MAX];
+        state.handles.clear();
+        state.receives.clear();
+    }
+
+    /// Completes the oldest receive with these bytes.
+    pub fn answer_receive(&self, bytes: &[u8], extra: u64, flags: u16) {
+        let mut state = self.state();
+        let (ring, submission) = state.receives.pop_front().expect("no receive is posted");
+        self.shared.write_data(&submission, 0, bytes);
+        let completion = Completion {
+            result: bytes.len() as u64,
+            extra,
+            flags,
+            ..answer(&submission, Status::OK)
+        };
+        self.shared.publish(&mut state, ring, &completion);
+    }
+
+    pub fn receives(&self) -> usize {
+        self.state().receives.len()
+    }
+}
+
+impl Drop for Fake {
+    fn drop(&mut self) {
+        self.shared.state.lock().unwrap().stop = true;
+        self.shared.kick.notify_all();
+        let ended = self.thread.take().unwrap().join();
+        assert!(ended.is_ok(), "the device's thread panicked");
+    }
+}
+
+fn answer(submission: &Submission, status: Status) -> Completion {
+    Completion {
+        tag: submission.tag,
+        status: status.0,
+        ..Default::default()
+    }
+}
+
+impl Shared {
+    fn place(&self, address: u64) -> usize {
+        (address - BASE) as usize
+    }
+
+    fn entries(&self, submission: &Submission) -> Vec<ListEntry> {
+        if submission.flags & flag::LIST == 0 {
+            return vec![ListEntry {
+                address: submission.buffer,
+                length: submission.length,
+            }];
+        }
+        let count = submission.list_entries as usize;
+        let bytes = self
+            .guest
+            .to_vec(self.place(submission.buffer), count * LIST_ENTRY_BYTES)
+            .unwrap();
+        bytes
+            .chunks_exact(LIST_ENTRY_BYTES)
+            .map(|entry| ListEntry::read_from_bytes(entry).unwrap())
+            .collect()
+    }
+
+    fn read_buffer(&self, submission: &Submission) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        if submission.length > 0 {
+            for entry in self.entries(submission) {
+                assert!(entry.length > 0);
+                bytes.extend(
+                    self.guest
+                        .to_vec(self.place(entry.address), entry.length as usize)
+                        .unwrap(),
+                );
+            }
+        }
+        assert_eq!(
+            bytes.len() as u64,
+            submission.length,
+            "the list does not cover the buffer"
+        );
+        bytes
+    }
+
+    /// Writes into the data area, never over the input.
+    fn write_data(&self, submission: &Submission, start: usize, bytes: &[u8]) {
+        let mut skip = submission.meta_bytes as usize + start;
+        let mut rest = bytes;
+        for entry in self.entries(submission) {
+            let length = entry.length as usize;
+            let from = skip.min(length);
+            let (part, behind) = rest.split_at((length - from).min(rest.len()));
+            self.guest.write(self.place(entry.address) + from, part).unwrap();
+            rest = behind;
+            skip -= from;
+        }
+        assert!(rest.is_empty(), "no room for {} bytes", rest.len());
+    }
+
+    fn run(&self) {
+        let mut state = self.state.lock().unwrap();
+        let mut seen = 0;
+        while !state.stop {
+            let mut worked = false;
+            for index in 0..RINGS_MAX {
+                if state.rings[index].open {
+                    worked |= self.serve(&mut state, index);
+                }
+            }
+            if worked {
+                continue;
+            }
+            // Arm, fence, look again, sleep.
+            for ring in state.rings.iter().filter(|ring| ring.open) {
+                self.guest
+                    .store32(
+                        self.place(ring.events) + event_offset::SUBMISSION_EVENT as usize,
+                        ring.head,
+                    )
+                    .unwrap();
+            }
+            fence(Ordering::SeqCst);
+            let news = state
+                .rings
+                .iter()
+                .any(|ring| ring.open && self.tail(ring) != ring.head);
+            if !news && state.kicks == seen {
+                state = self.kick.wait(state).unwrap();
+            }
+            seen = state.kicks;
+        }
+    }
+
+    fn tail(&self, ring: &FakeRing) -> u32 {
+        self.guest
+            .load32(self.place(ring.events) + event_offset::SUBMISSION_TAIL as usize)
+            .unwrap()
+    }
+
+    fn serve(&self, state: &mut State, index: usize) -> bool {
+        let ring = state.rings[index];
+        let tail = self.tail(&ring);
+        if tail == ring.head {
+            return false;
+        }
+        let mut taken = Vec::new();
+        let mut head = ring.head;
+        while head != tail {
+            let slot = (head % ring.submission_entries) as usize * SUBMISSION_BYTES;
+            let bytes = self
+                .guest
+                .to_vec(self.place(ring.submissions) + slot, SUBMISSION_BYTES)
+                .unwrap();
+            taken.push(Submission::read_from_bytes(&bytes).unwrap());
+            head = head.wrapping_add(1);
+        }
+        state.rings[index].head = head;
+        let shown = if state.mischief == Mischief::HeadJump {
+            head.wrapping_add(1000)
+        } else {
+            head
+        };
+        self.guest
+            .store32(
+                self.place(ring.events) + event_offset::SUBMISSION_HEAD as usize,
+                shown,
+            )
+            .unwrap();
+        if state.mischief == Mischief::Reversed {
+            taken.reverse();
+        }
+        for submission in taken {
+            if let Some(mut completion) = self.execute(state, index, &submission) {
+                let honest = submission.opcode == Opcode::PROVE.0;
+                match state.mischief {
+                    Mischief::WrongTag if !honest => completion.tag ^= 0x5555,
+                    Mischief::Twice if !honest => self.publish(state, index, &completion),
+                    Mischief::HugeResult if !honest => completion.result = u64::MAX,
+                    Mischief::UnknownStatus if !honest => completion.status = 0x7777,
+                    _ => {}
+                }
+                self.publish(state, index, &completion);
+            }
+        }
+        true
+    }
+
+    fn publish(&self, state: &mut State, index: usize, completion: &Completion) {
+        let ring = &mut state.rings[index];
+        let start =
+            self.place(ring.completions) + (ring.tail % ring.completion_entries) as usize * COMPLETION_BYTES;
+        let mut completion = *completion;
+        completion.flags = completion.flags & !1 | phase(ring.tail, ring.completion_entries);
+        let bytes = completion.as_bytes();
+        self.guest.write(start, &bytes[..24]).unwrap();
+        self.guest
+            .store64(start + 24, u64::from_le_bytes(bytes[24..].try_into().unwrap()))
+            .unwrap();
+        let old = ring.tail;
+        ring.tail = old.wrapping_add(1);
+        fence(Ordering::SeqCst);
+        let event = self
+            .guest
+            .load32(self.place(ring.events) + event_offset::COMPLETION_EVENT as usize)
+            .unwrap();
+        if !state.shared || event_due(event, old, ring.tail) {
+            state.interrupts += 1;
+            rustix::io::write(&self.interrupt, &1_u64.to_ne_bytes()).unwrap();
+        }
+    }
+
+    fn execute(&self, state: &mut State, index: usize, submission: &Submission) -> Option<Completion> {
+        let buffer = self.read_buffer(submission);
+        let (meta, data) = buffer.split_at(submission.meta_bytes as usize);
+        let text = String::from_utf8_lossy(meta).into_owned();
+        let ok = answer(submission, Status::OK);
+        let name = state.handles.get(&submission.handle).cloned();
+        Some(match Opcode(submission.opcode) {
+            Opcode::NOOP | Opcode::CLOSE => ok,
+            Opcode::ECHO => {
+                self.write_data(submission, 0, meta);
+                Completion {
+                    result: meta.len() as u64,
+                    ..ok
+                }
+            }
+            Opcode::PROVE => {
+                let same = buffer.first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes))
+                    == Some(submission.argument);
+                Completion {
+                    result: u64::from(state.shared && same),
+                    ..ok
+                }
+            }
+            Opcode::IDENTITY => {
+                self.write_data(submission, 0, b"fake");
+                Completion {
+                    result: 42,
+                    extra: 4,
+                    ..ok
+                }
+            }
+            Opcode::LIST if state.mischief == Mischief::Noise => {
+                let noise: Vec<u8> = (0..data.len()).map(|i| (i * 7 + 3) as u8).collect();
+                self.write_data(submission, 0, &noise);
+                Completion {
+                    result: noise.len() as u64,
+                    ..ok
+                }
+            }
+            Opcode::LIST if state.mischief == Mischief::EndlessListing => Completion {
+                extra: submission.offset,
+                flags: abi::ring::completion_flag::MORE,
+                ..ok
+            },
+            Opcode::OPEN => match state.files.get(&text).map(Vec::len) {
+                Some(size) => Completion {
+                    result: handle(state, &text),
+                    extra: size as u64,
+                    ..ok
+                },
+                None => answer(submission, Status::NO_SUCH_NAME),
+            },
+            Opcode::PUT => {
+                state.files.insert(text.clone(), Vec::new());
+                Completion {
+                    result: handle(state, &text),
+                    ..ok
+                }
+            }
+            Opcode::READ => {
+                let Some(name) = name else {
+                    return Some(answer(submission, Status::STALE));
+                };
+                let file = &state.files[&name];
+                let start = (submission.offset as usize).min(file.len());
+                let end = (start + data.len()).min(file.len());
+                self.write_data(submission, 0, &file[start..end]);
+                Completion {
+                    result: (end - start) as u64,
+                    ..ok
+                }
+            }
+            Opcode::WRITE => {
+                let Some(name) = name else {
+                    return Some(answer(submission, Status::STALE));
+                };
+                let file = state.files.get_mut(&name).unwrap();
+                let end = submission.offset as usize + data.len();
+                file.resize(file.len().max(end), 0);
+                file[submission.offset as usize..end].copy_from_slice(data);
+                Completion {
+                    result: data.len() as u64,
+                    ..ok
+                }
+            }
+            Opcode::COMMIT => {
+                let file = &state.files[&name.unwrap()];
+                let right = crc32fast::hash(file) == submission.argument as u32
+                    && file.len() as u64 == submission.offset;
+                let wrong = submission.flags & flag::CHECK != 0 && !right;
+                answer(submission, if wrong { Status::INTEGRITY } else { Status::OK })
+            }
+            Opcode::CHECKSUM => {
+                let file = &state.files[&name.unwrap()];
+                let start = (submission.offset as usize).min(file.len());
+                let end = (start + submission.argument as usize).min(file.len());
+                Completion {
+                    result: (end - start) as u64,
+                    extra: crc32fast::hash(&file[start..end]).into(),
+                    ..ok
+                }
+            }
+            Opcode::RECEIVE | Opcode::NEXT_OFFER | Opcode::STREAM_READ => {
+                state.receives.push_back((index, *submission));
+                return None;
+            }
+            Opcode::CANCEL => {
+                let found = state
+                    .receives
+                    .iter()
+                    .position(|(_, waiting)| u64::from(waiting.tag) == submission.argument);
+                if let Some((ring, waiting)) = found.and_then(|at| state.receives.remove(at)) {
+                    self.publish(state, ring, &answer(&waiting, Status::CANCELLED));
+                }
+                Completion {
+                    result: u64::from(found.is_some()),
+                    ..ok
+                }
+            }
+            _ => answer(submission, Status::NOT_SUPPORTED),
+        })
+    }
+
+    fn enable(&self, state: &mut State, index: usize, on: bool) {
+        let block = RINGS + index as u32 * RING_STRIDE;
+        let read = |offset: u32| state.registers.get(&(block + offset)).copied().unwrap_or(0);
+        let wide = |offset: u32| u64::from(read(offset + 4)) << 32 | u64::from(read(offset));
+        let ring = FakeRing {
+            open: on,
+            submissions: wide(registers::RING_SUBMISSIONS_LOW),
+            completions: wide(registers::RING_COMPLETIONS_LOW),
+            events: wide(registers::RING_EVENTS_LOW),
+            submission_entries: read(registers::RING_SUBMISSION_ENTRIES),
+            completion_entries: read(registers::RING_COMPLETION_ENTRIES),
+            head: 0,
+            tail: 0,
+            vector: read(registers::RING_VECTOR),
+        };
+        if on {
+            let nonce = self
+                .guest
+                .load64(self.place(ring.events) + event_offset::NONCE as usize)
+                .unwrap();
+            assert_eq!(nonce, wide(registers::RING_NONCE_LOW));
+            assert_eq!(ring.vector, 0);
+            state.registers.insert(registers::STATE, DeviceState::ACTIVE.0);
+        }
+        let status = if on { RingState::OPEN } else { RingState::CLOSED };
+        state.registers.insert(block + registers::RING_STATUS, status.0);
+        state.rings[index] = ring;
+        state.receives.retain(|(ring, _)| *ring != index);
+    }
+}
+
+fn handle(state: &mut State, name: &str) -> u64 {
+    let number = state.next_handle;
+    state.next_handle += 1;
+    state.handles.insert(number, name.to_owned());
+    number
+}
+
+impl Backing for Fake {
+    fn name(&self) -> &'static str {
+        "fake"
+    }
+
+    fn has_registers(&self) -> bool {
+        true
+    }
+
+    fn has_dma(&self) -> bool {
+        true
+    }
+
+    fn read32(&self, offset: u32) -> Result<u32> {
+        let mut state = self.state();
+        Ok(match offset {
+            registers::MAGIC if state.absent_reads > 0 => {
+                state.absent_reads -= 1;
+                u32::MAX
+            }
+            registers::MAGIC => abi::MAGIC,
+            registers::ABI_VERSION => abi::ABI_VERSION,
+            registers::FEATURES_LOW if state.suppression => abi::feature::EVENT_SUPPRESSION as u32 | 0xf00,
+            registers::FEATURES_LOW => 0xf00,
+            registers::RING_COUNT => 4,
+            registers::RING_ENTRIES_MAX => 1024,
+            registers::VECTORS => 1,
+            registers::TRANSFER_BYTES_MAX => abi::ring::TRANSFER_BYTES_MAX,
+            registers::LIST_ENTRIES_MAX => abi::ring::LIST_ENTRIES_MAX,
+            offset => state.registers.get(&offset).copied().unwrap_or(0),
+        })
+    }
+
+    fn write32(&self, offset: u32, value: u32) -> Result<()> {
+        let mut state = self.state();
+        if offset == registers::CONTROL {
+            assert_eq!(value, registers::CONTROL_RESET);
+            state.registers.insert(registers::STATE, DeviceState::BLANK.0);
+            *state.registers.entry(registers::GENERATION).or_default() += 1;
+            state.rings = [FakeRing::default(); RINGS_MAX];
+            state.receives.clear();
+            state.resets += 1;
+        } else if offset >= registers::DOORBELLS {
+            state.doorbells += 1;
+            state.kicks += 1;
+            self.shared.kick.notify_all();
+        } else if offset >= RINGS && (offset - RINGS) % RING_STRIDE == registers::RING_ENABLE {
+            self.shared
+                .enable(&mut state, ((offset - RINGS) / RING_STRIDE) as usize, value == 1);
+            state.kicks += 1;
+            self.shared.kick.notify_all();
+        } else {
+            state.registers.insert(offset, value);
+        }
+        Ok(())
+    }
+
+    fn port_read(&self, _offset: u32, _width: Width) -> Result<u32> {
+        Err(DriverError::NotPossible("a port access", "fake"))
+    }
+
+    fn port_write(&self, _offset: u32, _width: Width, _value: u32) -> Result<()> {
+        Err(DriverError::NotPossible("a port access", "fake"))
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<DmaMemory> {
+        self.shared.memory.allocate(bytes)
+    }
+
+    fn set_up_interrupts(&self, vectors_wanted: u32) -> Result<Interrupts> {
+        assert_eq!(vectors_wanted, 1);
+        Ok(Interrupts {
+            kind: InterruptKind::Msi,
+            vectors: 1,
+        })
+    }
+
+    fn interrupt_descriptor(&self, _vector: u32) -> Option<Arc<OwnedFd>> {
+        Some(Arc::clone(&self.shared.interrupt))
+    }
+
+    fn take_interrupt(&self, _vector: u32) -> Result<()> {
+        let mut count = [0; 8];
+        match rustix::io::read(&self.shared.interrupt, &mut count) {
+            Ok(_) | Err(rustix::io::Errno::AGAIN) => Ok(()),
+            Err(error) => Err(DriverError::system("eventfd", error)),
+        }
+    }
+
+    fn config_read(&self, _offset: u32, _width: Width) -> Result<u32> {
+        Ok(0)
+    }
+
+    fn config_write(&self, _offset: u32, _width: Width, _value: u32) -> Result<()> {
+        Ok(())
+    }
+}
