@@ -355,12 +355,7 @@ mod tests {
         table.set_completing(15, 0, generation, FLAG_CONFIRM, 13, &completion);
         let record = table.record(15, 0).unwrap();
         assert_eq!(
-            (
-                record.kind,
-                record.flags,
-                record.submission_index,
-                record.completion_index
-            ),
+            (record.kind, record.flags, record.number, record.completion_index),
             (Kind::Completing, FLAG_CONFIRM, 11, 13)
         );
         assert_eq!(
