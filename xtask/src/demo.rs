@@ -182,7 +182,7 @@ fn show_file(stage: &Stage, bytes: u64) -> Result<()> {
 
     let accept = stage
         .vm2
-        .spawn("mkdir -p /tmp/in && vmgmt accept --into /tmp/in --count 1")?;
+        .spawn("mkdir -p /tmp/in && vmgmt accept --once --into /tmp/in")?;
     let time = timed(stage, &stage.vm1, "vmgmt cp /tmp/file.bin vm2:")?;
     accept
         .wait(TRANSFER_DEADLINE)?

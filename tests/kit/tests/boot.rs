@@ -168,6 +168,9 @@ fn vfio_gets_a_group_behind_each_iommu() -> Result<()> {
             "{name}: no device bound to vfio-pci: {bound}\n{}",
             vm.evidence()
         );
+        vm.ok("test ! -e /run/init.failed")?;
+        let unsafe_interrupts = "/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts";
+        assert_eq!(vm.ok(&format!("cat {unsafe_interrupts}"))?, "Y");
         let groups = vm.ok("ls /dev/vfio")?;
         ensure!(
             groups

@@ -9,7 +9,7 @@ use super::{
 };
 use anyhow::{Context, Result, ensure};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io::{BufWriter, Write},
     os::unix::fs::{MetadataExt, PermissionsExt},
@@ -88,7 +88,7 @@ pub const GUEST_TOOL_VARIABLE: &str = "VMGMT_GUEST_TOOL";
 /// The image, brought up to date with the repository's guest tool and init script.
 pub fn ensure_image(cache: &Cache, lock: &CacheLock, image: Image) -> Result<Images> {
     let tree = GUEST_TREE.ensure(cache, lock)?;
-    let kernel = find_file(&tree.join("boot"), "vmlinuz-")?;
+    let kernel = find_entry(&tree.join("boot"), "vmlinuz-")?;
     let tool = guest_tool(cache)?;
     let init = repository().join("qemu-configs/guest/init");
     let name = match image {
@@ -182,7 +182,7 @@ fn guest_tool(cache: &Cache) -> Result<PathBuf> {
 
 /// busybox, its applets, the modules and the folders that init mounts on.
 fn base_archive(cache: &Cache, lock: &CacheLock, tree: &Path) -> Result<PathBuf> {
-    const NAME: &str = "initramfs-base-1";
+    const NAME: &str = "initramfs-base-3";
     let target = cache.path(NAME);
     if target.exists() {
         return Ok(target);
@@ -194,16 +194,26 @@ fn base_archive(cache: &Cache, lock: &CacheLock, tree: &Path) -> Result<PathBuf>
         ] {
             archive.directory(folder)?;
         }
+        let release = find_entry(&tree.join("usr/lib/modules"), "")?;
+        let release = release
+            .file_name()
+            .and_then(|name| name.to_str())
+            .context("a kernel release is not UTF-8")?;
+        let modules_folder = format!("usr/lib/modules/{release}");
         for folder in [
             "usr/lib",
             "usr/lib64",
             "usr/lib/modules",
-            "usr/lib/modules/vmgmt",
+            &modules_folder,
             "var",
             "var/log",
+            "etc/modprobe.d",
         ] {
             archive.directory(folder)?;
         }
+        // The paravirtual IOMMU does not remap interrupts, and the test guest trusts its devices.
+        let options = b"options vfio_iommu_type1 allow_unsafe_interrupts=1\n";
+        archive.file("etc/modprobe.d/vmgmt.conf", 0o644, options)?;
         for folder in ["bin", "sbin", "lib", "lib64"] {
             archive.link(folder, &format!("usr/{folder}"))?;
         }
@@ -224,6 +234,7 @@ fn base_archive(cache: &Cache, lock: &CacheLock, tree: &Path) -> Result<PathBuf>
             archive.link(&format!("usr/bin/{applet}"), "busybox")?;
         }
         let modules = module_files(&tree.join("usr/lib/modules"))?;
+        let mut needs = Vec::new();
         for module in MODULES {
             let packed = modules
                 .get(module)
@@ -238,14 +249,61 @@ fn base_archive(cache: &Cache, lock: &CacheLock, tree: &Path) -> Result<PathBuf>
                 "xz could not unpack {}",
                 packed.display()
             );
-            archive.file(
-                &format!("usr/lib/modules/vmgmt/{module}.ko"),
-                0o644,
-                &unpacked.stdout,
-            )?;
+            let contents = unpacked.stdout;
+            needs.push(direct_needs(module, &contents));
+            archive.file(&format!("{modules_folder}/{module}.ko"), 0o644, &contents)?;
         }
+        archive.file(
+            &format!("{modules_folder}/modules.dep"),
+            0o644,
+            needs_file(&needs).as_bytes(),
+        )?;
         cache.write_file(lock, NAME, &archive.finish()?)
     })
+}
+
+/// The modules that a module names itself (`depends=` in its .modinfo section), as places in [`MODULES`].
+fn direct_needs(module: &str, contents: &[u8]) -> Vec<usize> {
+    const KEY: &[u8] = b"\0depends=";
+    let start = contents
+        .windows(KEY.len())
+        .position(|window| window == KEY)
+        .map(|start| start + KEY.len());
+    let rest = start.and_then(|start| contents.get(start..)).unwrap_or_default();
+    let value = rest.split(|byte| *byte == 0).next().unwrap_or_default();
+    let value = String::from_utf8_lossy(value).into_owned();
+    // vfio names its IOMMU back end only as something to load afterwards, which busybox does not look at.
+    let back_end = if module == "vfio-pci" {
+        "vfio_iommu_type1"
+    } else {
+        ""
+    };
+    // A module's own name has underscores where its file may have dashes.
+    let plain = |name: &str| name.replace('-', "_");
+    let names = value.split(',').chain([back_end]);
+    names
+        .filter_map(|name| MODULES.iter().position(|file| plain(file) == plain(name)))
+        .collect()
+}
+
+/// modules.dep for busybox's modprobe: each module, then all that it needs, what is needed most last. [`MODULES`] is in loading
+/// order, so what a module needs stands before it.
+fn needs_file(direct: &[Vec<usize>]) -> String {
+    let mut all: Vec<BTreeSet<usize>> = Vec::new();
+    let mut text = String::new();
+    for (module, needs) in MODULES.iter().zip(direct) {
+        let mut closure: BTreeSet<usize> = needs.iter().copied().collect();
+        for need in needs {
+            closure.extend(all.get(*need).into_iter().flatten());
+        }
+        text.push_str(&format!("{module}.ko:"));
+        for need in closure.iter().rev().filter_map(|index| MODULES.get(*index)) {
+            text.push_str(&format!(" {need}.ko"));
+        }
+        text.push('\n');
+        all.push(closure);
+    }
+    text
 }
 
 /// Every module below `folder` by its name without `.ko.xz`.
@@ -336,12 +394,46 @@ fn walk(folder: &Path) -> Result<Vec<(PathBuf, fs::Metadata)>> {
     Ok(all)
 }
 
-/// The only file in `folder` whose name begins with `prefix`.
-fn find_file(folder: &Path, prefix: &str) -> Result<PathBuf> {
-    let found = walk(folder)?.into_iter().map(|(path, _)| path).find(|path| {
+/// The first entry of `folder` whose name begins with `prefix`.
+fn find_entry(folder: &Path, prefix: &str) -> Result<PathBuf> {
+    let mut entries: Vec<PathBuf> = fs::read_dir(folder)
+        .with_context(|| format!("cannot list {}", folder.display()))?
+        .map(|entry| entry.map(|entry| entry.path()))
+        .collect::<std::io::Result<_>>()?;
+    entries.sort();
+    let fits = |path: &PathBuf| {
         path.file_name()
             .and_then(|name| name.to_str())
-            .is_some_and(|name| name.starts_with(prefix))
-    });
-    found.with_context(|| format!("no {prefix}* in {}", folder.display()))
+            .is_some_and(|n| n.starts_with(prefix))
+    };
+    entries
+        .into_iter()
+        .find(fits)
+        .with_context(|| format!("no {prefix}* in {}", folder.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modules_name_all_they_need_in_unloading_order() {
+        let place = |name: &str| MODULES.iter().position(|module| *module == name).unwrap();
+        let said = |module: &str, depends: &str| {
+            direct_needs(module, format!("a=b\0depends={depends}\0x").as_bytes())
+        };
+        let mut direct = vec![Vec::new(); MODULES.len()];
+        direct[place("vfio_iommu_type1")] = said("vfio_iommu_type1", "vfio");
+        direct[place("vfio-pci-core")] = said("vfio-pci-core", "vfio,irqbypass");
+        direct[place("vfio-pci")] = said("vfio-pci", "vfio-pci-core");
+        let text = needs_file(&direct);
+        let line = text
+            .lines()
+            .find(|line| line.starts_with("vfio-pci.ko:"))
+            .unwrap();
+        assert_eq!(
+            line,
+            "vfio-pci.ko: vfio-pci-core.ko vfio_iommu_type1.ko vfio.ko irqbypass.ko"
+        );
+    }
 }
