@@ -1,1 +1,147 @@
-fn main() {}
+//! `vmgmtd`: chooses the role (keeper, front, core) and runs it.
+//!
+//! In: flags. Out: an exit code: 0 ended as asked, 1 failed, 2 a mistake in flags or configuration. What a role does is in
+//! `vmgmt-host`.
+
+use clap::Parser;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use tracing_subscriber::EnvFilter;
+use vmgmt_host::config::{self, Config, Flags};
+use vmgmt_host::{core, front, keeper};
+
+/// Gives many QEMU virtual machines one management device (vfio-user) for files, messages and more.
+///
+/// Plug it in with  -device '{"driver":"vfio-user-pci","socket":{"type":"unix","path":"/run/mgmt.sock"}}'
+/// (`vmgmtctl qemu-args` prints all that QEMU needs).
+#[derive(Debug, Parser)]
+#[command(name = "vmgmtd", version)]
+struct Arguments {
+    /// Configuration file (TOML).
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Socket for any number of VMs, each QEMU process a VM of its own. Can be given several times.
+    #[arg(long, value_name = "PATH")]
+    socket: Vec<PathBuf>,
+    /// Directory that the VMs of those sockets see under this name, to read and write or (:ro) to read. Can be given several times.
+    #[arg(long, value_name = "NAME=DIR[:ro]")]
+    share: Vec<String>,
+    /// Control socket, for vmgmtctl.
+    #[arg(long, value_name = "PATH", env = "VMGMT_CONTROL")]
+    control: Option<PathBuf>,
+    /// error, warn, info, debug, trace, or a filter such as "vmgmt_host::front=debug,info".
+    #[arg(long, value_name = "LEVEL", env = "VMGMT_LOG")]
+    log: Option<String>,
+    /// Reads the configuration, says what is wrong with it, and exits.
+    #[arg(long)]
+    check: bool,
+    /// What this process is; given by the keeper to its children.
+    #[arg(long, hide = true, requires = "parent")]
+    role: Option<String>,
+    #[arg(long, hide = true)]
+    parent: Option<u32>,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match (&arguments.role, arguments.parent) {
+        (Some(role), Some(parent)) => end(run_child(
+            role,
+            parent,
+            arguments.log.as_deref().unwrap_or("info"),
+        )),
+        _ => run_keeper(arguments),
+    }
+}
+
+fn run_child(role: &str, parent: u32, log: &str) -> anyhow::Result<()> {
+    start_log(log)?;
+    let channel = keeper::enter_role(role, parent)?;
+    match role {
+        "front" => front::run(channel),
+        "core" => core::run(channel),
+        other => anyhow::bail!("there is no role {other:?}"),
+    }
+}
+
+fn run_keeper(arguments: Arguments) -> ExitCode {
+    let Arguments {
+        config,
+        socket,
+        share,
+        control,
+        log,
+        check,
+        role: _,
+        parent: _,
+    } = arguments;
+    let flags = Flags {
+        sockets: socket,
+        shares: share,
+        control,
+        log,
+    };
+    if config.is_none() && flags.sockets.is_empty() {
+        eprintln!(
+            "vmgmtd: no VM could come in\n    give --socket /run/mgmt.sock, or --config FILE; vmgmtd --help says more"
+        );
+        return ExitCode::from(2);
+    }
+    let loaded = config::load(config.as_deref(), &flags).map_err(|mistakes| mistakes.to_string());
+    let started = loaded.and_then(|config| {
+        let log = config.server.log.clone().unwrap_or_else(|| "info".into());
+        start_log(&log).map_err(|error| format!("{error:#}"))?;
+        Ok((config, log))
+    });
+    let (config, log) = match started {
+        Ok(started) => started,
+        Err(text) => {
+            eprintln!("vmgmtd: {text}");
+            return ExitCode::from(2);
+        }
+    };
+    if check {
+        print_summary(&config);
+        return ExitCode::SUCCESS;
+    }
+    end(keeper::run(config, vec!["--log".into(), log]))
+}
+
+fn print_summary(config: &Config) {
+    for warning in &config.warnings {
+        eprintln!("warning: {warning}");
+    }
+    let vms = config.listeners.iter().filter(|(_, vm)| vm.is_some()).count();
+    let shared = config.listeners.len() - vms;
+    let shares = config.core.shares.len();
+    println!("the configuration is good: {vms} VMs, {shared} shared sockets, {shares} shares");
+}
+
+fn start_log(filter: &str) -> anyhow::Result<()> {
+    let filter = EnvFilter::builder().parse(filter).map_err(|error| {
+        anyhow::anyhow!(
+            "log filter {filter:?}: {error}\n    use error, warn, info, debug, trace or TARGET=LEVEL,…"
+        )
+    })?;
+    // A journal has times of its own; who else reads our lines wants them.
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false);
+    if std::env::var_os("JOURNAL_STREAM").is_some() {
+        log.without_time().init()
+    } else {
+        log.init()
+    }
+    Ok(())
+}
+
+fn end(result: anyhow::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vmgmtd: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -9,6 +9,7 @@ mod mistake;
 mod roles;
 
 pub use check::added_vm;
+pub(crate) use check::group_id;
 pub use mistake::{Mistake, Mistakes};
 pub use roles::{
     Access, CoreConfig, DeviceConfig, Identity, ListenerConfig, ShareConfig, ShareGrant, VmConfig, VmLimits,

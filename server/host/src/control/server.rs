@@ -365,6 +365,16 @@ impl ControlServer {
     }
 }
 
+impl Drop for ControlServer {
+    /// The listening socket lives on in other processes, so closing ours would not take it out of the event loop.
+    fn drop(&mut self) {
+        if let Some(registry) = &self.registry {
+            // An event loop that has forgotten it already is as good.
+            let _ = registry.deregister(&mut self.listener);
+        }
+    }
+}
+
 #[cfg(test)]
 #[path = "server_tests.rs"]
 mod tests;

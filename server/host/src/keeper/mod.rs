@@ -1,1 +1,689 @@
-//! To be filled by its own files.
+//! KEEPER: vmgmtd's main process. It starts front and core, holds what must outlive them, and decides who may come in.
+//!
+//! In: the configuration; messages of front and core; their deaths; signals. Out: processes, sockets, memory, decisions.
+//! Must never know: a byte of the vfio-user protocol, a register, a ring, anything of a VM's data.
+//!
+//! One thread, one loop. Each turn asks everything anew (children, channels, signals), so that a wake-up lost or made twice
+//! means nothing; the event loop only tells when to look.
+
+mod child;
+mod fallback;
+mod limits;
+mod restart;
+mod role;
+mod sockets;
+mod vms;
+
+pub use role::enter_role;
+
+use crate::channel::{Channel, ChannelError};
+use crate::config::{Config, CoreConfig, Identity, ListenerConfig, VmConfig};
+use crate::control::ControlServer;
+use crate::control::protocol::Status;
+use crate::messages::{CoreToKeeper, FrontToKeeper, KeeperToCore, KeeperToFront};
+use crate::words::{MappedWords, create_page};
+use anyhow::{Context, bail};
+use child::Child;
+use limits::{
+    END_DEADLINE, FIRST_DEATHS_MAX, HUB_STATE_BYTES, LOOK_AGAIN, NOTICES_MAX, PACKETS_PER_TURN,
+    SESSION_STATE_BYTES, START_AGAIN, START_DEADLINE, STOP_DEADLINE, VM_STATE_BYTES,
+};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
+use restart::{Death, Restarts};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::io::Errno;
+use sockets::{Socket, listen_on};
+use std::collections::{BTreeMap, VecDeque};
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+use vmgmt_device::page::{FrontPage, LifePage, TouchedPage};
+use vms::{Admission, Guest, Vms};
+
+/// Where the fallback's tokens begin; all others only wake the loop.
+const CONTROL_TOKENS: usize = 16;
+const WAKE: Token = Token(0);
+
+/// One life of the core.
+struct CoreLife {
+    life: u64,
+    child: Child<KeeperToCore>,
+    page: LifePage<MappedWords>,
+    started: Instant,
+    /// In service since.
+    ready: Option<Instant>,
+    /// It has closed its channel or was killed, then.
+    dying: Option<Instant>,
+}
+
+struct Keeper {
+    poll: Poll,
+    signals: UnixStream,
+    core_config: CoreConfig,
+    arguments: Vec<String>,
+    control: Socket,
+    /// Serves the control socket while no core does.
+    fallback: Option<ControlServer>,
+    listeners: BTreeMap<u32, (ListenerConfig, Socket)>,
+    last_listener: u32,
+    vms: Vms,
+    hub_state: OwnedFd,
+    front: Child<KeeperToFront>,
+    front_ready: bool,
+    core: Option<CoreLife>,
+    last_life: u64,
+    /// Killed cores that still sleep in the kernel.
+    undead: Vec<Child<KeeperToCore>>,
+    restarts: Restarts,
+    /// When the next core is due, while there is none.
+    restart_at: Instant,
+    begin: Instant,
+    announced: bool,
+    /// When those who do not end in order are killed.
+    stop_at: Option<Instant>,
+    notices: VecDeque<String>,
+}
+
+/// Runs vmgmtd until a signal ends it. `arguments` are given to front and core.
+///
+/// # Errors
+/// It cannot start, or the front has died: all devices are gone.
+pub fn run(config: Config, arguments: Vec<String>) -> anyhow::Result<()> {
+    raise_descriptor_limit();
+    // Without CAP_SYS_RESOURCE it stays as the service manager set it.
+    let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
+    let mut keeper = Keeper::new(config, arguments)?;
+    let mut events = Events::with_capacity(64);
+    loop {
+        let (again, done) = keeper.turn()?;
+        if done {
+            tracing::info!("stopped");
+            return Ok(());
+        }
+        let wait = if again {
+            Some(Duration::ZERO)
+        } else {
+            keeper.next_look()
+        };
+        match keeper.poll.poll(&mut events, wait) {
+            Err(error) if error.kind() != std::io::ErrorKind::Interrupted => return Err(error.into()),
+            _ => {}
+        }
+        if let Some(fallback) = &mut keeper.fallback {
+            events
+                .iter()
+                .for_each(|event| drop(fallback.handle_ready(event.token())));
+        }
+    }
+}
+
+impl Keeper {
+    fn new(config: Config, arguments: Vec<String>) -> anyhow::Result<Self> {
+        let Config {
+            server,
+            core,
+            listeners,
+            warnings,
+        } = config;
+        warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+        let (signals, wake) = UnixStream::pair()?;
+        signals.set_nonblocking(true)?;
+        for signal in [libc::SIGTERM, libc::SIGINT] {
+            signal_hook::low_level::pipe::register(signal, wake.try_clone()?)?;
+        }
+        let control = listen_on(
+            &server.control,
+            server.control_mode,
+            server.control_group.as_deref(),
+        )
+        .map_err(|mistake| anyhow::anyhow!("control {mistake}"))?;
+        let bound = listeners
+            .into_iter()
+            .map(|(listener, vm)| {
+                let socket = listen_on(&listener.path, listener.mode, listener.group.as_deref());
+                Ok((
+                    listener,
+                    vm,
+                    socket.map_err(|mistake| anyhow::anyhow!("{mistake}"))?,
+                ))
+            })
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        let poll = Poll::new()?;
+        let front = Child::start("front", &arguments)?;
+        watch(&poll, &signals)?;
+        watch(&poll, &front.pidfd)?;
+        watch(&poll, &front.channel)?;
+        let now = Instant::now();
+        let mut keeper = Self {
+            poll,
+            signals,
+            core_config: core,
+            arguments,
+            control,
+            fallback: None,
+            listeners: BTreeMap::new(),
+            last_listener: 0,
+            vms: Vms::default(),
+            hub_state: state_memory("vmgmt-hub", HUB_STATE_BYTES).context("memory for the hub's state")?,
+            front,
+            front_ready: false,
+            core: None,
+            last_life: 0,
+            undead: Vec::new(),
+            restarts: Restarts::default(),
+            restart_at: now,
+            begin: now,
+            announced: false,
+            stop_at: None,
+            notices: VecDeque::new(),
+        };
+        for (listener, vm, socket) in bound {
+            keeper.add_listener(listener, vm, socket)?;
+        }
+        Ok(keeper)
+    }
+
+    /// Looks at everything once: (there is more to do at once, all is over).
+    fn turn(&mut self) -> anyhow::Result<(bool, bool)> {
+        self.take_signals()?;
+        let more = self.take_from_front()? | self.take_from_core();
+        self.bury_undead();
+        self.look_at_core()?;
+        self.look_at_front()?;
+        self.serve_fallback();
+        self.restart_core()?;
+        self.announce();
+        self.flush();
+        let done = self.stop_at.is_some() && self.core.is_none() && self.front.ended().is_some();
+        Ok((more, done))
+    }
+
+    /// How long nothing can happen that no event tells.
+    fn next_look(&self) -> Option<Duration> {
+        let now = Instant::now();
+        let waits = |core: &CoreLife| core.dying.is_some() || core.child.is_waiting();
+        let slow =
+            !self.undead.is_empty() || self.front.is_waiting() || self.core.as_ref().is_some_and(waits);
+        let starting = self
+            .core
+            .as_ref()
+            .filter(|core| core.ready.is_none() && core.dying.is_none());
+        let restarting = self.core.is_none() && self.stop_at.is_none();
+        [
+            slow.then_some(LOOK_AGAIN),
+            starting.map(|core| (core.started + START_DEADLINE).saturating_duration_since(now)),
+            self.stop_at
+                .map(|at| at.saturating_duration_since(now).max(LOOK_AGAIN)),
+            restarting.then(|| self.restart_at.saturating_duration_since(now)),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    fn take_signals(&mut self) -> anyhow::Result<()> {
+        let mut buffer = [0; 64];
+        if !matches!((&self.signals).read(&mut buffer), Ok(1..)) {
+            return Ok(());
+        }
+        if self.stop_at.is_some() {
+            bail!("a second signal: ended at once");
+        }
+        tracing::info!("stopping: all devices end");
+        self.stop_at = Some(Instant::now() + STOP_DEADLINE);
+        if let Some(core) = &mut self.core {
+            core.child.queue(KeeperToCore::Stop, Vec::new());
+        }
+        self.front.queue(KeeperToFront::Stop, Vec::new());
+        Ok(())
+    }
+
+    fn take_from_front(&mut self) -> anyhow::Result<bool> {
+        for _ in 0..PACKETS_PER_TURN {
+            match self.front.receive() {
+                Ok(Some(packet)) => match packet.header {
+                    FrontToKeeper::Ready => self.front_ready = true,
+                    FrontToKeeper::Admit {
+                        session,
+                        listener,
+                        pid,
+                        uid,
+                    } => {
+                        self.admit(listener, Guest { session, pid, uid });
+                    }
+                    FrontToKeeper::SessionGone { session } => self.session_gone(session),
+                    FrontToKeeper::CoreStuck { life } => {
+                        if let Some(core) = self.core.as_mut().filter(|core| core.life == life) {
+                            core.child
+                                .kill(Some("killed: it stood still while a fence or a doorbell waited"));
+                            core.dying.get_or_insert_with(Instant::now);
+                        }
+                    }
+                },
+                Ok(None) | Err(ChannelError::Closed) => return Ok(false), // its pidfd tells the rest
+                Err(error) => bail!("the front cannot be understood: {error}"),
+            }
+        }
+        Ok(true)
+    }
+
+    fn look_at_front(&mut self) -> anyhow::Result<()> {
+        if self.stop_at.is_some_and(|at| Instant::now() >= at) {
+            self.front.kill(None);
+        }
+        match self.front.ended() {
+            Some(exit) if self.stop_at.is_none() => bail!(
+                "the front has died ({}): all devices are gone; guests get them back by device_del and device_add, or a restart",
+                exit.text
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    fn take_from_core(&mut self) -> bool {
+        for _ in 0..PACKETS_PER_TURN {
+            let Some(core) = &mut self.core else { return false };
+            match core.child.receive() {
+                Ok(Some(packet)) => match packet.header {
+                    CoreToKeeper::Ready { life } if life == core.life => {
+                        core.ready.get_or_insert_with(Instant::now);
+                        self.fallback = None;
+                    }
+                    CoreToKeeper::Ready { life } => tracing::warn!("the core says it is life {life}"),
+                    CoreToKeeper::AddVm {
+                        request,
+                        vm,
+                        listener,
+                    } => {
+                        let error = self.add_vm(vm, listener).err().map(|error| format!("{error:#}"));
+                        self.tell_core(KeeperToCore::Done { request, error }, Vec::new());
+                    }
+                    CoreToKeeper::RemoveVm { request, name } => self.remove_vm(request, &name),
+                },
+                Ok(None) => return false,
+                Err(error) => {
+                    if core.dying.is_none() && self.stop_at.is_none() {
+                        tracing::debug!("core life {}: {error}", core.life);
+                        core.dying = Some(Instant::now());
+                    }
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    /// Is the core dead, or dead for guest memory, or late?
+    fn look_at_core(&mut self) -> anyhow::Result<()> {
+        let Some(core) = &mut self.core else { return Ok(()) };
+        let now = Instant::now();
+        if core.ready.is_none() && now.duration_since(core.started) > START_DEADLINE {
+            core.child.kill(Some("killed: it was not ready in time"));
+            core.dying.get_or_insert(now);
+        }
+        // Who closes the channel is about to end, and is let, so that how it did is known.
+        let late = core
+            .dying
+            .is_some_and(|since| now.duration_since(since) > END_DEADLINE);
+        if late || self.stop_at.is_some_and(|at| now >= at) {
+            core.child.kill(None);
+        }
+        let exit = core.child.ended();
+        if exit.is_none() && !core.child.is_dead_for_memory() {
+            return Ok(());
+        }
+        let Some(core) = self.core.take() else {
+            return Ok(());
+        };
+        self.front
+            .queue(KeeperToFront::CoreDead { life: core.life }, Vec::new());
+        let (text, by_itself) = exit
+            .as_ref()
+            .map_or(("killed, still in the kernel", false), |exit| {
+                (exit.text.as_str(), exit.by_itself)
+            });
+        if self.stop_at.is_some() {
+            if !exit.as_ref().is_some_and(|exit| exit.orderly) {
+                tracing::warn!("the core ended by {text} instead of in order");
+            }
+            return Ok(());
+        }
+        let served = core
+            .ready
+            .map_or(Duration::ZERO, |ready| now.duration_since(ready));
+        let blame = core.page.blame();
+        let death = Death {
+            at: now.duration_since(self.begin),
+            served,
+            by_itself,
+            blame,
+        };
+        let (wait, quarantined) = self.restarts.died(death);
+        let blamed = if blame == 0 {
+            String::new()
+        } else {
+            format!(", while it handled session {blame}")
+        };
+        self.notice(format!(
+            "core life {} died: {text}{blamed}; it had served {} s; the next starts in {} ms",
+            core.life,
+            served.as_secs(),
+            wait.as_millis()
+        ));
+        if let Some(session) = quarantined {
+            self.notice(format!(
+                "session {session} has killed the core twice: it is to be quarantined"
+            ));
+        }
+        if !self.announced && self.restarts.in_a_row() >= FIRST_DEATHS_MAX {
+            bail!(
+                "the core does not start ({text}): see the lines above; `vmgmtd --check` checks the configuration"
+            );
+        }
+        self.restart_at = now + wait;
+        if exit.is_none() {
+            self.undead.push(core.child);
+        }
+        Ok(())
+    }
+
+    fn bury_undead(&mut self) {
+        self.undead.retain_mut(|child| child.ended().is_none());
+    }
+
+    fn restart_core(&mut self) -> anyhow::Result<()> {
+        if self.stop_at.is_some() || self.core.is_some() || Instant::now() < self.restart_at {
+            return Ok(());
+        }
+        match self.start_core() {
+            Err(error) if self.announced => {
+                self.notice(format!("a core cannot be started now: {error:#}"));
+                self.restart_at = Instant::now() + START_AGAIN;
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    fn start_core(&mut self) -> anyhow::Result<()> {
+        self.last_life += 1;
+        let life = self.last_life;
+        let (to_core, to_front) = Channel::pair()?;
+        let (touched, touched_ro) = create_page("vmgmt-touched", TouchedPage::<MappedWords>::WORDS)?;
+        let (page, page_ro) = create_page("vmgmt-life", LifePage::<MappedWords>::WORDS)?;
+        TouchedPage::new(MappedWords::writable(&touched)?).init();
+        LifePage::new(MappedWords::writable(&page)?).init();
+        let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let (wake_core, wake_front) = (event()?, event()?);
+        let mut child = Child::start("core", &self.arguments)?;
+        watch(&self.poll, &child.pidfd)?;
+        watch(&self.poll, &child.channel)?;
+        let fds = vec![
+            to_front.into_fd(),
+            touched_ro,
+            page,
+            wake_core.try_clone()?,
+            wake_front.try_clone()?,
+            self.hub_state.try_clone()?,
+            self.control.fd.try_clone()?,
+        ];
+        child.queue(
+            KeeperToCore::Start {
+                life,
+                config: Box::new(self.core_config.clone()),
+            },
+            fds,
+        );
+        for vm in self.vms.iter() {
+            child.queue(KeeperToCore::Vm(vm.config.clone()), vec![vm.state.try_clone()?]);
+        }
+        for text in &self.notices {
+            child.queue(KeeperToCore::Notice { text: text.clone() }, Vec::new());
+        }
+        tracing::info!("core life {life} is process {}", child.pid());
+        let page = LifePage::new(MappedWords::read_only(&page_ro)?);
+        let fds = vec![to_core.into_fd(), touched, page_ro, wake_core, wake_front];
+        self.front.queue(KeeperToFront::Core { life }, fds);
+        self.core = Some(CoreLife {
+            life,
+            child,
+            page,
+            started: Instant::now(),
+            ready: None,
+            dying: None,
+        });
+        Ok(())
+    }
+
+    fn announce(&mut self) {
+        if self.announced || !self.front_ready || self.core.as_ref().is_none_or(|core| core.ready.is_none()) {
+            return;
+        }
+        self.announced = true;
+        eprintln!("vmgmtd: ready");
+        if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+            tracing::warn!("the service manager cannot be told: {error}");
+        }
+    }
+
+    fn admit(&mut self, listener: u32, guest: Guest) {
+        let Guest { session, .. } = guest;
+        let Some((config, _)) = self.listeners.get(&listener) else {
+            let reason = "this socket was removed by the operator".into();
+            return self
+                .front
+                .queue(KeeperToFront::Refused { session, reason }, Vec::new());
+        };
+        let admission = self
+            .vms
+            .admit(guest, config, || state_memory("vmgmt-vm", VM_STATE_BYTES));
+        let maps_max = config.device.maps_max as usize;
+        let admitted = match admission {
+            Admission::Refused(reason) => Err(reason),
+            Admission::Admitted { vm, new } => self.admitted(vm, new, maps_max).map_err(|errno| {
+                self.session_gone(session);
+                format!("the host daemon has no memory or descriptors for another device: {errno}")
+            }),
+        };
+        match admitted {
+            Ok((vm, name, fds)) => self
+                .front
+                .queue(KeeperToFront::Admitted { session, vm, name }, fds),
+            Err(reason) => {
+                tracing::warn!("process {} (uid {}) is refused: {reason}", guest.pid, guest.uid);
+                self.front
+                    .queue(KeeperToFront::Refused { session, reason }, Vec::new());
+            }
+        }
+    }
+
+    /// What goes with an admission; a VM that is new is told to the core first.
+    fn admitted(
+        &mut self,
+        vm: u64,
+        new: bool,
+        maps_max: usize,
+    ) -> Result<(u64, String, Vec<OwnedFd>), Errno> {
+        let page = create_page("vmgmt-front", FrontPage::<MappedWords>::words_needed(maps_max))?;
+        let session_state = state_memory("vmgmt-session", SESSION_STATE_BYTES)?;
+        let entry = self.vms.get(vm).ok_or(Errno::NOENT)?;
+        let config = entry.config.clone();
+        let name = config.name.clone();
+        let state = rustix::io::fcntl_dupfd_cloexec(&entry.state, 3)?;
+        if new {
+            self.tell_core(KeeperToCore::Vm(config), vec![state]);
+        }
+        Ok((vm, name, vec![page.0, page.1, session_state]))
+    }
+
+    fn session_gone(&mut self, session: u64) {
+        self.restarts.session_gone(session);
+        if let Some(vm) = self.vms.session_gone(session) {
+            self.vm_gone(vm);
+        }
+    }
+
+    fn vm_gone(&mut self, vm: vms::Vm) {
+        self.tell_core(KeeperToCore::VmGone { vm: vm.config.vm }, Vec::new());
+        if let Some((life, request)) = vm.removal
+            && self.core.as_ref().is_some_and(|core| core.life == life)
+        {
+            self.tell_core(KeeperToCore::Done { request, error: None }, Vec::new());
+        }
+    }
+
+    fn add_vm(&mut self, vm: VmConfig, listener: ListenerConfig) -> anyhow::Result<()> {
+        if self.vms.named(&vm.name).is_some() {
+            bail!("there is a VM {:?} already", vm.name);
+        }
+        let socket = listen_on(&listener.path, listener.mode, listener.group.as_deref());
+        self.add_listener(
+            listener,
+            Some(vm),
+            socket.map_err(|mistake| anyhow::anyhow!("{mistake}"))?,
+        )
+    }
+
+    /// Gives a socket and its VM their numbers and makes them known: the VM to the core, then the socket to the front.
+    fn add_listener(
+        &mut self,
+        mut listener: ListenerConfig,
+        vm: Option<VmConfig>,
+        socket: Socket,
+    ) -> anyhow::Result<()> {
+        self.last_listener += 1;
+        listener.listener = self.last_listener;
+        let fd = socket.fd.try_clone()?;
+        if let Some(mut vm) = vm {
+            vm.vm = self.vms.next_number();
+            listener.identity = Identity::Vm { vm: vm.vm };
+            let state = state_memory("vmgmt-vm", VM_STATE_BYTES).context("memory for the VM's state")?;
+            let for_core = state.try_clone()?;
+            self.vms.insert(vm.clone(), state, listener.listener);
+            self.tell_core(KeeperToCore::Vm(vm), vec![for_core]);
+        }
+        self.front
+            .queue(KeeperToFront::Listen(listener.clone()), vec![fd]);
+        self.listeners.insert(listener.listener, (listener, socket));
+        Ok(())
+    }
+
+    /// Takes a VM out of service; it is gone, and the answer given, when its last session has ended.
+    fn remove_vm(&mut self, request: u64, name: &str) {
+        let life = self.last_life;
+        let Some(vm) = self.vms.named(name).filter(|vm| vm.removal.is_none()) else {
+            let error = Some(format!("no VM {name:?}"));
+            return self.tell_core(KeeperToCore::Done { request, error }, Vec::new());
+        };
+        vm.removal = Some((life, request));
+        let (number, listener, shared) = (vm.config.vm, vm.listener, vm.config.transient);
+        if shared {
+            self.front
+                .queue(KeeperToFront::CloseVm { vm: number }, Vec::new());
+        } else if self.listeners.remove(&listener).is_some() {
+            self.front.queue(KeeperToFront::Unlisten { listener }, Vec::new());
+        }
+        if let Some(vm) = self.vms.remove(number) {
+            self.vm_gone(vm);
+        }
+    }
+
+    fn tell_core(&mut self, message: KeeperToCore, fds: Vec<OwnedFd>) {
+        if let Some(core) = &mut self.core {
+            core.child.queue(message, fds);
+        }
+    }
+
+    fn notice(&mut self, text: String) {
+        tracing::warn!("{text}");
+        self.notices.push_back(text);
+        if self.notices.len() > NOTICES_MAX {
+            self.notices.pop_front();
+        }
+    }
+
+    /// Sends what waits: to the front only what the core needs not know before, so that no session names a VM that it does not know.
+    fn flush(&mut self) {
+        if let Some(core) = &mut self.core {
+            core.child.flush();
+        }
+        if self.core.as_ref().is_none_or(|core| !core.child.is_waiting()) {
+            self.front.flush();
+        }
+    }
+
+    /// While no core is READY the keeper answers the operators, so that they never wait in vain.
+    fn serve_fallback(&mut self) {
+        if self.core.as_ref().is_some_and(|core| core.ready.is_some()) {
+            return;
+        }
+        let server = self.fallback.take().map_or_else(|| self.new_fallback(), Ok);
+        match server {
+            Ok(mut server) => {
+                fallback::answer(&mut server, &|| self.status());
+                self.fallback = Some(server);
+            }
+            Err(error) => tracing::debug!("the control socket is not served now: {error}"),
+        }
+    }
+
+    fn new_fallback(&self) -> std::io::Result<ControlServer> {
+        let mut server = ControlServer::new(self.control.fd.try_clone()?)?;
+        server.register(self.poll.registry(), CONTROL_TOKENS)?;
+        Ok(server)
+    }
+
+    fn status(&self) -> Status {
+        let state = match (self.stop_at, self.announced) {
+            (Some(_), _) => "stopping",
+            (None, false) => "starting",
+            (None, true) => "restarting",
+        };
+        Status {
+            state: state.into(),
+            answered_by: "keeper".into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            life: self.last_life,
+            uptime_seconds: self.begin.elapsed().as_secs(),
+            vms: self.vms.iter().count() as u64,
+            sessions: self.vms.session_count() as u64,
+            notices: self.notices.iter().cloned().collect(),
+            counters: BTreeMap::from([
+                ("core deaths".to_owned(), self.restarts.total()),
+                (
+                    "sessions to be quarantined".to_owned(),
+                    self.restarts.quarantined() as u64,
+                ),
+            ]),
+        }
+    }
+}
+
+/// Has the event loop look at a descriptor. It forgets it when it is closed: nobody else has it.
+fn watch(poll: &Poll, fd: &impl AsFd) -> std::io::Result<()> {
+    let fd = fd.as_fd().as_raw_fd();
+    poll.registry()
+        .register(&mut SourceFd(&fd), WAKE, Interest::READABLE | Interest::WRITABLE)
+}
+
+/// Memory for state that outlives cores: its size is fixed, it is taken as it is written.
+fn state_memory(name: &str, bytes: u64) -> Result<OwnedFd, Errno> {
+    let fd = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    ftruncate(&fd, bytes)?;
+    fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(fd)
+}
+
+/// Each device costs the front a handful of descriptors: all that the system allows are asked for. Children inherit it.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(errno) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!("the limit on descriptors stays as it is: {errno}");
+    }
+}

@@ -1,0 +1,190 @@
+//! A child: front or core, the same program in another role. In: messages for it. Out: its messages, and how it died.
+//!
+//! It gets its channel as standard input, so nothing here adopts a descriptor by number; all others are close-on-exec.
+
+use crate::channel::{Channel, ChannelError, Packet};
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::collections::VecDeque;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Command, Stdio};
+
+/// How a child ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Exit {
+    /// For the log: "signal 11 (SIGSEGV)", "exit code 101".
+    pub(super) text: String,
+    /// It was its own doing, not a kill from outside.
+    pub(super) by_itself: bool,
+    pub(super) orderly: bool,
+}
+
+/// A child that takes messages of type `T`.
+#[derive(Debug)]
+pub(super) struct Child<T> {
+    process: std::process::Child,
+    /// Readable when it is dead.
+    pub(super) pidfd: OwnedFd,
+    pub(super) channel: Channel,
+    waiting: VecDeque<(T, Vec<OwnedFd>)>,
+    /// SIGKILL was sent to it.
+    killed: bool,
+    /// Why, where it is its own fault.
+    fault: Option<&'static str>,
+}
+
+impl<T: Serialize> Child<T> {
+    /// Starts this program again in `role`, with these arguments more.
+    pub(super) fn start(role: &str, arguments: &[String]) -> anyhow::Result<Self> {
+        let (channel, theirs) = Channel::pair()?;
+        let process = Command::new("/proc/self/exe")
+            .arg0(format!("vmgmtd-{role}"))
+            .args(["--role", role, "--parent", &std::process::id().to_string()])
+            .args(arguments)
+            .stdin(Stdio::from(theirs.into_fd()))
+            // Ctrl-C at a terminal is for the keeper, which ends its children in order.
+            .process_group(0)
+            .env_remove("NOTIFY_SOCKET")
+            .spawn()
+            .map_err(|error| anyhow::anyhow!("the {role} does not start: {error}"))?;
+        let pidfd = pidfd_open(Pid::from_child(&process), PidfdFlags::empty())?;
+        Ok(Self {
+            process,
+            pidfd,
+            channel,
+            waiting: VecDeque::new(),
+            killed: false,
+            fault: None,
+        })
+    }
+
+    pub(super) fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Keeps a message with its descriptors for [`Child::flush`].
+    pub(super) fn queue(&mut self, message: T, fds: Vec<OwnedFd>) {
+        self.waiting.push_back((message, fds));
+    }
+
+    /// Whether messages wait.
+    pub(super) fn is_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// Sends what waits, as far as the channel takes it. A closed channel takes all: its process is as good as dead.
+    pub(super) fn flush(&mut self) {
+        while let Some((message, fds)) = self.waiting.front() {
+            let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+            match self.channel.send(message, &[], &fds) {
+                // TOOMANYREFS: too many descriptors are on their way; they arrive.
+                Err(ChannelError::Full | ChannelError::Io(Errno::TOOMANYREFS)) => return,
+                Err(error) => tracing::debug!("a message to process {} is lost: {error}", self.pid()),
+                Ok(()) => {}
+            }
+            self.waiting.pop_front();
+        }
+    }
+
+    /// Its next message; an error: it has closed its channel or talks nonsense.
+    pub(super) fn receive<M: DeserializeOwned>(&self) -> Result<Option<Packet<M>>, ChannelError> {
+        self.channel.receive()
+    }
+
+    /// Kills it. `fault`: it is its own (it stood still), and how the log puts it.
+    pub(super) fn kill(&mut self, fault: Option<&'static str>) {
+        self.killed = true;
+        self.fault = self.fault.or(fault);
+        // It can only be dead already.
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+    }
+
+    /// Why it was killed, where it is its own fault.
+    pub(super) const fn fault(&self) -> Option<&'static str> {
+        self.fault
+    }
+
+    /// How it ended; `None` while it lives.
+    pub(super) fn ended(&mut self) -> Option<Exit> {
+        let status = match self.process.try_wait() {
+            Ok(status) => status?,
+            Err(error) => {
+                return Some(Exit {
+                    text: format!("unknown: {error}"),
+                    by_itself: false,
+                    orderly: false,
+                });
+            }
+        };
+        if let Some(fault) = self.fault {
+            return Some(Exit {
+                text: fault.to_owned(),
+                by_itself: true,
+                orderly: false,
+            });
+        }
+        Some(match (status.code(), status.signal()) {
+            (Some(0), _) => Exit {
+                text: "exit code 0".into(),
+                by_itself: false,
+                orderly: true,
+            },
+            (Some(code), _) => Exit {
+                text: format!("exit code {code}"),
+                by_itself: true,
+                orderly: false,
+            },
+            (None, signal) => {
+                let signal = signal.unwrap_or_default();
+                let name = FAULTS
+                    .iter()
+                    .find(|(number, _)| *number == signal)
+                    .map(|(_, name)| *name);
+                let text = format!("signal {signal} ({})", name.unwrap_or("from outside"));
+                Exit {
+                    text,
+                    by_itself: name.is_some(),
+                    orderly: false,
+                }
+            }
+        })
+    }
+
+    /// Whether it can touch no guest memory any more although it is not gone: it was killed, and all its threads sleep in the kernel or
+    /// are dead (survival.md, "When a core is dead").
+    pub(super) fn is_dead_for_memory(&self) -> bool {
+        if !self.killed {
+            return false;
+        }
+        let Ok(threads) = std::fs::read_dir(format!("/proc/{}/task", self.pid())) else {
+            return false; // what cannot be seen is not dead; the pidfd will tell
+        };
+        threads.flatten().all(|thread| {
+            // A thread that is gone between listing and reading is dead.
+            let stat = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+            let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+            matches!(state, None | Some('D' | 'Z' | 'X'))
+        })
+    }
+}
+
+impl<T> Drop for Child<T> {
+    /// However the keeper ends, it leaves no child behind.
+    fn drop(&mut self) {
+        // It can only be dead already.
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+    }
+}
+
+/// Signals that a process brings on itself.
+const FAULTS: [(i32, &str); 6] = [
+    (libc::SIGSEGV, "SIGSEGV"),
+    (libc::SIGABRT, "SIGABRT"),
+    (libc::SIGBUS, "SIGBUS"),
+    (libc::SIGILL, "SIGILL"),
+    (libc::SIGFPE, "SIGFPE"),
+    (libc::SIGSYS, "SIGSYS"),
+];

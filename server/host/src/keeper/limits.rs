@@ -1,0 +1,38 @@
+//! Numbers of the keeper.
+
+use std::time::Duration;
+
+/// Bytes of the hub's state: twice a snapshot of all mailboxes that are likely to be full at once, and its journal. Memory is taken only
+/// for what is written.
+pub(super) const HUB_STATE_BYTES: u64 = 256 << 20;
+/// Bytes of a VM's state: twice the largest mailbox by default (4 MiB), and its journal.
+pub(super) const VM_STATE_BYTES: u64 = 16 << 20;
+/// Bytes of a session's state: what its rings need.
+pub(super) const SESSION_STATE_BYTES: u64 = vmgmt_device::rings::STATE_BYTES as u64;
+/// Waits before a core is started again, by deaths in a row (survival.md, "Crash loops").
+pub(super) const BACK_OFF: [Duration; 4] = [
+    Duration::ZERO,
+    Duration::ZERO,
+    Duration::from_millis(100),
+    Duration::from_secs(1),
+];
+/// A core that served this long has ended a row of deaths; and two deaths with the same session within it quarantine that one.
+pub(super) const ROW_OF_DEATHS: Duration = Duration::from_secs(10);
+/// Deaths in a row after which a daemon that never was in service gives up: something is wrong that a restart does not mend.
+pub(super) const FIRST_DEATHS_MAX: usize = 5;
+/// How long a core may take from its start to READY: it adopts in slices and only reads its state before.
+pub(super) const START_DEADLINE: Duration = Duration::from_secs(30);
+/// How long front and core may take to end in order.
+pub(super) const STOP_DEADLINE: Duration = Duration::from_secs(5);
+/// Between two looks at what tells nothing by itself: a process that dies slowly, a full channel.
+pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(10);
+/// Packets taken from one child before the others have their turn.
+pub(super) const PACKETS_PER_TURN: usize = 64;
+/// Lines about deaths that are kept for the status.
+pub(super) const NOTICES_MAX: usize = 32;
+/// Connections that may wait on a socket before they are accepted.
+pub(super) const BACKLOG: i32 = 1024;
+/// How long a core that has closed its channel may take to end by itself, so that its exit code or signal is known.
+pub(super) const END_DEADLINE: Duration = Duration::from_millis(200);
+/// When the start of a core is tried again for which memory or descriptors were missing.
+pub(super) const START_AGAIN: Duration = Duration::from_secs(1);

@@ -1,0 +1,345 @@
+//! The register of VMs and sessions: who is who, and who may come in.
+//!
+//! In: admissions and ends of sessions. Out: decisions. Knows no channel; the shell tells front and core.
+
+use crate::config::limits::ANONYMOUS_PREFIX;
+use crate::config::{Identity, ListenerConfig, VmConfig};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// A VM that exists.
+#[derive(Debug)]
+pub(super) struct Vm {
+    pub(super) config: VmConfig,
+    /// The memory of its state, which outlives cores.
+    pub(super) state: OwnedFd,
+    pub(super) listener: u32,
+    /// The QEMU of a VM of a shared socket.
+    process: Option<Process>,
+    pub(super) sessions: BTreeSet<u64>,
+    /// Its removal was asked for: (life of the core that asked, request); no session is admitted any more.
+    pub(super) removal: Option<(u64, u64)>,
+}
+
+/// A process, for as long as it lives: numbers are used again.
+#[derive(Debug)]
+struct Process {
+    pid: i32,
+    handle: OwnedFd,
+}
+
+impl Process {
+    fn lives(&self) -> bool {
+        let mut fds = [PollFd::new(&self.handle, PollFlags::IN)];
+        matches!(
+            poll(
+                &mut fds,
+                Some(&Timespec {
+                    tv_sec: 0,
+                    tv_nsec: 0
+                })
+            ),
+            Ok(0)
+        )
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Holder {
+    vm: u64,
+    pid: i32,
+    uid: u32,
+}
+
+/// See the head of this file.
+#[derive(Debug, Default)]
+pub(super) struct Vms {
+    vms: BTreeMap<u64, Vm>,
+    sessions: BTreeMap<u64, Holder>,
+    last_vm: u64,
+    last_anonymous: u64,
+}
+
+/// Somebody who wants in.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Guest {
+    pub(super) session: u64,
+    pub(super) pid: i32,
+    pub(super) uid: u32,
+}
+
+/// Whether it may.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Admission {
+    /// As a device of this VM; `new`: the VM begins to exist with it.
+    Admitted { vm: u64, new: bool },
+    /// Not, for this reason.
+    Refused(String),
+}
+
+impl Vms {
+    /// A number that no VM has had.
+    pub(super) const fn next_number(&mut self) -> u64 {
+        self.last_vm += 1;
+        self.last_vm
+    }
+
+    pub(super) fn insert(&mut self, config: VmConfig, state: OwnedFd, listener: u32) {
+        let vm = Vm {
+            config,
+            state,
+            listener,
+            process: None,
+            sessions: BTreeSet::new(),
+            removal: None,
+        };
+        self.vms.insert(vm.config.vm, vm);
+    }
+    pub(super) fn get(&self, vm: u64) -> Option<&Vm> {
+        self.vms.get(&vm)
+    }
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Vm> {
+        self.vms.values()
+    }
+    pub(super) fn named(&mut self, name: &str) -> Option<&mut Vm> {
+        self.vms.values_mut().find(|vm| vm.config.name == name)
+    }
+    pub(super) fn session_count(&self) -> usize {
+        self.sessions.len()
+    }
+
+    /// Decides on somebody who came in by `listener`; `make_state` makes the memory of a new VM's state.
+    pub(super) fn admit(
+        &mut self,
+        guest: Guest,
+        listener: &ListenerConfig,
+        make_state: impl FnOnce() -> Result<OwnedFd, Errno>,
+    ) -> Admission {
+        if self.sessions.contains_key(&guest.session) {
+            return Admission::Refused(format!("session {} is used twice", guest.session));
+        }
+        let (vm, new) = match &listener.identity {
+            Identity::Vm { vm } => (*vm, false),
+            Identity::Anonymous(template) => match self.vm_of_process(guest.pid, listener.listener) {
+                Some(vm) => (vm, false),
+                None => match self.new_anonymous(template, guest.pid, listener.listener, make_state) {
+                    Ok(vm) => (vm, true),
+                    Err(errno) => {
+                        return Admission::Refused(format!(
+                            "the host daemon cannot take another VM: {errno}"
+                        ));
+                    }
+                },
+            },
+        };
+        let Some(entry) = self.vms.get_mut(&vm).filter(|entry| entry.removal.is_none()) else {
+            return Admission::Refused("this VM was removed by the operator".into());
+        };
+        let devices_max = listener.device.devices_max;
+        if entry.sessions.len() >= devices_max as usize {
+            let holder = entry
+                .sessions
+                .first()
+                .and_then(|session| self.sessions.get(session));
+            let holder =
+                holder.map_or_else(String::new, |h| format!(" by process {} (uid {})", h.pid, h.uid));
+            return Admission::Refused(format!(
+                "VM {:?} is connected already{holder}; its devices-max is {devices_max}",
+                entry.config.name
+            ));
+        }
+        entry.sessions.insert(guest.session);
+        self.sessions.insert(
+            guest.session,
+            Holder {
+                vm,
+                pid: guest.pid,
+                uid: guest.uid,
+            },
+        );
+        Admission::Admitted { vm, new }
+    }
+
+    /// Notes the end of a session; gives its VM if that has ended with it.
+    pub(super) fn session_gone(&mut self, session: u64) -> Option<Vm> {
+        let Holder { vm, .. } = self.sessions.remove(&session)?;
+        let entry = self.vms.get_mut(&vm)?;
+        entry.sessions.remove(&session);
+        let ended = entry.sessions.is_empty() && (entry.config.transient || entry.removal.is_some());
+        if ended { self.vms.remove(&vm) } else { None }
+    }
+
+    /// Takes a VM without sessions out.
+    pub(super) fn remove(&mut self, vm: u64) -> Option<Vm> {
+        self.vms
+            .get(&vm)
+            .is_some_and(|vm| vm.sessions.is_empty())
+            .then(|| self.vms.remove(&vm))
+            .flatten()
+    }
+
+    /// The VM of that QEMU process on a shared socket, if it is still the same process.
+    fn vm_of_process(&self, pid: i32, listener: u32) -> Option<u64> {
+        let of_process = |vm: &&Vm| {
+            vm.listener == listener
+                && vm.removal.is_none()
+                && vm
+                    .process
+                    .as_ref()
+                    .is_some_and(|process| process.pid == pid && process.lives())
+        };
+        self.vms.values().find(of_process).map(|vm| vm.config.vm)
+    }
+
+    fn new_anonymous(
+        &mut self,
+        template: &VmConfig,
+        pid: i32,
+        listener: u32,
+        make_state: impl FnOnce() -> Result<OwnedFd, Errno>,
+    ) -> Result<u64, Errno> {
+        let state = make_state()?;
+        // A peer that cannot be seen (another pid namespace, or dead already) gets a VM for this connection alone.
+        let handle = Pid::from_raw(pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        self.last_anonymous += 1;
+        let vm = self.next_number();
+        let name = format!("{ANONYMOUS_PREFIX}{}", self.last_anonymous);
+        self.insert(
+            VmConfig {
+                vm,
+                name,
+                ..template.clone()
+            },
+            state,
+            listener,
+        );
+        if let (Some(entry), Some(handle)) = (self.vms.get_mut(&vm), handle) {
+            entry.process = Some(Process { pid, handle });
+        }
+        Ok(vm)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{DeviceConfig, VmLimits};
+
+    fn vm_config(vm: u64, name: &str, transient: bool) -> VmConfig {
+        let limits = VmLimits::default();
+        VmConfig {
+            vm,
+            name: name.into(),
+            shares: vec![],
+            reach: vec![],
+            send_to_all: false,
+            limits,
+            transient,
+        }
+    }
+    fn listener(listener: u32, identity: Identity, devices_max: u32) -> ListenerConfig {
+        let device = DeviceConfig {
+            devices_max,
+            ..DeviceConfig::default()
+        };
+        ListenerConfig {
+            listener,
+            path: "/x".into(),
+            mode: 0,
+            group: None,
+            identity,
+            device,
+        }
+    }
+    fn state() -> Result<OwnedFd, Errno> {
+        Ok(tempfile::tempfile().unwrap().into())
+    }
+    fn refusal(admission: Admission) -> String {
+        match admission {
+            Admission::Refused(reason) => reason,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_socket_is_an_identity_and_a_second_device_is_refused_naming_the_holder() {
+        let mut vms = Vms::default();
+        let vm = vms.next_number();
+        vms.insert(vm_config(vm, "web", false), state().unwrap(), 1);
+        let socket = listener(1, Identity::Vm { vm }, 2);
+        let guest = |session| Guest {
+            session,
+            pid: 4242,
+            uid: 107,
+        };
+        for session in [10, 11] {
+            assert_eq!(
+                vms.admit(guest(session), &socket, state),
+                Admission::Admitted { vm, new: false }
+            );
+        }
+        let reason = refusal(vms.admit(guest(12), &socket, state));
+        assert_eq!(
+            reason,
+            "VM \"web\" is connected already by process 4242 (uid 107); its devices-max is 2"
+        );
+        assert!(refusal(vms.admit(guest(11), &socket, state)).contains("used twice"));
+        // A refused one leaves nothing behind, and the VM outlives its sessions.
+        assert!(vms.session_gone(12).is_none() && vms.session_gone(10).is_none());
+        assert_eq!(
+            vms.admit(guest(13), &socket, state),
+            Admission::Admitted { vm, new: false }
+        );
+        assert!(vms.remove(vm).is_none(), "not while it is connected");
+        vms.named("web").unwrap().removal = Some((1, 5));
+        assert!(refusal(vms.admit(guest(14), &socket, state)).contains("removed"));
+        assert!(vms.session_gone(11).is_none());
+        assert_eq!(vms.session_gone(13).unwrap().removal, Some((1, 5)));
+        assert_eq!((vms.iter().count(), vms.session_count()), (0, 0));
+    }
+
+    #[test]
+    fn on_a_shared_socket_each_process_is_a_vm_until_its_last_session_ends() {
+        let mut vms = Vms::default();
+        let socket = listener(3, Identity::Anonymous(Box::new(vm_config(0, "", true))), 2);
+        let mut other = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let (own, its) = (std::process::id() as i32, other.id() as i32);
+        let guest = |session, pid| Guest { session, pid, uid: 0 };
+        assert_eq!(
+            vms.admit(guest(1, own), &socket, state),
+            Admission::Admitted { vm: 1, new: true }
+        );
+        assert_eq!(
+            vms.admit(guest(2, its), &socket, state),
+            Admission::Admitted { vm: 2, new: true }
+        );
+        assert_eq!(
+            vms.admit(guest(3, its), &socket, state),
+            Admission::Admitted { vm: 2, new: false }
+        );
+        assert!(refusal(vms.admit(guest(4, its), &socket, state)).contains("anon-2"));
+        // The number of a dead process says nothing about who comes with it next.
+        other.kill().unwrap();
+        other.wait().unwrap();
+        assert_eq!(
+            vms.admit(guest(5, its), &socket, state),
+            Admission::Admitted { vm: 3, new: true }
+        );
+        assert!(vms.session_gone(2).is_none());
+        assert_eq!(vms.session_gone(3).unwrap().config.name, "anon-2");
+        assert!(vms.named("anon-1").is_some() && vms.named("anon-3").is_some());
+        // Without a visible process each connection stands alone.
+        assert_eq!(
+            vms.admit(guest(6, 0), &socket, state),
+            Admission::Admitted { vm: 4, new: true }
+        );
+        assert_eq!(
+            vms.admit(guest(7, 0), &socket, state),
+            Admission::Admitted { vm: 5, new: true }
+        );
+        assert!(refusal(vms.admit(guest(8, 0), &socket, || Err(Errno::NOMEM))).contains("another VM"));
+    }
+}
