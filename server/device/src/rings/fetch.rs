@@ -60,8 +60,13 @@ fn copy_batch<W: Words, M: GuestMemory>(
 ) -> Result<bool, Stop> {
     let head = ring.head();
     if ring.tail == head {
-        if !ring.shared && !ring.look {
+        let is_armed = ring.armed == Some(head) || !desk.suppression;
+        if !ring.shared && !ring.look && is_armed {
             return Ok(false);
+        }
+        // What was armed must be there before the tail is looked at for the last time.
+        if ring.armed == Some(head) && !ring.shared {
+            memory.settled()?;
         }
         let tail = memory.load_u32(ring.event_address(event_offset::SUBMISSION_TAIL))?;
         if tail.wrapping_sub(head) > ring.setup.submission_entries {
@@ -70,7 +75,7 @@ fn copy_batch<W: Words, M: GuestMemory>(
         ring.tail = tail;
         ring.look = false;
         if tail == head {
-            return Ok(false);
+            return arm_by_message(desk, ring, memory).map(|()| false);
         }
     }
     let slots_free = free_slots(desk.now, ring, memory)?;
@@ -94,6 +99,23 @@ fn copy_batch<W: Words, M: GuestMemory>(
     ring.batch_at = 0;
     ring.batch_count = count as usize;
     Ok(true)
+}
+
+/// A guest need not know that its memory is not shared: its doorbell is asked for as ever, by a message, and the tail is looked at once
+/// more when that is there. (Where memory is shared the shell arms, when it wants to sleep.)
+fn arm_by_message<W: Words, M: GuestMemory>(
+    desk: &Desk<W>,
+    ring: &mut Ring,
+    memory: &mut M,
+) -> Result<(), Stop> {
+    let head = ring.head();
+    if ring.shared || !desk.suppression || ring.armed == Some(head) {
+        return Ok(());
+    }
+    memory.store_u32(ring.event_address(event_offset::SUBMISSION_EVENT), head)?;
+    ring.armed = Some(head);
+    ring.look = true;
+    Err(Stop::Wait)
 }
 
 /// Completion slots that submissions may be fetched for. A guest that lets its completion ring fill up rings no doorbell when it takes

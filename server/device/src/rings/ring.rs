@@ -193,6 +193,8 @@ pub(super) struct Ring {
     pub doorbell: u64,
     /// `submission_tail` is to be read again although the ring is reached by messages.
     pub look: bool,
+    /// The `submission_event` that was written by message last.
+    pub armed: Option<u32>,
     pub batch: Box<[u8]>,
     pub batch_at: usize,
     pub batch_count: usize,
@@ -234,6 +236,7 @@ impl Ring {
             tail: 0,
             doorbell: 0,
             look: true,
+            armed: None,
             batch: Box::default(),
             batch_at: 0,
             batch_count: 0,
