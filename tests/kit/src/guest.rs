@@ -12,7 +12,9 @@
 mod backing;
 mod machine;
 mod memory;
+mod site;
 
 pub use backing::{GuestInterrupts, SocketBacking};
 pub use machine::{GuestOptions, SimulatedVm};
 pub use memory::{GuestMemory, Sharing};
+pub use site::{Pids, Site, SitePlan};
