@@ -261,6 +261,11 @@ impl<W: Words> Function<W> {
         self.interrupts.all().collect()
     }
 
+    /// The front page's fence: a higher value than before means that message DMA which was asked for before is void.
+    pub fn fence(&self) -> u64 {
+        self.page.fence()
+    }
+
     pub const fn settings(&self) -> &Settings {
         &self.settings
     }

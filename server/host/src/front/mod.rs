@@ -1,1 +1,32 @@
-//! To be filled by its own files.
+//! The front: what speaks vfio-user.
+//!
+//! In: listeners, admissions and core lives from the keeper; clients' sockets; the core's kicks. Out: answers to the clients, packets
+//! and words for the core. It answers every register access by itself, so that a VM does not notice that the core is
+//! replaced. It maps no guest memory, opens no file, starts nothing.
+//!
+//! One thread, one event loop ([`server`]); each client is a [`session`].
+
+mod core_link;
+mod descriptors;
+mod limits;
+mod log_budget;
+mod message_dma;
+mod outbox;
+mod server;
+mod session;
+mod socket;
+#[cfg(test)]
+mod tests;
+
+use crate::channel::Channel;
+use rustix::fd::OwnedFd;
+
+/// Runs the front until the keeper says Stop or its channel ends.
+///
+/// `keeper`: the SEQPACKET channel on which [`crate::messages::KeeperToFront`] comes and [`crate::messages::FrontToKeeper`] goes.
+///
+/// # Errors
+/// The event loop cannot be set up or breaks. Nothing that a client or the core does leads to an error here.
+pub fn run(keeper: OwnedFd) -> anyhow::Result<()> {
+    server::Front::new(Channel::from_fd(keeper))?.run()
+}

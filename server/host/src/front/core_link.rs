@@ -1,0 +1,132 @@
+//! The front's side of one core life: its channel, the pages both share, waking it, and whether it is alive.
+//!
+//! In: what Core{life} brought. Out: packets, touches, wake-ups; "it is stuck". Must never know: a session's contents.
+//!
+//! The sleep scheme is in `vmgmt_device::page::shared`; its fences are here.
+
+use super::limits::BEAT_NS_MAX;
+use super::outbox::Outbox;
+use crate::channel::Channel;
+use crate::messages::FrontToCore;
+use crate::words::MappedWords;
+use anyhow::{Context, bail};
+use rustix::fd::OwnedFd;
+use std::sync::atomic::{Ordering, fence};
+use vmgmt_device::Tick;
+use vmgmt_device::page::{LifePage, TouchedPage};
+
+/// One core life.
+#[derive(Debug)]
+pub struct CoreLink {
+    pub life: u64,
+    pub outbox: Outbox<FrontToCore>,
+    /// The eventfd by which the core wakes us.
+    pub wake_front: OwnedFd,
+    wake_core: OwnedFd,
+    touched: TouchedPage<MappedWords>,
+    page: LifePage<MappedWords>,
+    kicks_seen: u64,
+    /// The core owes something: its beat then, and since when it has stood still.
+    watch: Option<(u64, Tick)>,
+    told_stuck: bool,
+}
+
+impl CoreLink {
+    /// Takes over what [`crate::messages::KeeperToFront::Core`] brought.
+    ///
+    /// # Errors
+    /// Descriptors that are not as agreed.
+    pub fn new(life: u64, fds: Vec<OwnedFd>) -> anyhow::Result<Self> {
+        let Ok([channel, touched, page, wake_core, wake_front]) = <[OwnedFd; 5]>::try_from(fds) else {
+            bail!("core life {life} came without its five descriptors");
+        };
+        let touched = TouchedPage::new(MappedWords::writable(touched).context("the touched page")?);
+        if !touched.is_valid() {
+            touched.init();
+        }
+        let page = LifePage::new(MappedWords::read_only(page).context("the life page")?);
+        Ok(Self {
+            life,
+            outbox: Outbox::new(Channel::from_fd(channel)),
+            wake_front,
+            wake_core,
+            kicks_seen: page.kicks().wrapping_sub(1),
+            touched,
+            page,
+            watch: None,
+            told_stuck: false,
+        })
+    }
+
+    /// Words of the session in `slot` changed; wakes the core if it sleeps.
+    pub fn touch(&mut self, now: Tick, slot: usize) {
+        self.touched.touch(slot);
+        self.wake(now);
+    }
+
+    /// Wakes the core if it sleeps.
+    pub fn wake(&mut self, now: Tick) {
+        fence(Ordering::SeqCst);
+        if self.page.core_asleep() {
+            // A full counter is as good as a signal.
+            let _ = rustix::io::write(&self.wake_core, &1u64.to_ne_bytes());
+        }
+        if self.watch.is_none() {
+            self.watch = Some((self.page.beat(), now));
+        }
+    }
+
+    /// Whether the core kicked since the last call.
+    pub fn take_kicks(&mut self) -> bool {
+        let kicks = self.page.kicks();
+        std::mem::replace(&mut self.kicks_seen, kicks) != kicks
+    }
+
+    /// The kick counter of a slot.
+    pub fn kicked(&self, slot: usize) -> u64 {
+        self.page.kicked(slot)
+    }
+
+    /// Says that we go to sleep. False: something came meanwhile, stay awake.
+    pub fn fall_asleep(&self) -> bool {
+        self.touched.set_front_asleep(true);
+        fence(Ordering::SeqCst);
+        self.page.kicks() == self.kicks_seen
+    }
+
+    pub fn wake_up(&self) {
+        self.touched.set_front_asleep(false);
+    }
+
+    /// Looks at the beat. `owes`: something else than a touch is outstanding. True, once per life: it stands still for too long.
+    pub fn is_stuck(&mut self, now: Tick, owes: bool) -> bool {
+        let owes = owes || !self.outbox.is_empty();
+        let beat = self.page.beat();
+        match self.watch {
+            None if owes => self.watch = Some((beat, now)),
+            None => {}
+            Some((seen, _)) if seen != beat => self.watch = owes.then_some((beat, now)),
+            // A core that has not beaten yet is being started; that is for the keeper to watch.
+            Some(_) if beat == 0 => self.watch = Some((beat, now)),
+            Some((_, since)) if now.since_ns(since) >= BEAT_NS_MAX => {
+                return !std::mem::replace(&mut self.told_stuck, true);
+            }
+            Some(_) => {}
+        }
+        false
+    }
+
+    /// When the beat is to be looked at again.
+    pub fn deadline(&self) -> Tick {
+        match self.watch {
+            Some((_, since)) if !self.told_stuck => since.after_ns(BEAT_NS_MAX),
+            _ => Tick::NEVER,
+        }
+    }
+
+    /// The channel has ended or speaks nonsense; true the first time: the keeper is to be told.
+    pub fn give_up(&mut self) -> bool {
+        self.outbox.set_broken();
+        !std::mem::replace(&mut self.told_stuck, true)
+    }
+}

@@ -1,0 +1,156 @@
+//! The descriptors of one session: those that wait for their message or serve as interrupts, and the memory objects.
+//!
+//! In: descriptors of the client's. Out: tokens and object numbers. Must never know: a message, a map.
+//!
+//! Every DMA map carries a fresh duplicate of the same descriptor; one per (device, inode, access mode) is kept, the others are closed at
+//! once. Numbers are never used again.
+
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::fs::{FileType, OFlags, fcntl_getfl, fcntl_setfl, fstat};
+use slab::Slab;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use vmgmt_device::page::rights;
+use vmgmt_device::registers::MapObject;
+use vmgmt_wire::{DmaMap, Errno, FdSlot};
+
+/// Tokens and the descriptors behind them.
+#[derive(Debug, Default)]
+pub struct Descriptors {
+    slots: Slab<Rc<OwnedFd>>,
+}
+
+impl Descriptors {
+    pub fn insert(&mut self, fd: OwnedFd) -> FdSlot {
+        FdSlot(self.slots.insert(Rc::new(fd)) as u32)
+    }
+
+    pub fn get(&self, slot: FdSlot) -> Option<&Rc<OwnedFd>> {
+        self.slots.get(slot.0 as usize)
+    }
+
+    /// Takes a descriptor out; it is closed when the last user drops it.
+    pub fn remove(&mut self, slot: FdSlot) -> Option<Rc<OwnedFd>> {
+        self.slots.try_remove(slot.0 as usize)
+    }
+
+    pub fn clear(&mut self) {
+        self.slots.clear();
+    }
+}
+
+/// Whether a descriptor may serve as an interrupt: an anonymous inode (as an eventfd is), made non-blocking. A pipe or socket that
+/// nobody reads would otherwise make the whole front wait. (Its owner can make it block again; an eventfd then blocks
+/// only at 2^64-2 unread signals, which takes that owner's own malice against the host that it runs on.)
+pub fn accept_eventfd(fd: &OwnedFd) -> bool {
+    let anonymous = fstat(fd).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Unknown);
+    anonymous
+        && fcntl_getfl(fd).is_ok_and(|flags| {
+            flags.contains(OFlags::NONBLOCK) || fcntl_setfl(fd, flags | OFlags::NONBLOCK).is_ok()
+        })
+}
+
+/// What makes two descriptors the same memory in the same way.
+type Key = (u64, u64, u64);
+
+/// A memory object.
+#[derive(Debug)]
+pub struct Object {
+    pub fd: Rc<OwnedFd>,
+    pub writable: bool,
+    key: Key,
+}
+
+/// The memory objects that maps name.
+#[derive(Debug)]
+pub struct Objects {
+    objects: BTreeMap<u64, Object>,
+    numbers: BTreeMap<Key, u64>,
+    next: u64,
+}
+
+/// A descriptor looked at: which object it is or would become.
+#[derive(Debug)]
+pub struct Interned {
+    pub object: MapObject,
+    /// It is not known yet: [`Objects::insert`] makes it so.
+    pub is_new: bool,
+    key: Key,
+}
+
+impl Objects {
+    pub const fn new() -> Self {
+        Self {
+            objects: BTreeMap::new(),
+            numbers: BTreeMap::new(),
+            next: 1,
+        }
+    }
+
+    /// Looks at the descriptor of a map: is it memory, is it large enough, which rights does it give?
+    ///
+    /// # Errors
+    /// EINVAL: no regular file, or smaller than the map. EACCES: not open for reading.
+    pub fn look(&self, map: &DmaMap, fd: impl AsFd) -> Result<Interned, Errno> {
+        let stat = fstat(&fd).map_err(|_| Errno::EINVAL)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(Errno::EINVAL);
+        }
+        let end = map
+            .file_offset
+            .checked_add(map.range.bytes())
+            .ok_or(Errno::EINVAL)?;
+        if u64::try_from(stat.st_size).unwrap_or(0) < end {
+            return Err(Errno::EINVAL);
+        }
+        let flags = fcntl_getfl(&fd).map_err(|_| Errno::EINVAL)?;
+        let rights = match flags & OFlags::RWMODE {
+            OFlags::RDWR => rights::READ | rights::WRITE,
+            OFlags::RDONLY => rights::READ,
+            _ => return Err(Errno::EACCES),
+        };
+        let key = (stat.st_dev, stat.st_ino, rights);
+        let known = self.numbers.get(&key).copied();
+        let object = MapObject {
+            number: known.unwrap_or(self.next),
+            rights,
+        };
+        Ok(Interned {
+            object,
+            is_new: known.is_none(),
+            key,
+        })
+    }
+
+    /// Keeps a new object.
+    pub fn insert(&mut self, interned: &Interned, fd: Rc<OwnedFd>) {
+        let number = interned.object.number;
+        self.next = self.next.max(number + 1);
+        self.numbers.insert(interned.key, number);
+        let writable = interned.object.rights & rights::WRITE != 0;
+        self.objects.insert(
+            number,
+            Object {
+                fd,
+                writable,
+                key: interned.key,
+            },
+        );
+    }
+
+    /// Lets an object go that no map names any more.
+    pub fn remove(&mut self, number: u64) {
+        if let Some(object) = self.objects.remove(&number) {
+            self.numbers.remove(&object.key);
+        }
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (u64, &Object)> {
+        self.objects.iter().map(|(number, object)| (*number, object))
+    }
+
+    pub fn clear(&mut self) {
+        self.objects.clear();
+        self.numbers.clear();
+    }
+}

@@ -1,0 +1,57 @@
+//! Numbers of the front, with where they come from. In: nothing. Out: numbers. Must never know: a session.
+
+use vmgmt_abi::feature;
+use vmgmt_device::page::SLOTS_MAX;
+
+/// Features offered to every driver: what this version's core does.
+pub const FEATURES: u64 =
+    feature::EVENT_SUPPRESSION | feature::HOST_PAGE | feature::MODE_FILE | feature::MODE_CHAT;
+
+/// Sessions at once, those still being let go included: the pages shared with the core have room for no more.
+pub const SESSIONS_MAX: usize = SLOTS_MAX;
+
+/// Requests handled of one session before another one's turn. A request takes 5 to 15 µs, so that the others wait about 1 ms for a
+/// session that floods.
+pub const REQUESTS_PER_TURN_MAX: usize = 64;
+
+/// Reads of one session's socket in one turn.
+pub const READS_PER_TURN_MAX: usize = 16;
+
+/// Bytes of one read: many small requests, or a sixteenth of the largest one.
+pub const READ_BYTES: usize = 64 * 1024;
+
+/// Connections accepted, and packets taken of a channel, in one turn.
+pub const ACCEPTS_PER_TURN_MAX: usize = 64;
+pub const PACKETS_PER_TURN_MAX: usize = 64;
+
+/// Sessions told to a new core in one turn: making and mapping a page takes about 50 µs, and the others' register accesses wait.
+pub const ADOPTIONS_PER_TURN_MAX: usize = 64;
+
+/// Packets that may wait for the core. While there are more no session is served: QEMU waits 5 s, a core that does not
+/// take packets is killed after 2.
+pub const CORE_QUEUE_MAX: usize = 4096;
+
+/// Between connect and an accepted VERSION. QEMU sends it at once.
+pub const VERSION_NS_MAX: u64 = 10_000_000_000;
+
+/// A client that asks on but does not read its answers (so that the hall holds it back) is closed after this time.
+pub const HELD_BACK_NS_MAX: u64 = 30_000_000_000;
+
+/// The core's beat may stand still so long while it owes something.
+pub const BEAT_NS_MAX: u64 = 2_000_000_000;
+
+/// When no descriptors are left to accept with: try again after this time.
+pub const ACCEPT_RETRY_NS: u64 = 100_000_000;
+
+/// At the end: how long sessions may wait for their fences.
+pub const STOP_NS_MAX: u64 = 2_000_000_000;
+
+/// Message DMA asked for by the core and not yet sent, per session: as many as may be outstanding.
+pub const MESSAGE_DMA_WAITING_MAX: usize = crate::messages::MESSAGE_DMA_OUTSTANDING_MAX;
+
+/// Log lines that one session may cause at once, and how long one more takes to be earned.
+pub const LOG_LINES_MAX: u32 = 10;
+pub const LOG_LINE_NS: u64 = 1_000_000_000;
+
+const _: () = assert!(READ_BYTES < vmgmt_wire::limits::INPUT_BYTES_MAX);
+const _: () = assert!(BEAT_NS_MAX < vmgmt_device::registers::limits::REPLY_HELD_NS_MAX);

@@ -1,0 +1,753 @@
+//! The front's event loop: whose turn it is, and who is told what.
+//!
+//! In: readiness, time, packets of the keeper and the core. Out: calls of sessions; packets. Must never know: what a request means.
+//!
+//! mio reports each readiness once: what was not used up is remembered in the session (`readable`, `writable`) and in `ready`.
+
+use super::core_link::CoreLink;
+use super::limits;
+use super::message_dma::Ask;
+use super::outbox::Outbox;
+use super::session::{Admission, Outside, Session};
+use crate::channel::{Channel, ChannelError, Packet};
+use crate::config::{DeviceConfig, ListenerConfig};
+use crate::messages::{CoreToFront, FrontToCore, FrontToKeeper, KeeperToFront};
+use crate::words::MappedWords;
+use anyhow::{Context, bail};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
+use rustix::io::Errno;
+use rustix::net::{SocketFlags, accept_with};
+use rustix::time::{ClockId, clock_gettime};
+use slab::Slab;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
+use std::time::Duration;
+use vmgmt_device::Tick;
+use vmgmt_device::registers::{Function, Settings};
+
+const KEEPER: Token = Token(0);
+const CORE: Token = Token(1);
+const WAKE: Token = Token(2);
+/// Listener n has LISTENERS + n; session slot n has SESSIONS + 2 n for its socket, and one more for its unmask eventfd.
+const LISTENERS: usize = 1 << 32;
+const SESSIONS: usize = 1 << 40;
+
+struct Listener {
+    socket: Rc<OwnedFd>,
+    device: DeviceConfig,
+    /// There may be connections to accept.
+    ready: bool,
+}
+
+/// The front.
+pub struct Front {
+    poll: Poll,
+    keeper: Outbox<FrontToKeeper>,
+    listeners: BTreeMap<u32, Listener>,
+    sessions: Slab<Session>,
+    /// Slots by session number.
+    numbers: BTreeMap<u64, usize>,
+    core: Option<CoreLink>,
+    /// Slots still to be told to the core, before `Adopted`.
+    adopting: Option<VecDeque<usize>>,
+    /// Slots that can go on at once, in turn.
+    ready: VecDeque<usize>,
+    deadlines: BTreeSet<(Tick, usize)>,
+    /// Slots that wait for the core.
+    waiting: BTreeSet<usize>,
+    /// Eventfds that unmask INTx, by slot.
+    unmask: BTreeMap<usize, Rc<OwnedFd>>,
+    next_session: u64,
+    accept_again: Tick,
+    buffer: Vec<u8>,
+    keeper_ready: bool,
+    core_ready: bool,
+    stopping: Option<Tick>,
+    now: Tick,
+}
+
+impl Front {
+    /// A front without listeners; says Ready.
+    pub fn new(keeper: Channel) -> anyhow::Result<Self> {
+        let poll = Poll::new().context("no event loop for the front")?;
+        let mut front = Self {
+            poll,
+            keeper: Outbox::new(keeper),
+            listeners: BTreeMap::new(),
+            sessions: Slab::new(),
+            numbers: BTreeMap::new(),
+            core: None,
+            adopting: None,
+            ready: VecDeque::new(),
+            deadlines: BTreeSet::new(),
+            waiting: BTreeSet::new(),
+            unmask: BTreeMap::new(),
+            next_session: first_session()?,
+            accept_again: Tick::NEVER,
+            buffer: vec![0; limits::READ_BYTES],
+            keeper_ready: true,
+            core_ready: false,
+            stopping: None,
+            now: now()?,
+        };
+        let channel = front.keeper.channel().as_fd().as_raw_fd();
+        front.register(channel, KEEPER, Interest::READABLE | Interest::WRITABLE)?;
+        front.keeper.send(FrontToKeeper::Ready, Vec::new(), Vec::new());
+        Ok(front)
+    }
+
+    /// Turns until the end.
+    pub fn run(mut self) -> anyhow::Result<()> {
+        let mut events = Events::with_capacity(1024);
+        loop {
+            self.wait(&mut events)?;
+            self.now = now()?;
+            for event in &events {
+                self.event(event);
+            }
+            self.keeper_packets()?;
+            self.core_packets();
+            self.kicks();
+            self.adopt();
+            self.accept();
+            self.work();
+            self.timeouts();
+            self.beat();
+            self.keeper.flush();
+            if self.is_over() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Sleeps until something is due; by the scheme of the shared pages, so that no kick is lost.
+    fn wait(&mut self, events: &mut Events) -> anyhow::Result<()> {
+        let busy = !self.ready.is_empty() && !self.is_held_up();
+        let adopting = self.adopting.is_some() && !self.is_held_up();
+        let mut awake = busy || adopting || self.keeper_ready || self.core_ready;
+        awake |= self.listeners.values().any(|listener| listener.ready) && self.accept_again == Tick::NEVER;
+        let mut timeout = Duration::ZERO;
+        if !awake && self.core.as_ref().is_none_or(CoreLink::fall_asleep) {
+            timeout = Duration::from_nanos(self.next_deadline().since_ns(now()?));
+        }
+        let polled = self.poll.poll(events, Some(timeout));
+        if let Some(core) = &self.core {
+            core.wake_up();
+        }
+        match polled {
+            Err(error) if error.kind() != std::io::ErrorKind::Interrupted => {
+                Err(error).context("waiting for events")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// At most an hour from now: a deadline that never comes needs no exact sleep.
+    fn next_deadline(&self) -> Tick {
+        let session = self
+            .deadlines
+            .first()
+            .map_or(Tick::NEVER, |(deadline, _)| *deadline);
+        let core = self.core.as_ref().map_or(Tick::NEVER, CoreLink::deadline);
+        let stop = self
+            .stopping
+            .map_or(Tick::NEVER, |since| since.after_ns(limits::STOP_NS_MAX));
+        let hour = self.now.after_ns(3_600_000_000_000);
+        session.min(core).min(stop).min(self.accept_again).min(hour)
+    }
+
+    fn event(&mut self, event: &mio::event::Event) {
+        match event.token() {
+            KEEPER => self.keeper_ready = true,
+            CORE => {
+                self.core_ready = true;
+                self.flush_core();
+            }
+            WAKE => {}
+            Token(token) if token >= SESSIONS => {
+                let slot = (token - SESSIONS) / 2;
+                if token % 2 == 1 {
+                    self.unmask_signalled(slot);
+                } else if let Some(session) = self.sessions.get_mut(slot) {
+                    session.readable |= event.is_readable() || event.is_read_closed() || event.is_error();
+                    session.writable |= event.is_writable() || event.is_error();
+                    // A client that leaves before it is admitted is not read, but seen.
+                    if session.admission == Admission::Asked
+                        && event.is_read_closed()
+                        && event.is_write_closed()
+                    {
+                        self.serve(slot, |session, outside| {
+                            session.end(outside, "the client left before it was admitted")
+                        });
+                    } else {
+                        self.enqueue(slot);
+                    }
+                }
+            }
+            Token(token) => {
+                let number = u32::try_from(token.wrapping_sub(LISTENERS)).unwrap_or(u32::MAX);
+                if let Some(listener) = self.listeners.get_mut(&number) {
+                    listener.ready = true;
+                }
+            }
+        }
+    }
+
+    // ---- keeper
+
+    fn keeper_packets(&mut self) -> anyhow::Result<()> {
+        if !self.keeper_ready {
+            return Ok(());
+        }
+        for _ in 0..limits::PACKETS_PER_TURN_MAX {
+            match self.keeper.channel().receive::<KeeperToFront>() {
+                Ok(Some(packet)) => self.keeper_packet(packet),
+                Ok(None) => {
+                    self.keeper_ready = false;
+                    return Ok(());
+                }
+                Err(ChannelError::Malformed(error)) => {
+                    tracing::error!(%error, "a packet of the keeper is left out")
+                }
+                Err(error) => bail!("the keeper is gone: {error}"),
+            }
+        }
+        Ok(())
+    }
+
+    fn keeper_packet(&mut self, packet: Packet<KeeperToFront>) {
+        let Packet { header, fds, .. } = packet;
+        match header {
+            KeeperToFront::Listen(config) => self.listen(config, fds),
+            KeeperToFront::Unlisten { listener } => {
+                if let Some(gone) = self.listeners.remove(&listener) {
+                    self.deregister(gone.socket.as_raw_fd());
+                }
+                self.end_all("its socket is taken away", |session| session.listener == listener);
+            }
+            KeeperToFront::Admitted { session, vm, name } => self.admitted(session, vm, name, fds),
+            KeeperToFront::Refused { session, reason } => {
+                if let Some(slot) = self.numbers.get(&session).copied() {
+                    self.serve(slot, |session, _| session.refuse(&reason));
+                    self.enqueue(slot);
+                }
+            }
+            KeeperToFront::Core { life } => {
+                if let Err(error) = self.core_begins(life, fds) {
+                    tracing::error!(%error, life, "a core life cannot be taken into service");
+                    self.tell_keeper(FrontToKeeper::CoreStuck { life });
+                }
+            }
+            KeeperToFront::CoreDead { life } => self.core_dead(life),
+            KeeperToFront::CloseVm { vm } => {
+                self.end_all("the operator closed it", |session| session.vm == vm)
+            }
+            KeeperToFront::Stop => {
+                self.stopping = Some(self.now);
+                self.listeners.clear();
+                self.end_all("the daemon ends", |_| true);
+            }
+        }
+    }
+
+    fn tell_keeper(&mut self, message: FrontToKeeper) {
+        self.keeper.send(message, Vec::new(), Vec::new());
+    }
+
+    fn listen(&mut self, config: ListenerConfig, fds: Vec<OwnedFd>) {
+        let number = config.listener;
+        let Some(socket) = fds.into_iter().next() else {
+            if let Some(listener) = self.listeners.get_mut(&number) {
+                listener.device = config.device;
+            }
+            return;
+        };
+        if let Some(before) = self.listeners.remove(&number) {
+            self.deregister(before.socket.as_raw_fd());
+        }
+        // Whoever made it may have left it blocking; an accept must never wait.
+        let flags = rustix::fs::fcntl_getfl(&socket).map(|flags| flags | rustix::fs::OFlags::NONBLOCK);
+        let set = flags.and_then(|flags| rustix::fs::fcntl_setfl(&socket, flags));
+        let token = Token(LISTENERS + number as usize);
+        if let Err(error) = set
+            .map_err(Into::into)
+            .and_then(|()| self.register(socket.as_raw_fd(), token, Interest::READABLE))
+        {
+            tracing::error!(%error, path = %config.path.display(), "cannot listen");
+            return;
+        }
+        self.listeners.insert(
+            number,
+            Listener {
+                socket: Rc::new(socket),
+                device: config.device,
+                ready: true,
+            },
+        );
+    }
+
+    fn admitted(&mut self, number: u64, vm: u64, name: String, fds: Vec<OwnedFd>) {
+        let Some(slot) = self.numbers.get(&number).copied() else {
+            return;
+        };
+        match self.new_function(slot, number, vm, fds) {
+            Ok((function, front_page, state)) => self.serve(slot, |session, outside| {
+                session.admit(outside, vm, name, function, front_page, state);
+            }),
+            Err(error) => self.serve(slot, |session, _| session.refuse(&format!("{error:#}"))),
+        }
+        self.enqueue(slot);
+    }
+
+    fn new_function(
+        &self,
+        slot: usize,
+        number: u64,
+        vm: u64,
+        fds: Vec<OwnedFd>,
+    ) -> anyhow::Result<(Function<MappedWords>, OwnedFd, OwnedFd)> {
+        let Ok([writable, front_page, state]) = <[OwnedFd; 3]>::try_from(fds) else {
+            bail!("it was admitted without its three descriptors");
+        };
+        let listener = self
+            .sessions
+            .get(slot)
+            .and_then(|session| self.listeners.get(&session.listener));
+        let device = &listener.context("its listener is gone")?.device;
+        let settings = Settings {
+            session: number,
+            vm,
+            pci_vendor: device.pci_vendor,
+            pci_device: device.pci_device,
+            msix: device.msix,
+            vectors: device.vectors,
+            rings: device.rings,
+            maps_max: device.maps_max,
+            mapped_bytes_max: device.mapped_bytes_max,
+            objects_max: device.objects_max,
+            features: limits::FEATURES,
+        };
+        let words = MappedWords::writable(&writable).context("its front page")?;
+        Ok((Function::new(settings, words)?, front_page, state))
+    }
+
+    // ---- core
+
+    fn core_begins(&mut self, life: u64, fds: Vec<OwnedFd>) -> anyhow::Result<()> {
+        let core = CoreLink::new(life, fds)?;
+        self.drop_core();
+        self.register(
+            core.outbox.channel().as_fd().as_raw_fd(),
+            CORE,
+            Interest::READABLE | Interest::WRITABLE,
+        )?;
+        self.register(core.wake_front.as_raw_fd(), WAKE, Interest::READABLE)?;
+        self.core = Some(core);
+        self.core_ready = true;
+        self.adopting = Some(self.sessions.iter().map(|(slot, _)| slot).collect());
+        Ok(())
+    }
+
+    /// Tells the new core of the sessions that there are, some in each turn; then `Adopted`.
+    fn adopt(&mut self) {
+        for _ in 0..limits::ADOPTIONS_PER_TURN_MAX {
+            if self.adopting.is_none() || self.is_held_up() {
+                return;
+            }
+            match self.adopting.as_mut().and_then(VecDeque::pop_front) {
+                Some(slot) => self.serve(slot, Session::tell_core),
+                None => {
+                    self.adopting = None;
+                    if let Some(core) = &mut self.core {
+                        core.outbox.send(FrontToCore::Adopted, Vec::new(), Vec::new());
+                        core.wake(self.now);
+                    }
+                }
+            }
+        }
+    }
+
+    fn core_dead(&mut self, life: u64) {
+        if self.core.as_ref().is_some_and(|core| core.life == life) {
+            self.drop_core();
+        }
+        for slot in self.slots() {
+            self.serve(slot, |session, outside| session.core_dead(outside, life));
+            self.enqueue(slot);
+        }
+    }
+
+    fn drop_core(&mut self) {
+        self.adopting = None;
+        self.core_ready = false;
+        if let Some(core) = self.core.take() {
+            self.deregister(core.outbox.channel().as_fd().as_raw_fd());
+            self.deregister(core.wake_front.as_raw_fd());
+        }
+    }
+
+    fn core_packets(&mut self) {
+        for _ in 0..limits::PACKETS_PER_TURN_MAX {
+            let Some(core) = self
+                .core
+                .as_ref()
+                .filter(|core| self.core_ready && !core.outbox.is_broken())
+            else {
+                self.core_ready = false;
+                return;
+            };
+            match core.outbox.channel().receive::<CoreToFront>() {
+                Ok(Some(packet)) => self.core_packet(packet),
+                Ok(None) => self.core_ready = false,
+                Err(error) => {
+                    tracing::warn!(%error, "the core's channel");
+                    self.core_broken();
+                }
+            }
+        }
+    }
+
+    fn core_packet(&mut self, packet: Packet<CoreToFront>) {
+        let (number, request, ask) = match packet.header {
+            CoreToFront::DmaRead {
+                session,
+                request,
+                iova,
+                bytes,
+            } => (session, request, Ask::Read { iova, bytes }),
+            CoreToFront::DmaWrite {
+                session,
+                request,
+                iova,
+            } => (
+                session,
+                request,
+                Ask::Write {
+                    iova,
+                    data: packet.payload,
+                },
+            ),
+        };
+        let slot = self.numbers.get(&number).copied();
+        let live = slot.filter(|slot| {
+            self.sessions
+                .get(*slot)
+                .is_some_and(|session| session.socket.is_some())
+        });
+        match live {
+            Some(slot) => self.serve(slot, |session, outside| {
+                session.message_dma(outside, request, ask)
+            }),
+            None => {
+                let error = vmgmt_wire::Errno::ENODEV.0;
+                if let Some(core) = &mut self.core {
+                    core.outbox.send(
+                        FrontToCore::DmaAnswer {
+                            session: number,
+                            request,
+                            error,
+                        },
+                        Vec::new(),
+                        Vec::new(),
+                    );
+                }
+            }
+        }
+    }
+
+    /// Sends what waited for the core; whoever waited for that goes on.
+    fn flush_core(&mut self) {
+        let Some(core) = &mut self.core else { return };
+        let before = core.outbox.len();
+        core.outbox.flush();
+        if before > 0 && core.outbox.len() < before {
+            for slot in self.slots() {
+                self.enqueue(slot);
+            }
+        }
+    }
+
+    /// The keeper kills a core that does not speak any more; nothing is sent to it until its death is told.
+    fn core_broken(&mut self) {
+        let told = self
+            .core
+            .as_mut()
+            .and_then(|core| core.give_up().then_some(core.life));
+        if let Some(life) = told {
+            self.tell_keeper(FrontToKeeper::CoreStuck { life });
+        }
+        self.core_ready = false;
+        for slot in self.slots() {
+            self.enqueue(slot);
+        }
+    }
+
+    fn kicks(&mut self) {
+        if self.core.as_mut().is_some_and(CoreLink::take_kicks) {
+            for slot in self.slots() {
+                self.serve(slot, Session::kicks);
+            }
+        }
+    }
+
+    fn beat(&mut self) {
+        let owes = !self.waiting.is_empty();
+        let now = self.now;
+        let stuck = self
+            .core
+            .as_mut()
+            .and_then(|core| core.is_stuck(now, owes).then_some(core.life));
+        if let Some(life) = stuck {
+            tracing::warn!(life, "the core's beat stands still");
+            self.tell_keeper(FrontToKeeper::CoreStuck { life });
+        }
+    }
+
+    /// So much waits for the core that nobody is served.
+    fn is_held_up(&self) -> bool {
+        self.core
+            .as_ref()
+            .is_some_and(|core| core.outbox.len() >= limits::CORE_QUEUE_MAX)
+    }
+
+    // ---- clients
+
+    fn accept(&mut self) {
+        if self.accept_again > self.now && self.accept_again != Tick::NEVER {
+            return;
+        }
+        self.accept_again = Tick::NEVER;
+        let numbers: Vec<u32> = self
+            .listeners
+            .iter()
+            .filter(|(_, listener)| listener.ready)
+            .map(|(n, _)| *n)
+            .collect();
+        for number in numbers {
+            for _ in 0..limits::ACCEPTS_PER_TURN_MAX {
+                let Some(listener) = self.listeners.get_mut(&number) else {
+                    break;
+                };
+                match accept_with(&listener.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+                    Ok(socket) => self.accepted(number, socket),
+                    Err(Errno::AGAIN) => {
+                        listener.ready = false;
+                        break;
+                    }
+                    Err(Errno::INTR | Errno::CONNABORTED) => {}
+                    Err(error) => {
+                        tracing::warn!(%error, "cannot accept a connection; trying again");
+                        self.accept_again = self.now.after_ns(limits::ACCEPT_RETRY_NS);
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    fn accepted(&mut self, listener: u32, socket: OwnedFd) {
+        let Ok(peer) = rustix::net::sockopt::socket_peercred(&socket) else {
+            return;
+        };
+        let (pid, uid) = (peer.pid.as_raw_nonzero().get(), peer.uid.as_raw());
+        let name = format!("process {pid} of uid {uid}");
+        if self.sessions.len() >= limits::SESSIONS_MAX {
+            tracing::warn!(client = %name, "{} sessions are connected: no room for one more", limits::SESSIONS_MAX);
+            return;
+        }
+        let entry = self.sessions.vacant_entry();
+        let slot = entry.key();
+        let raw = socket.as_raw_fd();
+        let session = self.next_session;
+        self.next_session += 1;
+        entry.insert(Session::new(self.now, session, slot, listener, name, socket));
+        self.numbers.insert(session, slot);
+        if let Err(error) = self.register(
+            raw,
+            Token(SESSIONS + 2 * slot),
+            Interest::READABLE | Interest::WRITABLE,
+        ) {
+            tracing::error!(%error, "cannot watch a connection");
+            self.sessions.remove(slot);
+            self.numbers.remove(&session);
+            return;
+        }
+        self.tell_keeper(FrontToKeeper::Admit {
+            session,
+            listener,
+            pid,
+            uid,
+        });
+    }
+
+    /// Gives a slot its turn soon.
+    fn enqueue(&mut self, slot: usize) {
+        if let Some(session) = self.sessions.get_mut(slot).filter(|session| !session.queued) {
+            session.queued = true;
+            self.ready.push_back(slot);
+        }
+    }
+
+    /// One turn for each that can go on.
+    fn work(&mut self) {
+        for _ in 0..self.ready.len() {
+            if self.is_held_up() {
+                return;
+            }
+            let Some(slot) = self.ready.pop_front() else {
+                return;
+            };
+            let Some(session) = self.sessions.get_mut(slot) else {
+                continue;
+            };
+            session.queued = false;
+            let mut more = false;
+            self.serve(slot, |session, outside| more = session.work(outside));
+            if more {
+                self.enqueue(slot);
+            }
+        }
+    }
+
+    fn timeouts(&mut self) {
+        while let Some((_, slot)) = self
+            .deadlines
+            .first()
+            .copied()
+            .filter(|(deadline, _)| *deadline <= self.now)
+        {
+            let before = self.sessions.get(slot).map(|session| session.deadline);
+            self.serve(slot, Session::timeout);
+            // What did not move on is looked at in the next turn, not now again.
+            if self.sessions.get(slot).map(|session| session.deadline) == before {
+                break;
+            }
+        }
+    }
+
+    fn unmask_signalled(&mut self, slot: usize) {
+        if let Some(fd) = self.unmask.get(&slot).cloned() {
+            self.serve(slot, |session, outside| session.unmask_signalled(outside, &fd));
+        }
+    }
+
+    fn end_all(&mut self, reason: &str, wanted: impl Fn(&Session) -> bool) {
+        for slot in self.slots() {
+            if self.sessions.get(slot).is_some_and(&wanted) {
+                self.serve(slot, |session, outside| session.end(outside, reason));
+            }
+        }
+    }
+
+    fn slots(&self) -> Vec<usize> {
+        self.sessions.iter().map(|(slot, _)| slot).collect()
+    }
+
+    /// Calls a session and books what came of it. A panic in it ends that session alone.
+    fn serve(&mut self, slot: usize, call: impl FnOnce(&mut Session, &mut Outside<'_>)) {
+        let Some(session) = self.sessions.get_mut(slot) else {
+            return;
+        };
+        let socket_before = session.socket.as_ref().map(AsRawFd::as_raw_fd);
+        let mut outside = Outside {
+            now: self.now,
+            core: self.core.as_mut(),
+            buffer: &mut self.buffer,
+        };
+        let calm = catch_unwind(AssertUnwindSafe(|| call(session, &mut outside)));
+        if calm.is_err() {
+            tracing::error!(session = session.number, client = %session.name, "a fault of ours in this session: it is closed");
+            let ended = catch_unwind(AssertUnwindSafe(|| session.end(&mut outside, "internal error")));
+            if ended.is_err() {
+                // Its fence cannot be asked for any more: nothing of it is freed, no other session uses its slot.
+                session.abandon();
+            }
+        }
+        // A closed descriptor has left the event loop by itself, unless somebody else holds it too.
+        if session.socket.is_none() && socket_before.is_some() {
+            self.watch_unmask(slot, None);
+        }
+        let Some(session) = self.sessions.get_mut(slot) else {
+            return;
+        };
+        if let Some(watch) = session.watch_unmask.take() {
+            self.watch_unmask(slot, watch);
+        }
+        self.book(slot);
+    }
+
+    /// Keeps deadlines and debts up to date, and lets a session go that is done.
+    fn book(&mut self, slot: usize) {
+        let Some(session) = self.sessions.get_mut(slot) else {
+            return;
+        };
+        let deadline = session.next_deadline();
+        if deadline != session.deadline {
+            self.deadlines.remove(&(session.deadline, slot));
+            session.deadline = deadline;
+            if deadline != Tick::NEVER {
+                self.deadlines.insert((deadline, slot));
+            }
+        }
+        if session.waits_for_core() {
+            self.waiting.insert(slot);
+        } else {
+            self.waiting.remove(&slot);
+        }
+        if session.done {
+            self.deadlines.remove(&(session.deadline, slot));
+            let number = session.number;
+            self.numbers.remove(&number);
+            self.sessions.remove(slot);
+            self.ready.retain(|other| *other != slot);
+            self.tell_keeper(FrontToKeeper::SessionGone { session: number });
+        }
+    }
+
+    fn watch_unmask(&mut self, slot: usize, fd: Option<Rc<OwnedFd>>) {
+        if let Some(before) = self.unmask.remove(&slot) {
+            self.deregister(before.as_raw_fd());
+        }
+        let Some(fd) = fd else { return };
+        match self.register(fd.as_raw_fd(), Token(SESSIONS + 2 * slot + 1), Interest::READABLE) {
+            Ok(()) => drop(self.unmask.insert(slot, fd)),
+            Err(error) => tracing::warn!(%error, "an eventfd of a client cannot be watched"),
+        }
+    }
+
+    // ---- the event loop itself
+
+    fn register(&self, fd: i32, token: Token, interest: Interest) -> std::io::Result<()> {
+        self.poll.registry().register(&mut SourceFd(&fd), token, interest)
+    }
+
+    fn deregister(&self, fd: i32) {
+        // It was registered; at worst the kernel has forgotten it already.
+        let _ = self.poll.registry().deregister(&mut SourceFd(&fd));
+    }
+
+    fn is_over(&self) -> bool {
+        let Some(since) = self.stopping else { return false };
+        self.sessions.is_empty() || self.now.since_ns(since) >= limits::STOP_NS_MAX
+    }
+}
+
+/// The time as the rooms see it.
+fn now() -> anyhow::Result<Tick> {
+    let time = clock_gettime(ClockId::Boottime);
+    let seconds = u64::try_from(time.tv_sec).context("the boot clock")?;
+    let nanoseconds = u64::try_from(time.tv_nsec).context("the boot clock")?;
+    Ok(Tick(
+        seconds.saturating_mul(1_000_000_000).saturating_add(nanoseconds),
+    ))
+}
+
+/// Where session numbers begin: at the wall clock's seconds, so that no number comes again after a restart of the daemon or the host
+/// (a million sessions each second would catch up).
+fn first_session() -> anyhow::Result<u64> {
+    let seconds = u64::try_from(clock_gettime(ClockId::Realtime).tv_sec).context("the wall clock")?;
+    Ok((seconds << 20) | 1)
+}

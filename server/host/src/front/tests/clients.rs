@@ -1,0 +1,150 @@
+//! Connections: admission, negotiation, limits, the end.
+
+use super::*;
+use crate::messages::{FrontToKeeper, KeeperToFront};
+use std::time::{Duration, Instant};
+use vmgmt_abi::registers as abi;
+
+#[test]
+fn nothing_is_answered_before_the_keeper_has() {
+    let mut bench = Bench::new();
+    let mut client = Client::connect(&bench.path).unwrap();
+    let session = bench.asked();
+    client.set_timeout(Duration::from_millis(50));
+    let Err(ClientError::TimedOut(_)) = client.negotiate() else {
+        panic!("answered")
+    };
+    let admitted = bench.admit(session);
+    client.set_timeout(Duration::from_secs(10));
+    // The answer to the proposal that waited.
+    assert_eq!(client.recv_raw().unwrap().command, 1);
+    assert_eq!(
+        client.read_u32(BAR0, u64::from(abi::MAGIC)).unwrap(),
+        vmgmt_abi::MAGIC
+    );
+    assert_eq!((admitted.page.session(), admitted.page.vm()), (session, 3));
+    drop(client);
+    assert!(matches!(bench.next(), FrontToKeeper::SessionGone { session: gone } if gone == session));
+    bench.stop();
+}
+
+#[test]
+fn a_refused_client_gets_an_error_to_its_version() {
+    let mut bench = Bench::new();
+    let mut client = Client::connect(&bench.path).unwrap();
+    let session = bench.asked();
+    bench.tell(&KeeperToFront::Refused {
+        session,
+        reason: "held by another".into(),
+    });
+    assert!(client.negotiate().unwrap_err().errno().is_some());
+    client.wait_closed().unwrap();
+    assert!(matches!(bench.next(), FrontToKeeper::SessionGone { .. }));
+    // One that leaves before it is admitted; a late admission for it is nothing.
+    let early = Client::connect(&bench.path).unwrap();
+    let session = bench.asked();
+    drop(early);
+    assert!(matches!(bench.next(), FrontToKeeper::SessionGone { session: gone } if gone == session));
+    bench.admit(session);
+    bench.client();
+    bench.stop();
+}
+
+#[test]
+fn several_sessions_live_side_by_side_and_protocol_errors_end_one() {
+    let mut bench = Bench::new();
+    let (mut first, one) = bench.client();
+    let (mut second, two) = bench.client();
+    assert_ne!(one.session, two.session);
+    for (client, admitted) in [(&mut first, &one), (&mut second, &two)] {
+        let session = client.region_read(BAR0, u64::from(abi::SESSION_LOW), 8).unwrap();
+        assert_eq!(session, admitted.session.to_le_bytes());
+        assert_eq!(client.get_info().unwrap().regions, 9);
+        assert_eq!(client.region_info(0).unwrap().bytes, 16384);
+        assert_eq!(client.irq_info(irq::MSI).unwrap().count, 16);
+    }
+    // A length smaller than the header.
+    first
+        .send_raw(&[1, 0, 9, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], &[])
+        .unwrap();
+    first.wait_closed().unwrap();
+    assert!(matches!(bench.next(), FrontToKeeper::SessionGone { session } if session == one.session));
+    assert_eq!(second.read_u32(BAR0, 0).unwrap(), vmgmt_abi::MAGIC);
+    bench.tell(&KeeperToFront::CloseVm { vm: 3 });
+    second.wait_closed().unwrap();
+    bench.stop();
+}
+
+#[test]
+fn a_flood_that_is_not_read_is_held_back_while_others_are_served() {
+    let mut bench = Bench::new();
+    let (flooding, _one) = bench.client();
+    let (mut other, _two) = bench.client();
+    let read = vmgmt_testkit::client::encode(9, 9, 0, &{
+        let mut body = vec![0; 8];
+        body.extend(7u32.to_le_bytes());
+        body.extend(4096u32.to_le_bytes());
+        body
+    });
+    let mut sent = 0usize;
+    // Until the socket takes no more: the front has stopped reading.
+    let started = Instant::now();
+    let mut refused = 0;
+    while refused < 200 {
+        assert!(
+            started.elapsed() < Duration::from_secs(20),
+            "{sent} bytes were taken without end"
+        );
+        let flags = rustix::net::SendFlags::DONTWAIT | rustix::net::SendFlags::NOSIGNAL;
+        match rustix::net::send(flooding.socket(), &read, flags) {
+            Ok(bytes) => {
+                assert_eq!(bytes, read.len());
+                sent += bytes;
+                refused = 0;
+            }
+            // The front may just not have had its turn: each round trip of the other client gives it one.
+            Err(rustix::io::Errno::AGAIN) => {
+                refused += 1;
+                assert_eq!(other.read_u32(BAR0, 0).unwrap(), vmgmt_abi::MAGIC);
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert!(
+        sent < 1 << 20,
+        "{sent} bytes of requests taken: answers of 128 times that size are held"
+    );
+    bench.stop();
+}
+
+#[test]
+fn unlisten_and_stop_close_everything() {
+    let mut bench = Bench::new();
+    let (mut client, _) = bench.client();
+    bench.tell(&KeeperToFront::Unlisten { listener: 1 });
+    client.wait_closed().unwrap();
+    assert!(matches!(bench.next(), FrontToKeeper::SessionGone { .. }));
+    assert!(Client::connect(&bench.path).is_err());
+    bench.stop();
+}
+
+/// Prints the turnaround of a register read; it fails only where something waits that must not.
+#[test]
+fn a_register_read_takes_microseconds() {
+    let mut bench = Bench::new();
+    let (mut client, _) = bench.client();
+    let mut times: Vec<Duration> = (0..3000)
+        .map(|_| {
+            let start = Instant::now();
+            client.read_u32(BAR0, 0).unwrap();
+            start.elapsed()
+        })
+        .collect();
+    times.sort();
+    println!(
+        "register read, in process: p50 {:?}, p99 {:?}",
+        times[1500], times[2970]
+    );
+    assert!(times[1500] < Duration::from_millis(5));
+    bench.stop();
+}
