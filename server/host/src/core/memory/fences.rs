@@ -98,7 +98,12 @@ impl SessionMemory {
             self.messages.drop_unmapped(|number| table.has_number(number));
         }
         let mut concerned = Vec::new();
-        for lease in self.leases.iter().filter_map(Weak::upgrade) {
+        for lease in self
+            .leases
+            .iter()
+            .filter_map(Weak::upgrade)
+            .filter(|lease| !lease.is_revoked())
+        {
             if all || lease.parts.iter().any(|part| !self.table.has_number(part.number)) {
                 lease.cancel();
                 concerned.push(Arc::downgrade(&lease));
@@ -110,6 +115,8 @@ impl SessionMemory {
             leases: Vec::new(),
         });
         waiting.leases.extend(concerned);
+        waiting.leases.sort_by_key(Weak::as_ptr);
+        waiting.leases.dedup_by(|one, other| one.ptr_eq(other));
     }
 
     /// Lets a waiting fence pass if it can.
@@ -169,6 +176,7 @@ impl SessionMemory {
                 return false;
             }
         }
+        lease.set_revoked();
         self.counters.revoked += 1;
         true
     }

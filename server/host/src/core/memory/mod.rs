@@ -304,7 +304,12 @@ impl SessionMemory {
         self.leases.retain(|lease| lease.strong_count() > 0);
         // What the last holder did with the memory comes before what we say now.
         fence(Ordering::Acquire);
-        if !self.open && self.leases.is_empty() && self.messages.is_idle() {
+        let held = self
+            .leases
+            .iter()
+            .filter_map(Weak::upgrade)
+            .any(|lease| !lease.is_revoked());
+        if !self.open && !held && self.messages.is_idle() {
             self.core.set_busy(false);
         }
     }

@@ -76,12 +76,22 @@ pub struct Lease {
     pub parts: Vec<Part>,
     direction: Direction,
     cancelled: AtomicBool,
+    revoked: AtomicBool,
 }
 
 impl Lease {
     /// From now on every call answers Revoked.
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::SeqCst);
+    }
+
+    /// All of its memory was taken away: what its holder still does concerns no guest.
+    pub fn set_revoked(&self) {
+        self.revoked.store(true, Ordering::SeqCst);
+    }
+
+    pub fn is_revoked(&self) -> bool {
+        self.revoked.load(Ordering::SeqCst)
     }
 }
 
@@ -100,6 +110,7 @@ impl Pieces {
                 parts,
                 direction,
                 cancelled: AtomicBool::new(false),
+                revoked: AtomicBool::new(false),
             }),
             bytes,
         }

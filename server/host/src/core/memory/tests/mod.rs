@@ -1,1 +1,8 @@
+//! CORE, memory: tests against real memory objects, a real front page, and an in-test front that answers message DMA.
 
+mod bulk;
+mod fences;
+mod fixture;
+mod messages;
+mod model;
+mod sharing;
