@@ -1,6 +1,7 @@
 //! What goes in and out of the hub.
 
 use crate::effect::{Effect, EffectId, FileSlot, Outcome};
+use crate::journal::Record;
 use crate::policy::VmConfig;
 use serde::{Deserialize, Serialize};
 use vmgmt_device::rings::{Answer, Channel, Fetched, Token};
@@ -43,7 +44,7 @@ pub enum Input {
 }
 
 /// What the hub tells the shell.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Output {
     /// Ends a submission: `payload` goes to the start of its data area, then the completion. With `confirm` the shell answers Published.
     Complete {
@@ -63,6 +64,8 @@ pub enum Output {
         reply: ControlReply,
         last: bool,
     },
+    /// To be made durable (in order) before any output after it is carried out.
+    Journal(Record),
     /// A line for the host's log (rate-limited by the hub): a refusal names the limit or the rule. No guest data.
     Log {
         vm: u64,

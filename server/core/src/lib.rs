@@ -7,9 +7,24 @@
 //! the order of a `HashMap`.
 #![forbid(unsafe_code)]
 
+mod budgets;
+mod control;
+mod deadlines;
 pub mod effect;
+mod effects;
+mod hub;
 pub mod interface;
+pub mod journal;
+mod ledger;
+pub mod limits;
+mod modes;
+mod office;
 pub mod policy;
+pub mod refusal;
+mod state;
 
 pub use effect::{BufferRange, Effect, EffectId, FailedAt, FileSlot, Identity, Outcome};
+pub use hub::Hub;
 pub use interface::{ControlReply, ControlRequest, Input, Output};
+pub use journal::{Message, Record};
+pub use state::{OpenSlot, RestoreError, Saved};

@@ -1,0 +1,300 @@
+//! OFFICE: effects under way and effects that wait their turn.
+//!
+//! In: an effect with the note of what to do when it ends. Out: effects to give to the shell, VMs taking turns; the note, when its outcome comes.
+//! It never knows what an effect is for.
+
+use crate::effect::{BufferRange, Effect, EffectId};
+use crate::limits::{EFFECTS_RUNNING_MAX, EFFECTS_RUNNING_PER_VM_MAX};
+use crate::refusal::Refusal;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, VecDeque};
+use vmgmt_device::rings::Token;
+
+/// What to do when an effect ends. Tokens and handles in here may be gone by then.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Continuation {
+    /// Nothing waits for it.
+    Nothing,
+    /// The host names the failure that means "perhaps done already" for a submission that was fetched again.
+    Plain {
+        token: Token,
+        again: Option<u16>,
+    },
+    Stat {
+        token: Token,
+    },
+    List {
+        token: Token,
+        bytes_max: u64,
+    },
+    Rename {
+        token: Token,
+        again: bool,
+    },
+    Open {
+        token: Token,
+        handle: u64,
+        vm: u64,
+        open: Box<crate::modes::file::Opening>,
+    },
+    /// An operation on an open file that ends its submission: READ, WRITE, TRUNCATE, FSYNC, CHECKSUM.
+    File {
+        token: Token,
+        handle: u64,
+    },
+    PutOpen {
+        token: Token,
+        handle: u64,
+        put: Box<crate::modes::puts::PutOpening>,
+    },
+    /// As `File`, on a put.
+    Put {
+        token: Token,
+        handle: u64,
+        write: Option<(u64, u64)>,
+    },
+    /// A step of COMMIT.
+    Commit {
+        handle: u64,
+        token: Token,
+    },
+    /// The slot of a put is closed; its temporary name is free again, and who waits for that gets this status.
+    PutGone {
+        key: (String, String),
+        answer: Option<(Token, u16)>,
+    },
+    /// The body of a message.
+    Fetch {
+        token: Token,
+    },
+    /// A piece of a stream.
+    Piece {
+        stream: u64,
+    },
+    /// The checksum of a host file that is pushed.
+    PushChecksum {
+        stream: u64,
+    },
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Running {
+    pub vm: u64,
+    /// Counted against the limits: it may sleep on a disk.
+    pub slow: bool,
+    pub then: Continuation,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Queued {
+    pub id: EffectId,
+    pub effect: Effect,
+    pub then: Continuation,
+}
+
+/// Effects under way, and queues of those that wait.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Effects {
+    next_id: u64,
+    running: BTreeMap<EffectId, Running>,
+    queues: BTreeMap<u64, VecDeque<Queued>>,
+    /// VMs with a queue, the next one first.
+    turns: VecDeque<u64>,
+    /// Derived: slow ones running, in all and for each VM.
+    slow: u32,
+    slow_of: BTreeMap<u64, u32>,
+}
+
+/// As saved.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SavedEffects {
+    next_id: u64,
+    running: Vec<(EffectId, Running)>,
+    queues: Vec<(u64, Vec<Queued>)>,
+    turns: Vec<u64>,
+}
+
+impl Effects {
+    /// Takes an effect of a VM in. Returns its id, and whether the shell is to have it now (else [`Effects::next`] gives it later).
+    pub fn add(&mut self, vm: u64, effect: Effect, then: Continuation) -> (EffectId, Option<Effect>) {
+        let id = EffectId(self.next_id);
+        self.next_id += 1;
+        let slow = !matches!(effect, Effect::Copy { .. } | Effect::Fetch { .. });
+        if slow && (!self.may_run(vm) || self.queues.contains_key(&vm)) {
+            let queue = self.queues.entry(vm).or_insert_with(|| {
+                self.turns.push_back(vm);
+                VecDeque::new()
+            });
+            queue.push_back(Queued { id, effect, then });
+            return (id, None);
+        }
+        self.start(id, vm, slow, then);
+        (id, Some(effect))
+    }
+
+    fn may_run(&self, vm: u64) -> bool {
+        self.slow < EFFECTS_RUNNING_MAX
+            && self.slow_of.get(&vm).copied().unwrap_or(0) < EFFECTS_RUNNING_PER_VM_MAX
+    }
+
+    fn start(&mut self, id: EffectId, vm: u64, slow: bool, then: Continuation) {
+        if slow {
+            self.slow += 1;
+            *self.slow_of.entry(vm).or_insert(0) += 1;
+        }
+        self.running.insert(id, Running { vm, slow, then });
+    }
+
+    /// The next queued effect that may run, VMs taking turns.
+    pub fn next(&mut self) -> Option<(EffectId, Effect)> {
+        for _ in 0..self.turns.len() {
+            let vm = self.turns.pop_front()?;
+            if !self.may_run(vm) {
+                self.turns.push_back(vm);
+                continue;
+            }
+            let queue = self.queues.get_mut(&vm)?;
+            let queued = queue.pop_front();
+            if queue.is_empty() {
+                self.queues.remove(&vm);
+            } else {
+                self.turns.push_back(vm);
+            }
+            if let Some(Queued { id, effect, then }) = queued {
+                self.start(id, vm, true, then);
+                return Some((id, effect));
+            }
+        }
+        None
+    }
+
+    /// An effect ended: what to do now. `None`: no such effect.
+    pub fn finish(&mut self, id: EffectId) -> Option<Continuation> {
+        let Running { vm, slow, then } = self.running.remove(&id)?;
+        if slow {
+            self.slow -= 1;
+            if let Some(count) = self.slow_of.get_mut(&vm) {
+                *count -= 1;
+                if *count == 0 {
+                    self.slow_of.remove(&vm);
+                }
+            }
+        }
+        Some(then)
+    }
+
+    /// Takes a queued effect back: what would have been done. `None`: it is running (or gone), or tidies up and must run.
+    pub fn withdraw(&mut self, vm: u64, id: EffectId) -> Option<Continuation> {
+        let queue = self.queues.get_mut(&vm)?;
+        let place = queue.iter().position(|queued| queued.id == id)?;
+        if matches!(
+            queue.get(place)?.effect,
+            Effect::Close { .. } | Effect::Discard { .. }
+        ) {
+            return None;
+        }
+        let then = queue.remove(place).map(|queued| queued.then);
+        if queue.is_empty() {
+            self.queues.remove(&vm);
+            self.turns.retain(|turn| *turn != vm);
+        }
+        then
+    }
+
+    /// Effects under way and waiting.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.running.len() + self.queues.values().map(VecDeque::len).sum::<usize>()
+    }
+
+    /// Those that the shell has and has not answered.
+    pub fn vm_of(&self, id: EffectId) -> Option<u64> {
+        self.running.get(&id).map(|running| running.vm)
+    }
+
+    pub fn running(&self) -> impl Iterator<Item = EffectId> {
+        self.running.keys().copied()
+    }
+
+    /// What is to be done when each ends.
+    pub fn continuations(&self) -> impl Iterator<Item = &Continuation> {
+        let queued = self.queues.values().flatten().map(|queued| &queued.then);
+        self.running.values().map(|running| &running.then).chain(queued)
+    }
+
+    #[must_use]
+    pub fn save(&self) -> SavedEffects {
+        let Self {
+            next_id,
+            running,
+            queues,
+            turns,
+            slow: _,
+            slow_of: _,
+        } = self;
+        SavedEffects {
+            next_id: *next_id,
+            running: running
+                .iter()
+                .map(|(id, running)| (*id, running.clone()))
+                .collect(),
+            queues: queues
+                .iter()
+                .map(|(vm, queue)| (*vm, queue.iter().cloned().collect()))
+                .collect(),
+            turns: turns.iter().copied().collect(),
+        }
+    }
+
+    /// # Errors
+    /// What is wrong with the saved state.
+    pub fn restore(saved: SavedEffects) -> Result<Self, &'static str> {
+        let SavedEffects {
+            next_id,
+            running,
+            queues,
+            turns,
+        } = saved;
+        let mut effects = Self {
+            next_id,
+            ..Self::default()
+        };
+        for (id, entry) in running {
+            if id.0 >= next_id || effects.running.contains_key(&id) {
+                return Err("an effect has a number that is not its own");
+            }
+            effects.start(id, entry.vm, entry.slow, entry.then);
+        }
+        for (vm, queue) in queues {
+            if queue.is_empty() || effects.queues.insert(vm, queue.into()).is_some() || !turns.contains(&vm) {
+                return Err("a queue of effects is empty, twice there or has no turn");
+            }
+        }
+        if turns.len() != effects.queues.len() {
+            return Err("a turn of effects has no queue");
+        }
+        effects.turns = turns.into();
+        Ok(effects)
+    }
+}
+
+/// Part of a submission's data area, within the largest offset.
+///
+/// # Errors
+/// [`Refusal::Field`] where `offset + bytes` is no file offset.
+pub fn range_in_file(offset: u64, bytes: u64) -> Result<(), Refusal> {
+    match offset.checked_add(bytes) {
+        Some(end) if end <= crate::limits::FILE_OFFSET_MAX => Ok(()),
+        _ => Err(Refusal::Field),
+    }
+}
+
+/// The whole data area of a submission.
+#[must_use]
+pub const fn whole(token: Token, bytes: u64) -> BufferRange {
+    BufferRange {
+        token,
+        offset: 0,
+        bytes,
+    }
+}

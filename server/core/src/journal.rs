@@ -1,0 +1,99 @@
+//! ATTIC: what must survive the death of a core, as small records of change.
+//!
+//! In: nothing. Out: [`Record`]s, each given to the shell (`Output::Journal`) *before* the answer or effect that depends on it.
+//! A record never says what was asked, only what changed; `ledger.rs` is the one place that applies one, live and in replay.
+//!
+//! Covered: the VM table, presence, mailboxes, message numbers, idempotency keys, sends accepted whose answer is not known to be published,
+//! deliveries whose completion is not known to be published. Not covered, and so gone with a crash (their handles answer STALE): open files, puts,
+//! offers, streams, rates.
+
+use crate::policy::VmConfig;
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use vmgmt_device::rings::{Channel, Token};
+
+/// An accepted message. Shared by all mailboxes that hold it and by its record.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Message {
+    /// One sequence per source.
+    pub sequence: u64,
+    /// Number of the source VM, or `PEER_HOST`.
+    pub source: u64,
+    /// Its name when the message was accepted.
+    pub source_name: Arc<str>,
+    /// Wall time, nanoseconds since 1970.
+    pub accepted_ns: u64,
+    /// Time of the mailbox clock (wall time clamped against jumps), nanoseconds.
+    pub stamp_ns: u64,
+    pub to_all: bool,
+    pub body: Vec<u8>,
+}
+
+/// Who gets a message.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Targets {
+    /// One VM, or `PEER_HOST`.
+    One(u64),
+    /// Several VMs.
+    Many(Vec<u64>),
+}
+
+impl Targets {
+    /// Their numbers.
+    #[must_use]
+    pub fn numbers(&self) -> &[u64] {
+        match self {
+            Self::One(number) => std::slice::from_ref(number),
+            Self::Many(numbers) => numbers,
+        }
+    }
+}
+
+/// That a VM has published itself, and by which of its sessions: it ends with that.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Presence {
+    pub session: u64,
+    pub description: String,
+}
+
+/// A change of what survives.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Record {
+    /// A VM exists, or its configuration changed.
+    Vm(Box<VmConfig>),
+    /// It does not any more; its mailbox is gone.
+    VmGone { vm: u64 },
+    /// A VM published itself or withdrew.
+    Presence { vm: u64, presence: Option<Presence> },
+    /// A message is in the mailboxes of its targets.
+    Accepted {
+        message: Arc<Message>,
+        targets: Targets,
+        /// As the source named it: a number, `PEER_HOST` or `PEER_ALL`. With `key` it tells a repeated send.
+        asked: u64,
+        /// Idempotency key; 0: none.
+        key: u64,
+        /// What the sender is answered.
+        result: u64,
+        /// The submission, whose answer goes out next, and its tag. `None`: the operator.
+        origin: Option<(Token, u32)>,
+    },
+    /// A completion with part of a message (up to byte `end`, the whole of it with `last`) goes out next.
+    Delivering {
+        token: Token,
+        target: u64,
+        position: u64,
+        end: u64,
+        last: bool,
+    },
+    /// What came of the completion of a `Delivering`, or of the answer to an `Accepted`.
+    Published { token: Token, published: bool },
+    /// The submission of an accepted send was fetched again, under another token.
+    Readdressed { from: Token, to: Token },
+    /// The operator has taken the host's message.
+    Taken { position: u64 },
+    /// A message was too old.
+    Dropped { target: u64, position: u64 },
+    /// A channel is gone; a message of which it had only a part starts again.
+    Unbound { session: u64, channel: Channel },
+}

@@ -1,0 +1,497 @@
+//! ATTIC: the state that survives a core's death: VM table, presence, mailboxes, and who was told what.
+//!
+//! In: [`Record`]s, live from the hub and again in replay: this is the only way it changes. Out: look-ups.
+//! It never knows submissions, budgets or effects.
+
+use crate::journal::{Message, Presence, Record};
+use crate::limits::KEYS_PER_SOURCE_MAX;
+use crate::modes::mailbox::{Mailbox, SavedMailbox};
+use crate::policy::VmConfig;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use vmgmt_abi::chat::{HOST_NAME, PEER_HOST};
+use vmgmt_device::rings::{Channel, Token};
+
+/// What is kept of one VM.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Account {
+    pub config: VmConfig,
+    /// Its name, as messages carry it.
+    pub name: Arc<str>,
+    pub presence: Option<Presence>,
+    /// Number of its last message.
+    pub sequence: u64,
+    pub mailbox: Mailbox,
+    keys: KeyWindow,
+}
+
+/// Idempotency keys of one source's last sends.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+struct KeyWindow {
+    results: BTreeMap<(u64, u64), u64>,
+    order: VecDeque<(u64, u64)>,
+}
+
+impl KeyWindow {
+    fn insert(&mut self, asked: u64, key: u64, result: u64) {
+        if self.results.insert((asked, key), result).is_none() {
+            self.order.push_back((asked, key));
+        }
+        while self.order.len() > KEYS_PER_SOURCE_MAX {
+            if let Some(oldest) = self.order.pop_front() {
+                self.results.remove(&oldest);
+            }
+        }
+    }
+}
+
+/// A completion with (a part of) a message, not known to be published yet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Delivering {
+    pub target: u64,
+    pub position: u64,
+    pub end: u64,
+    pub last: bool,
+}
+
+/// An accepted send whose answer is not known to be published yet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Origin {
+    pub tag: u32,
+    pub result: u64,
+}
+
+/// The state that survives.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Ledger {
+    pub(crate) vms: BTreeMap<u64, Account>,
+    pub(crate) host: Mailbox,
+    pub(crate) host_sequence: u64,
+    pub(crate) delivering: BTreeMap<Token, Delivering>,
+    pub(crate) origins: BTreeMap<Token, Origin>,
+    /// Derived: name to number.
+    names: BTreeMap<Arc<str>, u64>,
+    /// Derived: which message a channel has a part of.
+    bound: BTreeMap<(u64, Channel), (u64, u64)>,
+    /// Derived: channels to which a part, but not the end, of a message is on its way.
+    parts: BTreeSet<(u64, Channel)>,
+}
+
+/// One VM as it is saved.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SavedAccount {
+    config: VmConfig,
+    presence: Option<Presence>,
+    sequence: u64,
+    mailbox: SavedMailbox,
+    /// Oldest first: as asked, key, result.
+    keys: Vec<(u64, u64, u64)>,
+}
+
+/// The ledger as it is saved.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SavedLedger {
+    accounts: Vec<SavedAccount>,
+    host: SavedMailbox,
+    host_sequence: u64,
+    delivering: Vec<(Token, Delivering)>,
+    origins: Vec<(Token, Origin)>,
+}
+
+impl Ledger {
+    /// Number of a VM.
+    #[must_use]
+    pub fn number(&self, name: &str) -> Option<u64> {
+        self.names.get(name).copied()
+    }
+
+    /// A mailbox; [`PEER_HOST`]: the host's.
+    #[must_use]
+    pub fn mailbox(&self, number: u64) -> Option<&Mailbox> {
+        if number == PEER_HOST {
+            Some(&self.host)
+        } else {
+            self.vms.get(&number).map(|account| &account.mailbox)
+        }
+    }
+
+    fn mailbox_mut(&mut self, number: u64) -> Option<&mut Mailbox> {
+        if number == PEER_HOST {
+            Some(&mut self.host)
+        } else {
+            self.vms.get_mut(&number).map(|account| &mut account.mailbox)
+        }
+    }
+
+    /// The message of which a channel has a part: its mailbox and position.
+    #[must_use]
+    pub fn bound(&self, session: u64, channel: Channel) -> Option<(u64, u64)> {
+        if self.bound.is_empty() {
+            return None;
+        }
+        self.bound.get(&(session, channel)).copied()
+    }
+
+    /// Whether a part, but not the end, of a message is on its way to this channel.
+    #[must_use]
+    pub fn part_on_its_way(&self, session: u64, channel: Channel) -> bool {
+        !self.parts.is_empty() && self.parts.contains(&(session, channel))
+    }
+
+    /// Whether some channel has a part of a message.
+    #[must_use]
+    pub fn has_bound(&self) -> bool {
+        !self.bound.is_empty()
+    }
+
+    /// The youngest stamp in any mailbox.
+    #[must_use]
+    pub fn youngest_stamp_ns(&self) -> u64 {
+        let mailboxes = self
+            .vms
+            .values()
+            .map(|account| &account.mailbox)
+            .chain([&self.host]);
+        mailboxes
+            .flat_map(Mailbox::iter)
+            .map(|(_, held)| held.message.stamp_ns)
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// Channels of a session that have a part of a message.
+    #[must_use]
+    pub fn bound_channels(&self, session: u64) -> Vec<Channel> {
+        self.bound
+            .range((session, Channel::Ring(0))..=(session, Channel::Port))
+            .map(|((_, channel), _)| *channel)
+            .collect()
+    }
+
+    /// The VM that a session has published.
+    #[must_use]
+    pub fn vm_published_by(&self, session: u64) -> Option<u64> {
+        let by = |presence: &Presence| presence.session == session;
+        self.vms
+            .iter()
+            .find(|(_, account)| account.presence.as_ref().is_some_and(by))
+            .map(|(vm, _)| *vm)
+    }
+
+    /// What a repeated send was answered.
+    #[must_use]
+    pub fn repeated(&self, source: u64, asked: u64, key: u64) -> Option<u64> {
+        self.vms.get(&source)?.keys.results.get(&(asked, key)).copied()
+    }
+
+    /// The accepted send of this channel and tag whose answer is not known to be published, of whatever core life.
+    #[must_use]
+    pub fn unanswered(&self, token: Token, tag: u32) -> Option<(Token, u64)> {
+        let first = Token {
+            index: 0,
+            generation: 0,
+            ..token
+        };
+        let last = Token {
+            index: u32::MAX,
+            generation: u32::MAX,
+            ..token
+        };
+        let found = self
+            .origins
+            .range(first..=last)
+            .find(|(_, origin)| origin.tag == tag);
+        found.map(|(token, origin)| (*token, origin.result))
+    }
+
+    /// Applies one change. A record that fits nothing (its VM is gone) changes nothing.
+    pub fn apply(&mut self, record: &Record) {
+        match record {
+            Record::Vm(config) => self.apply_vm(config),
+            Record::VmGone { vm } => self.apply_vm_gone(*vm),
+            Record::Presence { vm, presence } => {
+                if let Some(account) = self.vms.get_mut(vm) {
+                    account.presence.clone_from(presence);
+                }
+            }
+            Record::Accepted {
+                message,
+                targets,
+                asked,
+                key,
+                result,
+                origin,
+            } => {
+                self.apply_source(message, *asked, *key, *result);
+                if let Some((token, tag)) = origin {
+                    self.origins.insert(
+                        *token,
+                        Origin {
+                            tag: *tag,
+                            result: *result,
+                        },
+                    );
+                }
+                for &target in targets.numbers() {
+                    if let Some(mailbox) = self.mailbox_mut(target) {
+                        mailbox.push(Arc::clone(message));
+                    }
+                }
+            }
+            Record::Delivering {
+                token,
+                target,
+                position,
+                end,
+                last,
+            } => {
+                let (end, last) = (*end, *last);
+                if !last {
+                    self.parts.insert((token.session, token.channel));
+                }
+                self.delivering.insert(
+                    *token,
+                    Delivering {
+                        target: *target,
+                        position: *position,
+                        end,
+                        last,
+                    },
+                );
+                if let Some(mailbox) = self.mailbox_mut(*target) {
+                    mailbox.update(*position, |held| held.delivering = true);
+                }
+            }
+            Record::Published { token, published } => self.apply_published(*token, *published),
+            Record::Readdressed { from, to } => {
+                if let Some(origin) = self.origins.remove(from) {
+                    self.origins.insert(*to, origin);
+                }
+            }
+            Record::Taken { position } => {
+                self.host.remove(*position);
+            }
+            Record::Dropped { target, position } => {
+                if let Some(mailbox) = self.mailbox_mut(*target) {
+                    mailbox.remove(*position);
+                }
+            }
+            Record::Unbound { session, channel } => {
+                if let Some((target, position)) = self.bound.remove(&(*session, *channel))
+                    && let Some(mailbox) = self.mailbox_mut(target)
+                {
+                    mailbox.update(position, |held| {
+                        held.bound = None;
+                        held.offset = 0;
+                    });
+                }
+            }
+        }
+    }
+
+    fn apply_vm(&mut self, config: &VmConfig) {
+        let name: Arc<str> = Arc::from(config.name.as_str());
+        if let Some(account) = self.vms.get_mut(&config.vm) {
+            if account.name != name && self.names.get(&account.name) == Some(&config.vm) {
+                self.names.remove(&account.name);
+            }
+            account.config = config.clone();
+            account.name = Arc::clone(&name);
+        } else {
+            let account = Account {
+                config: config.clone(),
+                name: Arc::clone(&name),
+                presence: None,
+                sequence: 0,
+                mailbox: Mailbox::default(),
+                keys: KeyWindow::default(),
+            };
+            self.vms.insert(config.vm, account);
+        }
+        self.names.insert(name, config.vm);
+    }
+
+    fn apply_vm_gone(&mut self, vm: u64) {
+        if let Some(account) = self.vms.remove(&vm)
+            && self.names.get(&account.name) == Some(&vm)
+        {
+            self.names.remove(&account.name);
+        }
+        let parts = &mut self.parts;
+        self.delivering.retain(|token, delivering| {
+            let stays = delivering.target != vm;
+            if !stays {
+                parts.remove(&(token.session, token.channel));
+            }
+            stays
+        });
+        self.bound.retain(|_, (target, _)| *target != vm);
+    }
+
+    fn apply_source(&mut self, message: &Message, asked: u64, key: u64, result: u64) {
+        if message.source == PEER_HOST {
+            self.host_sequence = message.sequence;
+        } else if let Some(source) = self.vms.get_mut(&message.source) {
+            source.sequence = message.sequence;
+            if key != 0 {
+                source.keys.insert(asked, key, result);
+            }
+        }
+    }
+
+    fn apply_published(&mut self, token: Token, published: bool) {
+        self.origins.remove(&token);
+        let Some(Delivering {
+            target,
+            position,
+            end,
+            last,
+        }) = self.delivering.remove(&token)
+        else {
+            return;
+        };
+        let place = (token.session, token.channel);
+        self.parts.remove(&place);
+        let Some(mailbox) = self.mailbox_mut(target) else {
+            return;
+        };
+        if published && last {
+            mailbox.remove(position);
+            self.bound.remove(&place);
+        } else if published {
+            mailbox.update(position, |held| {
+                held.delivering = false;
+                held.offset = end;
+                held.bound = Some(place);
+            });
+            self.bound.insert(place, (target, position));
+        } else {
+            mailbox.update(position, |held| held.delivering = false);
+        }
+    }
+
+    #[must_use]
+    pub fn save(&self) -> SavedLedger {
+        let Self {
+            vms,
+            host,
+            host_sequence,
+            delivering,
+            origins,
+            names: _,
+            bound: _,
+            parts: _,
+        } = self;
+        SavedLedger {
+            accounts: vms.values().map(save_account).collect(),
+            host: host.save(),
+            host_sequence: *host_sequence,
+            delivering: delivering
+                .iter()
+                .map(|(token, delivering)| (*token, *delivering))
+                .collect(),
+            origins: origins.iter().map(|(token, origin)| (*token, *origin)).collect(),
+        }
+    }
+
+    /// # Errors
+    /// What is wrong with the saved state.
+    pub fn restore(saved: SavedLedger) -> Result<Self, &'static str> {
+        let SavedLedger {
+            accounts,
+            host,
+            host_sequence,
+            delivering,
+            origins,
+        } = saved;
+        let mut ledger = Self {
+            host: Mailbox::restore(host)?,
+            host_sequence,
+            ..Self::default()
+        };
+        for SavedAccount {
+            config,
+            presence,
+            sequence,
+            mailbox,
+            keys,
+        } in accounts
+        {
+            if config.vm >= PEER_HOST - 1 || config.name == HOST_NAME || ledger.vms.contains_key(&config.vm) {
+                return Err("a VM is there twice or has a reserved number or name");
+            }
+            let vm = config.vm;
+            ledger.apply_vm(&config);
+            let Some(account) = ledger.vms.get_mut(&vm) else {
+                return Err("a VM is not there");
+            };
+            account.presence = presence;
+            account.sequence = sequence;
+            account.mailbox = Mailbox::restore(mailbox)?;
+            for (asked, key, result) in keys {
+                account.keys.insert(asked, key, result);
+            }
+        }
+        ledger.restore_deliveries(delivering)?;
+        ledger.origins = origins.into_iter().collect();
+        Ok(ledger)
+    }
+
+    fn restore_deliveries(&mut self, delivering: Vec<(Token, Delivering)>) -> Result<(), &'static str> {
+        for (token, entry) in delivering {
+            let held = self
+                .mailbox(entry.target)
+                .and_then(|mailbox| mailbox.get(entry.position));
+            if !held.is_some_and(|held| held.delivering && entry.end <= held.message.body.len() as u64) {
+                return Err("a message is on its way that is not in the mailbox");
+            }
+            if !entry.last {
+                self.parts.insert((token.session, token.channel));
+            }
+            self.delivering.insert(token, entry);
+        }
+        let mailboxes = self
+            .vms
+            .values()
+            .map(|account| &account.mailbox)
+            .chain([&self.host]);
+        let marked = mailboxes
+            .flat_map(Mailbox::iter)
+            .filter(|(_, held)| held.delivering)
+            .count();
+        if marked != self.delivering.len() {
+            return Err("a message in a mailbox is on its way to nobody");
+        }
+        let places = self.vms.iter().flat_map(|(vm, account)| {
+            account
+                .mailbox
+                .iter()
+                .filter_map(|(position, held)| Some((held.bound?, (*vm, position))))
+        });
+        self.bound = places.collect();
+        Ok(())
+    }
+}
+
+fn save_account(account: &Account) -> SavedAccount {
+    let Account {
+        config,
+        name: _,
+        presence,
+        sequence,
+        mailbox,
+        keys,
+    } = account;
+    let KeyWindow { results, order } = keys;
+    let keys = order
+        .iter()
+        .filter_map(|key| results.get(key).map(|result| (key.0, key.1, *result)));
+    SavedAccount {
+        config: config.clone(),
+        presence: presence.clone(),
+        sequence: *sequence,
+        mailbox: mailbox.save(),
+        keys: keys.collect(),
+    }
+}

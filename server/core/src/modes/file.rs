@@ -1,0 +1,609 @@
+//! WORKSHOP file: names in shares, and open files. Puts are next door (`puts.rs`), transfers between parties too (`offers.rs`, `streams.rs`).
+//!
+//! In: submissions, outcomes. Out: effects, answers. It never knows a path of the host: the shell resolves beneath the share's root.
+
+use super::names::{self, SharePath};
+use super::puts::Puts;
+use super::{Submitted, Uses, Verdict, pad_to_word};
+use crate::effect::{Effect, FailedAt, FileSlot, Identity, Outcome, StatRecord, entry_bytes};
+use crate::effects::{Continuation, range_in_file, whole};
+use crate::office::{Office, Wait, failed, input_bytes, room};
+use crate::policy::Access;
+use crate::refusal::Refusal;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use vmgmt_abi::file::{DirectoryEntry, FileStat, ShareEntry, existing, open};
+use vmgmt_abi::ring::{completion_flag, flag};
+use vmgmt_abi::{Opcode, Status};
+use vmgmt_device::rings::{Answer, Fetched, Token};
+use zerocopy::IntoBytes;
+
+/// A file that is being opened.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Opening {
+    pub share: String,
+    pub path: String,
+    pub read: bool,
+    pub write: bool,
+    /// Fetched again, and creating: "exists" may be our own doing.
+    pub perhaps_ours: bool,
+}
+
+/// An open file.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct OpenFile {
+    /// `None`: its session is gone, it closes when nothing is under way on it.
+    pub session: Option<u64>,
+    pub vm: u64,
+    pub slot: FileSlot,
+    pub share: String,
+    pub path: String,
+    pub read: bool,
+    pub write: bool,
+    pub identity: Identity,
+    /// Effects under way.
+    pub busy: u32,
+    /// CLOSE waits for them.
+    pub closing: Option<Token>,
+    /// The shell could not open it again after a restart.
+    pub stale: bool,
+}
+
+/// The file room.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Files {
+    pub open: BTreeMap<u64, OpenFile>,
+    pub puts: Puts,
+}
+
+/// Whether a VM has a share, and may write to it.
+///
+/// # Errors
+/// [`Refusal::ShareUnknown`], [`Refusal::ShareReadOnly`].
+pub fn granted(office: &Office, vm: u64, share: &str, write: bool) -> Result<(), Refusal> {
+    let shares = office
+        .ledger
+        .vms
+        .get(&vm)
+        .map_or(&[][..], |account| &account.config.shares);
+    match shares.iter().find(|grant| grant.share == share) {
+        None => Err(Refusal::ShareUnknown),
+        Some(grant) if write && grant.access == Access::ReadOnly => Err(Refusal::ShareReadOnly),
+        Some(_) => Ok(()),
+    }
+}
+
+impl Files {
+    /// Takes an operation on names or handles of files and puts.
+    ///
+    /// # Errors
+    /// Why it is refused.
+    pub fn submit(&mut self, office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {
+        match fetched.opcode {
+            Opcode::SHARES => shares(office, vm, fetched),
+            Opcode::LIST => list(office, vm, fetched),
+            Opcode::STAT => stat(office, vm, fetched),
+            Opcode::MAKE_DIRECTORY | Opcode::REMOVE => make_or_remove(office, vm, fetched),
+            Opcode::RENAME => rename(office, vm, fetched),
+            Opcode::OPEN => open_file(office, vm, fetched),
+            Opcode::PUT => self.puts.put(office, vm, fetched),
+            Opcode::COMMIT => self.puts.commit(office, fetched),
+            _ if self.puts.has(fetched.handle) => self.puts.submit(office, fetched),
+            _ => self.on_handle(office, fetched),
+        }
+    }
+
+    fn on_handle(&mut self, office: &mut Office, fetched: &Fetched) -> Submitted {
+        let token = fetched.token;
+        let uses = match fetched.opcode {
+            Opcode::CHECKSUM => Uses {
+                handle: true,
+                offset: true,
+                argument: true,
+                ..Uses::default()
+            },
+            Opcode::READ | Opcode::WRITE | Opcode::TRUNCATE => Uses {
+                handle: true,
+                offset: true,
+                ..Uses::default()
+            },
+            _ => Uses {
+                handle: true,
+                ..Uses::default()
+            },
+        };
+        uses.check(fetched)?;
+        let file = self.open.get_mut(&fetched.handle).ok_or(Refusal::Stale)?;
+        if file.session != Some(token.session) || file.closing.is_some() {
+            return Err(Refusal::Stale);
+        }
+        let (vm, slot, offset) = (file.vm, file.slot, fetched.offset);
+        if file.stale && fetched.opcode != Opcode::CLOSE {
+            return Err(Refusal::Stale);
+        }
+        let effect = match fetched.opcode {
+            Opcode::READ => {
+                let bytes = room(token, fetched.data_bytes);
+                range_in_file(offset, bytes)?;
+                if !file.read {
+                    return Err(Refusal::HandleRight);
+                }
+                Effect::Read {
+                    slot,
+                    offset,
+                    into: whole(token, bytes),
+                }
+            }
+            Opcode::WRITE => {
+                let bytes = input_bytes(fetched);
+                range_in_file(offset, bytes)?;
+                if !file.write {
+                    return Err(Refusal::HandleRight);
+                }
+                Effect::Write {
+                    slot,
+                    offset,
+                    from: whole(token, bytes),
+                    checksum: false,
+                }
+            }
+            Opcode::TRUNCATE if !file.write => return Err(Refusal::HandleRight),
+            Opcode::TRUNCATE => {
+                range_in_file(offset, 0)?;
+                Effect::Truncate { slot, bytes: offset }
+            }
+            Opcode::FSYNC => Effect::Sync { slot },
+            Opcode::CHECKSUM => {
+                if !file.read {
+                    return Err(Refusal::HandleRight);
+                }
+                range_in_file(offset, fetched.argument)?;
+                Effect::Checksum {
+                    slot,
+                    offset,
+                    bytes: fetched.argument,
+                }
+            }
+            Opcode::CLOSE => {
+                file.closing = Some(token);
+                office.park(fetched, Wait::Room);
+                self.settle(office, fetched.handle);
+                return Ok(Verdict::Open);
+            }
+            _ => return Err(Refusal::UnknownOpcode),
+        };
+        if let Effect::Read { into: range, .. } | Effect::Write { from: range, .. } = &effect
+            && range.bytes == 0
+        {
+            return Ok(Verdict::Done(Answer::ok(0)));
+        }
+        file.busy += 1;
+        let fills = matches!(effect, Effect::Read { .. });
+        let then = Continuation::File {
+            token,
+            handle: fetched.handle,
+        };
+        debug_assert_eq!(office.vm_of(token), Some(vm));
+        office.park_effect(fetched, effect, fills, then);
+        Ok(Verdict::Open)
+    }
+
+    /// Closes a file that wants to be closed, once nothing is under way on it.
+    fn settle(&mut self, office: &mut Office, handle: u64) {
+        let Some(file) = self.open.get(&handle) else {
+            return;
+        };
+        if file.busy > 0 || (file.closing.is_none() && file.session.is_some()) {
+            return;
+        }
+        let Some(file) = self.open.remove(&handle) else {
+            return;
+        };
+        if let Some(session) = file.session.and_then(|session| office.sessions.get_mut(&session)) {
+            session.handles.remove(&handle);
+        }
+        office.give_file(file.vm);
+        if file.stale {
+            if let Some(token) = file.closing {
+                office.end(token, Answer::ok(0));
+            }
+            return;
+        }
+        let then = file
+            .closing
+            .map_or(Continuation::Nothing, |token| Continuation::Plain {
+                token,
+                again: None,
+            });
+        let id = office.effect(file.vm, Effect::Close { slot: file.slot }, then);
+        if let Some(flight) = file.closing.and_then(|token| office.flights.get_mut(&token)) {
+            flight.wait = Wait::Effect { id, fills: false };
+        }
+    }
+
+    /// A file was opened, or not. Nobody may be there to take it.
+    pub fn opened(
+        &mut self,
+        office: &mut Office,
+        token: Token,
+        handle: u64,
+        vm: u64,
+        open: Opening,
+        outcome: Outcome,
+    ) {
+        match outcome {
+            Outcome::Opened { slot, stat, identity } => {
+                let Some(session) = office
+                    .sessions
+                    .get_mut(&token.session)
+                    .filter(|_| office.flights.contains_key(&token))
+                else {
+                    office.give_file(vm);
+                    office.effect(vm, Effect::Close { slot }, Continuation::Nothing);
+                    return;
+                };
+                session.handles.insert(handle);
+                let Opening {
+                    share,
+                    path,
+                    read,
+                    write,
+                    perhaps_ours: _,
+                } = open;
+                let session = Some(token.session);
+                let file = OpenFile {
+                    session,
+                    vm,
+                    slot,
+                    share,
+                    path,
+                    read,
+                    write,
+                    identity,
+                    busy: 0,
+                    closing: None,
+                    stale: false,
+                };
+                self.open.insert(handle, file);
+                office.end(token, Answer::ok_extra(handle, stat.size));
+            }
+            other => {
+                office.give_file(vm);
+                let again = open.perhaps_ours.then_some(Status::EXISTS.0);
+                plain(office, token, again, other);
+            }
+        }
+    }
+
+    /// An operation on an open file ended.
+    pub fn file_done(&mut self, office: &mut Office, token: Token, handle: u64, outcome: Outcome) {
+        if let Some(file) = self.open.get_mut(&handle) {
+            file.busy = file.busy.saturating_sub(1);
+        }
+        end_transfer(office, token, outcome);
+        self.settle(office, handle);
+    }
+
+    /// The session of a handle is gone.
+    pub fn release(&mut self, office: &mut Office, handle: u64) {
+        if let Some(file) = self.open.get_mut(&handle) {
+            file.session = None;
+            file.closing = None;
+            self.settle(office, handle);
+        } else {
+            self.puts.release(office, handle);
+        }
+    }
+}
+
+/// Ends READ, WRITE, TRUNCATE, FSYNC or CHECKSUM by what came of its effect.
+pub fn end_transfer(office: &mut Office, token: Token, outcome: Outcome) {
+    let Some(flight) = office.flights.get(&token).copied() else {
+        return;
+    };
+    let answer = match outcome {
+        Outcome::Bytes(bytes) => {
+            office.bytes_to(flight.vm, bytes);
+            Answer::ok(bytes)
+        }
+        Outcome::Written { bytes, crc32: _ } => {
+            office.bytes_from(flight.vm, bytes);
+            Answer::ok(bytes)
+        }
+        Outcome::Checksum { bytes, crc32 } => Answer::ok_extra(bytes, u64::from(crc32)),
+        Outcome::Done => Answer::ok(0),
+        // A guest that gave up a READ got what it gave up for, unless the bytes were there first.
+        other => match flight.ending {
+            Some(status) => failed(status),
+            None => failure(&other),
+        },
+    };
+    office.end(token, answer);
+}
+
+/// A failed effect as a completion. An outcome of the wrong kind is a fault of ours, and an I/O error to the guest.
+#[must_use]
+pub fn failure(outcome: &Outcome) -> Answer {
+    match outcome {
+        Outcome::Failed {
+            status,
+            budget,
+            at: _,
+        } if *status != Status::OK.0 => Answer {
+            detail: *budget,
+            ..failed(*status)
+        },
+        _ => Answer::failed(Status::IO_ERROR),
+    }
+}
+
+/// Ends a submission whose answer says only whether it worked. `again`: the failure that, for a submission fetched again, may mean
+/// that its first life had done it.
+pub fn plain(office: &mut Office, token: Token, again: Option<u16>, outcome: Outcome) {
+    let answer = match outcome {
+        Outcome::Done => Answer::ok(0),
+        Outcome::Failed { status, .. } if Some(status) == again => Answer::failed(Status::OUTCOME_UNKNOWN),
+        other => failure(&other),
+    };
+    office.end(token, answer);
+}
+
+/// Ends STAT.
+pub fn stat_done(office: &mut Office, token: Token, outcome: Outcome) {
+    match outcome {
+        Outcome::Stat(stat) => {
+            let record = FileStat::from(stat);
+            let answer = Answer::ok(size_of::<FileStat>() as u64);
+            office.end_with(token, answer, record.as_bytes().to_vec(), false);
+        }
+        other => {
+            office.end(token, failure(&other));
+        }
+    }
+}
+
+/// Ends LIST.
+pub fn list_done(office: &mut Office, token: Token, bytes_max: u64, outcome: Outcome) {
+    let (entries, next) = match outcome {
+        Outcome::Listed { entries, next } => (entries, next),
+        other => {
+            office.end(token, failure(&other));
+            return;
+        }
+    };
+    let mut payload = Vec::new();
+    for (name, stat) in &entries {
+        push_entry(&mut payload, name, *stat);
+    }
+    if payload.len() as u64 > bytes_max {
+        // The shell was told how much fits: a fault of ours.
+        office.end(token, failure(&Outcome::failed(Status::IO_ERROR, FailedAt::File)));
+    } else if entries.is_empty() && next != 0 {
+        office.refuse(token, Refusal::BufferSmall);
+    } else {
+        let answer = listing_answer(payload.len(), next);
+        office.end_with(token, answer, payload, false);
+    }
+}
+
+fn push_entry(payload: &mut Vec<u8>, name: &str, stat: StatRecord) {
+    let name_bytes = u32::try_from(name.len()).unwrap_or(u32::MAX);
+    let entry = DirectoryEntry {
+        stat: stat.into(),
+        name_bytes,
+        reserved: 0,
+    };
+    payload.extend_from_slice(entry.as_bytes());
+    payload.extend_from_slice(name.as_bytes());
+    pad_to_word(payload);
+}
+
+/// Answer of a listing; `next` 0: that was all.
+#[must_use]
+pub fn listing_answer(bytes: usize, next: u64) -> Answer {
+    let flags = if next == 0 { 0 } else { completion_flag::MORE };
+    Answer {
+        flags,
+        ..Answer::ok_extra(bytes as u64, next)
+    }
+}
+
+/// Ends RENAME.
+pub fn rename_done(office: &mut Office, token: Token, again: bool, outcome: Outcome) {
+    let outcome = match outcome {
+        Outcome::Committed { path: _ } => Outcome::Done,
+        other => other,
+    };
+    plain(office, token, again.then_some(Status::NO_SUCH_NAME.0), outcome);
+}
+
+fn shares(office: &Office, vm: u64, fetched: &Fetched) -> Submitted {
+    Uses {
+        offset: true,
+        ..Uses::default()
+    }
+    .check(fetched)?;
+    let room = room(fetched.token, fetched.data_bytes);
+    let shares = office
+        .ledger
+        .vms
+        .get(&vm)
+        .map_or(&[][..], |account| &account.config.shares);
+    let start = usize::try_from(fetched.offset).map_err(|_| Refusal::Field)?;
+    let mut payload = Vec::new();
+    for (index, grant) in shares.iter().enumerate().skip(start) {
+        let bytes = size_of::<ShareEntry>() + grant.share.len().next_multiple_of(8);
+        if (payload.len() + bytes) as u64 > room {
+            if payload.is_empty() {
+                return Err(Refusal::BufferSmall);
+            }
+            let answer = listing_answer(payload.len(), index as u64);
+            return Ok(Verdict::Data(answer, payload));
+        }
+        let entry = ShareEntry {
+            bytes_left: u64::MAX,
+            writable: u32::from(grant.access == Access::ReadWrite),
+            name_bytes: u32::try_from(grant.share.len()).unwrap_or(u32::MAX),
+        };
+        payload.extend_from_slice(entry.as_bytes());
+        payload.extend_from_slice(grant.share.as_bytes());
+        pad_to_word(&mut payload);
+    }
+    Ok(Verdict::Data(listing_answer(payload.len(), 0), payload))
+}
+
+fn list(office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {
+    Uses {
+        offset: true,
+        meta: true,
+        ..Uses::default()
+    }
+    .check(fetched)?;
+    let SharePath { share, path } = names::share_path(&fetched.meta)?;
+    granted(office, vm, share, false)?;
+    let bytes_max = room(fetched.token, fetched.data_bytes);
+    if bytes_max < entry_bytes("n") as u64 {
+        return Err(Refusal::BufferSmall);
+    }
+    let (share, path) = (share.to_owned(), path.to_owned());
+    let effect = Effect::List {
+        share,
+        path,
+        cursor: fetched.offset,
+        bytes_max,
+    };
+    let then = Continuation::List {
+        token: fetched.token,
+        bytes_max,
+    };
+    office.park_effect(fetched, effect, false, then);
+    Ok(Verdict::Open)
+}
+
+fn stat(office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {
+    Uses {
+        meta: true,
+        ..Uses::default()
+    }
+    .check(fetched)?;
+    let SharePath { share, path } = names::share_path(&fetched.meta)?;
+    granted(office, vm, share, false)?;
+    if room(fetched.token, fetched.data_bytes) < size_of::<FileStat>() as u64 {
+        return Err(Refusal::BufferSmall);
+    }
+    let effect = Effect::Stat {
+        share: share.to_owned(),
+        path: path.to_owned(),
+    };
+    office.park_effect(
+        fetched,
+        effect,
+        false,
+        Continuation::Stat { token: fetched.token },
+    );
+    Ok(Verdict::Open)
+}
+
+fn make_or_remove(office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {
+    Uses {
+        meta: true,
+        ..Uses::default()
+    }
+    .check(fetched)?;
+    let SharePath { share, path } = names::path_below(&fetched.meta)?;
+    granted(office, vm, share, true)?;
+    let (share, path) = (share.to_owned(), path.to_owned());
+    let (effect, perhaps_done) = if fetched.opcode == Opcode::REMOVE {
+        (Effect::Remove { share, path }, Status::NO_SUCH_NAME.0)
+    } else {
+        (Effect::MakeDirectory { share, path }, Status::EXISTS.0)
+    };
+    let then = Continuation::Plain {
+        token: fetched.token,
+        again: fetched.again.then_some(perhaps_done),
+    };
+    office.park_effect(fetched, effect, false, then);
+    Ok(Verdict::Open)
+}
+
+fn rename(office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {
+    Uses {
+        argument: true,
+        meta: true,
+        flags: flag::DURABLE,
+        ..Uses::default()
+    }
+    .check(fetched)?;
+    if fetched.argument > existing::RENAME {
+        return Err(Refusal::Field);
+    }
+    let (source, target) = names::two(&fetched.meta)?;
+    let (source, target) = (names::path_below(source)?, names::path_below(target)?);
+    granted(office, vm, source.share, true)?;
+    granted(office, vm, target.share, true)?;
+    if source.share != target.share {
+        return Err(Refusal::Path);
+    }
+    let effect = Effect::Rename {
+        share: source.share.to_owned(),
+        source: source.path.to_owned(),
+        target: target.path.to_owned(),
+        existing: fetched.argument,
+        durable: fetched.flags & flag::DURABLE != 0,
+    };
+    let then = Continuation::Rename {
+        token: fetched.token,
+        again: fetched.again,
+    };
+    office.park_effect(fetched, effect, false, then);
+    Ok(Verdict::Open)
+}
+
+fn open_file(office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {
+    Uses {
+        argument: true,
+        meta: true,
+        ..Uses::default()
+    }
+    .check(fetched)?;
+    let has = |bit: u64| fetched.argument & bit != 0;
+    let (read, write) = (has(open::READ), has(open::WRITE));
+    let changes = has(open::CREATE) || has(open::EXCLUSIVE) || has(open::TRUNCATE);
+    if fetched.argument & !open::KNOWN != 0
+        || !(read || write)
+        || (changes && !write)
+        || (has(open::EXCLUSIVE) && !has(open::CREATE))
+    {
+        return Err(Refusal::Field);
+    }
+    let SharePath { share, path } = names::path_below(&fetched.meta)?;
+    granted(office, vm, share, write)?;
+    office.take_file(vm)?;
+    let (share, path) = (share.to_owned(), path.to_owned());
+    let perhaps_ours = fetched.again && has(open::EXCLUSIVE);
+    let opening = Opening {
+        share: share.clone(),
+        path: path.clone(),
+        read,
+        write,
+        perhaps_ours,
+    };
+    let effect = Effect::Open {
+        share,
+        path,
+        read,
+        write,
+        create: has(open::CREATE),
+        exclusive: has(open::EXCLUSIVE),
+        truncate: has(open::TRUNCATE),
+    };
+    let handle = office.handle();
+    let then = Continuation::Open {
+        token: fetched.token,
+        handle,
+        vm,
+        open: Box::new(opening),
+    };
+    office.park_effect(fetched, effect, false, then);
+    Ok(Verdict::Open)
+}

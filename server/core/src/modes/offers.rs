@@ -1,0 +1,515 @@
+//! WORKSHOP file: offers between VMs and with the host: who wants to give what to whom, until it is answered.
+//!
+//! In: OFFER, NEXT_OFFER, ACCEPT, REFUSE, the operator's push and pull. Out: answers, and streams (`streams.rs`). It never sees a byte of a file.
+
+use super::streams::{Party, Side, Stream};
+use super::{Submitted, Uses, Verdict, names};
+use crate::deadlines::Timer;
+use crate::effect::{Effect, FileSlot};
+use crate::effects::Continuation;
+use crate::interface::{ControlReply, Output};
+use crate::office::{Office, Wait, failed, room};
+use crate::refusal::Refusal;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use vmgmt_abi::chat::{HOST_NAME, PEER_HOST};
+use vmgmt_abi::file::{OfferHeader, SIZE_UNKNOWN, offer_kind};
+use vmgmt_abi::{Opcode, Status};
+use vmgmt_device::Tick;
+use vmgmt_device::rings::{Answer, Fetched, Token};
+use zerocopy::IntoBytes;
+
+/// A host file in a transfer, and the operator's request that it belongs to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct HostFile {
+    pub client: u64,
+    pub id: u64,
+    pub slot: FileSlot,
+}
+
+/// Who offers, or asks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum OfferSource {
+    /// A VM, by this OFFER submission.
+    Vm { vm: u64, token: Token },
+    /// The operator gives a file.
+    Push(HostFile),
+    /// The operator asks for one.
+    Pull(HostFile),
+}
+
+/// How far an offer is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum OfferState {
+    /// In its target's queue.
+    Queued,
+    /// In a completion of a NEXT_OFFER, not known to be published.
+    Presenting { token: Token },
+    /// This session of the target has seen it.
+    Shown { session: u64 },
+}
+
+/// An offer or request that is not answered.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Offer {
+    pub source: OfferSource,
+    pub target: u64,
+    pub name: String,
+    pub size: u64,
+    pub state: OfferState,
+    /// The operator's; a VM's is its submission's.
+    pub deadline: Tick,
+}
+
+/// Offers and streams.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Transfers {
+    pub offers: BTreeMap<u64, Offer>,
+    pub streams: BTreeMap<u64, Stream>,
+    /// Handles of streams. Derived.
+    pub ends: BTreeMap<u64, (u64, Side)>,
+    /// NEXT_OFFER completions not known to be published. Derived.
+    pub presenting: BTreeMap<Token, u64>,
+}
+
+/// Answers the operator.
+pub fn reply(office: &mut Office, client: u64, id: u64, reply: ControlReply, last: bool) {
+    office.outputs.push_back(Output::Control {
+        client,
+        id,
+        reply,
+        last,
+    });
+}
+
+/// Tells the operator of a failure.
+pub fn reply_failed(office: &mut Office, client: u64, id: u64, status: u16, text: String) {
+    reply(office, client, id, ControlReply::Failed { status, text }, true);
+}
+
+impl Transfers {
+    /// OFFER, NEXT_OFFER, ACCEPT, REFUSE.
+    ///
+    /// # Errors
+    /// Why it is refused.
+    pub fn submit(&mut self, office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {
+        match fetched.opcode {
+            Opcode::OFFER => self.offer(office, vm, fetched),
+            Opcode::NEXT_OFFER => self.next_offer(office, vm, fetched),
+            Opcode::ACCEPT => self.accept(office, vm, fetched),
+            Opcode::REFUSE => self.refuse(office, vm, fetched),
+            _ => self.stream_submit(office, fetched),
+        }
+    }
+
+    fn offer(&mut self, office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {
+        Uses {
+            handle: true,
+            offset: true,
+            meta: true,
+            ..Uses::default()
+        }
+        .check(fetched)?;
+        let (target, name) = names::two(&fetched.meta)?;
+        let (target, name) = (names::peer(target)?, names::offered(name)?);
+        if fetched.handle != 0 {
+            return self.answer_request(office, vm, fetched, target);
+        }
+        if target == HOST_NAME {
+            return Err(Refusal::OfferToHost);
+        }
+        let target = office.resolve(vm, target)?;
+        let connected = office
+            .vms
+            .get(&target)
+            .is_some_and(|target| !target.sessions.is_empty());
+        if !connected && fetched.deadline == Tick::NEVER {
+            return Err(Refusal::PeerAbsent);
+        }
+        let full = |vm: u64, count: fn(&crate::office::Vm) -> usize| {
+            office
+                .vms
+                .get(&vm)
+                .is_none_or(|entry| count(entry) >= entry.limits.offers_max as usize)
+        };
+        if full(vm, |entry| entry.offers_out as usize) || full(target, |entry| entry.offers_in.len()) {
+            return Err(Refusal::Offers);
+        }
+        let id = office.handle();
+        let source = OfferSource::Vm {
+            vm,
+            token: fetched.token,
+        };
+        if let Some(entry) = office.vm_mut(vm) {
+            entry.offers_out += 1;
+        }
+        office.park(fetched, Wait::Offer(id));
+        let (name, size, deadline) = (name.to_owned(), fetched.offset, Tick::NEVER);
+        self.queue(
+            office,
+            id,
+            Offer {
+                source,
+                target,
+                name,
+                size,
+                state: OfferState::Queued,
+                deadline,
+            },
+        );
+        Ok(Verdict::Open)
+    }
+
+    /// The operator's push or pull.
+    pub fn host_offer(
+        &mut self,
+        office: &mut Office,
+        source: OfferSource,
+        target: u64,
+        name: String,
+        size: u64,
+        wait_ns: u64,
+    ) {
+        let id = office.handle();
+        let deadline = office.now.after_ns(wait_ns);
+        office.timers.arm(deadline, Timer::ControlOffer { offer: id });
+        self.queue(
+            office,
+            id,
+            Offer {
+                source,
+                target,
+                name,
+                size,
+                state: OfferState::Queued,
+                deadline,
+            },
+        );
+    }
+
+    fn queue(&mut self, office: &mut Office, id: u64, offer: Offer) {
+        let target = offer.target;
+        self.offers.insert(id, offer);
+        if let Some(entry) = office.vm_mut(target) {
+            entry.offers_in.push_back(id);
+        }
+        self.present(office, target);
+    }
+
+    fn next_offer(&mut self, office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {
+        Uses::default().check(fetched)?;
+        let Some(entry) = office.vm_mut(vm) else {
+            return Err(Refusal::NoSession);
+        };
+        if entry.next_offers.len() + entry.receives.len() >= entry.limits.receives_max as usize {
+            return Err(Refusal::Receives);
+        }
+        if room(fetched.token, fetched.data_bytes) < crate::limits::NEXT_OFFER_BYTES_MIN {
+            return Err(Refusal::BufferSmall);
+        }
+        entry.next_offers.push_back(fetched.token);
+        office.park(fetched, Wait::NextOffer);
+        self.present(office, vm);
+        Ok(Verdict::Open)
+    }
+
+    /// Gives queued offers to posted NEXT_OFFERs.
+    fn present(&mut self, office: &mut Office, target: u64) {
+        loop {
+            let Some(entry) = office.vm_mut(target) else {
+                return;
+            };
+            let (Some(&token), Some(&id)) = (entry.next_offers.front(), entry.offers_in.front()) else {
+                return;
+            };
+            entry.next_offers.pop_front();
+            let Some(offer) = self.offers.get_mut(&id) else {
+                entry.offers_in.pop_front();
+                entry.next_offers.push_front(token);
+                continue;
+            };
+            let data_bytes = office.flights.get(&token).map_or(0, |flight| flight.data_bytes);
+            let payload = offer_payload(office, id, offer);
+            if payload.len() as u64 > room(token, data_bytes) {
+                office.log_refusal(target, Refusal::BufferSmall);
+                let answer = Answer {
+                    extra: payload.len() as u64,
+                    ..Refusal::BufferSmall.answer()
+                };
+                office.end(token, answer);
+                continue;
+            }
+            offer.state = OfferState::Presenting { token };
+            self.presenting.insert(token, id);
+            if let Some(entry) = office.vm_mut(target) {
+                entry.offers_in.pop_front();
+            }
+            office.end_with(token, Answer::ok(payload.len() as u64), payload, true);
+        }
+    }
+
+    /// What came of a NEXT_OFFER's completion.
+    pub fn published(&mut self, office: &mut Office, token: Token, published: bool) {
+        let Some(id) = self.presenting.remove(&token) else {
+            return;
+        };
+        let Some(offer) = self.offers.get_mut(&id) else {
+            return;
+        };
+        if published {
+            offer.state = OfferState::Shown {
+                session: token.session,
+            };
+        } else {
+            self.queue_again(office, id);
+        }
+    }
+
+    /// An offer whose reader is gone waits for another, in its old place.
+    fn queue_again(&mut self, office: &mut Office, id: u64) {
+        let Some(offer) = self.offers.get_mut(&id) else {
+            return;
+        };
+        offer.state = OfferState::Queued;
+        let target = offer.target;
+        if let Some(entry) = office.vm_mut(target) {
+            let place = entry.offers_in.partition_point(|queued| *queued < id);
+            entry.offers_in.insert(place, id);
+        }
+        self.present(office, target);
+    }
+
+    /// Takes an offer away, wherever it is.
+    pub fn withdraw(&mut self, office: &mut Office, id: u64) -> Option<Offer> {
+        let offer = self.offers.remove(&id)?;
+        match offer.state {
+            OfferState::Queued => {
+                if let Some(entry) = office.vm_mut(offer.target) {
+                    entry.offers_in.retain(|queued| *queued != id);
+                }
+            }
+            OfferState::Presenting { token } => {
+                self.presenting.remove(&token);
+            }
+            OfferState::Shown { .. } => {}
+        }
+        if let OfferSource::Vm { vm, .. } = offer.source
+            && let Some(entry) = office.vm_mut(vm)
+        {
+            entry.offers_out = entry.offers_out.saturating_sub(1);
+        }
+        office
+            .timers
+            .disarm(offer.deadline, Timer::ControlOffer { offer: id });
+        Some(offer)
+    }
+
+    /// An offer comes to nothing.
+    pub fn fail_offer(&mut self, office: &mut Office, id: u64, status: u16) {
+        let Some(offer) = self.withdraw(office, id) else {
+            return;
+        };
+        match offer.source {
+            OfferSource::Vm { token, .. } => {
+                office.end(token, failed(status));
+            }
+            OfferSource::Push(file) | OfferSource::Pull(file) => {
+                office.effect(
+                    offer.target,
+                    Effect::Close { slot: file.slot },
+                    Continuation::Nothing,
+                );
+                let text = format!("not transferred: {}", Status(status).describe());
+                reply_failed(office, file.client, file.id, status, text);
+            }
+        }
+    }
+
+    fn shown(&self, vm: u64, id: u64) -> Result<&Offer, Refusal> {
+        let offer = self
+            .offers
+            .get(&id)
+            .filter(|offer| offer.target == vm)
+            .ok_or(Refusal::OfferUnknown)?;
+        if offer.state == OfferState::Queued {
+            Err(Refusal::OfferUnknown)
+        } else {
+            Ok(offer)
+        }
+    }
+
+    fn accept(&mut self, office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {
+        Uses {
+            handle: true,
+            ..Uses::default()
+        }
+        .check(fetched)?;
+        let source = self.shown(vm, fetched.handle)?.source;
+        if matches!(source, OfferSource::Pull(_)) {
+            return Err(Refusal::HandleKind);
+        }
+        office.take_file(vm)?;
+        if let OfferSource::Vm { vm: source, .. } = source
+            && let Err(refusal) = office.take_file(source)
+        {
+            office.give_file(vm);
+            return Err(refusal);
+        }
+        let Some(offer) = self.withdraw(office, fetched.handle) else {
+            return Err(Refusal::OfferUnknown);
+        };
+        let handle = office.handle();
+        let target = Party::Vm {
+            vm,
+            session: fetched.token.session,
+            handle,
+            open: true,
+        };
+        match offer.source {
+            OfferSource::Vm { vm: source, token } => {
+                let source_handle = office.handle();
+                let party = Party::Vm {
+                    vm: source,
+                    session: token.session,
+                    handle: source_handle,
+                    open: true,
+                };
+                self.start(office, party, target, offer.size);
+                office.end(token, Answer::ok(source_handle));
+            }
+            OfferSource::Push(file) | OfferSource::Pull(file) => {
+                self.start(office, Party::Host(file), target, offer.size);
+            }
+        }
+        Ok(Verdict::Done(Answer::ok(handle)))
+    }
+
+    fn answer_request(&mut self, office: &mut Office, vm: u64, fetched: &Fetched, target: &str) -> Submitted {
+        if target != HOST_NAME {
+            return Err(Refusal::AnswerToHost);
+        }
+        let OfferSource::Pull(file) = self.shown(vm, fetched.handle)?.source else {
+            return Err(Refusal::HandleKind);
+        };
+        office.take_file(vm)?;
+        self.withdraw(office, fetched.handle);
+        let handle = office.handle();
+        let source = Party::Vm {
+            vm,
+            session: fetched.token.session,
+            handle,
+            open: true,
+        };
+        self.start(office, source, Party::Host(file), fetched.offset);
+        Ok(Verdict::Done(Answer::ok(handle)))
+    }
+
+    fn refuse(&mut self, office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {
+        Uses {
+            handle: true,
+            argument: true,
+            ..Uses::default()
+        }
+        .check(fetched)?;
+        let status = u16::try_from(fetched.argument).map_err(|_| Refusal::Field)?;
+        self.shown(vm, fetched.handle)?;
+        let status = if status == Status::OK.0 {
+            Status::REFUSED.0
+        } else {
+            status
+        };
+        self.fail_offer(office, fetched.handle, status);
+        Ok(Verdict::Done(Answer::ok(0)))
+    }
+
+    /// A session is gone: offers it has seen wait for another; if it was its VM's last, those who did not say how long they wait are told.
+    pub fn session_gone(&mut self, office: &mut Office, session: u64, vm: u64, last: bool) {
+        let seen = |offer: &Offer| match offer.state {
+            OfferState::Queued => false,
+            OfferState::Presenting { token } => token.session == session,
+            OfferState::Shown { session: seen } => seen == session,
+        };
+        let again: Vec<u64> = self
+            .offers
+            .iter()
+            .filter(|(_, offer)| seen(offer))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in again {
+            self.presenting.retain(|_, presented| *presented != id);
+            self.queue_again(office, id);
+        }
+        if last {
+            let waits = |offer: &Offer| match offer.source {
+                OfferSource::Vm { token, .. } => office
+                    .flights
+                    .get(&token)
+                    .is_some_and(|flight| flight.deadline != Tick::NEVER),
+                OfferSource::Push(_) | OfferSource::Pull(_) => true,
+            };
+            let to_it = self
+                .offers
+                .iter()
+                .filter(|(_, offer)| offer.target == vm && !waits(offer));
+            for id in to_it.map(|(id, _)| *id).collect::<Vec<_>>() {
+                self.fail_offer(office, id, Status::PEER_ABSENT.0);
+            }
+        }
+    }
+
+    /// A VM is gone: what was offered to it fails.
+    pub fn vm_gone(&mut self, office: &mut Office, vm: u64) {
+        let to_it = self
+            .offers
+            .iter()
+            .filter(|(_, offer)| offer.target == vm)
+            .map(|(id, _)| *id);
+        for id in to_it.collect::<Vec<_>>() {
+            self.fail_offer(office, id, Status::PEER_ABSENT.0);
+        }
+    }
+
+    /// The operator's connection is gone.
+    pub fn client_gone(&mut self, office: &mut Office, client: u64) {
+        let of_it = |source: &OfferSource| match source {
+            OfferSource::Vm { .. } => false,
+            OfferSource::Push(file) | OfferSource::Pull(file) => file.client == client,
+        };
+        let ids: Vec<u64> = self
+            .offers
+            .iter()
+            .filter(|(_, offer)| of_it(&offer.source))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in ids {
+            self.fail_offer(office, id, Status::CANCELLED.0);
+        }
+        self.streams_of_client_gone(office, client);
+    }
+}
+
+fn offer_payload(office: &Office, id: u64, offer: &Offer) -> Vec<u8> {
+    let (source, name) = match offer.source {
+        OfferSource::Vm { vm, .. } => (vm, office.ledger.vms.get(&vm).map_or("", |account| &account.name)),
+        OfferSource::Push(_) | OfferSource::Pull(_) => (PEER_HOST, HOST_NAME),
+    };
+    let kind = if matches!(offer.source, OfferSource::Pull(_)) {
+        offer_kind::REQUEST
+    } else {
+        offer_kind::OFFER
+    };
+    // Both lengths are bounded by NAME_BYTES_MAX and PATH_BYTES_MAX.
+    let header = OfferHeader {
+        handle: id,
+        source,
+        size: if matches!(offer.source, OfferSource::Pull(_)) {
+            SIZE_UNKNOWN
+        } else {
+            offer.size
+        },
+        kind,
+        source_name_bytes: u16::try_from(name.len()).unwrap_or(u16::MAX),
+        file_name_bytes: u16::try_from(offer.name.len()).unwrap_or(u16::MAX),
+    };
+    [header.as_bytes(), name.as_bytes(), offer.name.as_bytes()].concat()
+}

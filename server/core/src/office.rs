@@ -1,0 +1,408 @@
+//! OFFICE: what all modes share: who is there, which submissions are open, effects, timers, and the way out.
+//!
+//! In: calls of the modes. Out: [`Output`]s in order. It never knows what an operation means.
+
+use crate::budgets::{Bucket, LogLimiter};
+use crate::deadlines::{Timer, Timers};
+use crate::effect::{Effect, EffectId};
+use crate::effects::{Continuation, Effects};
+use crate::interface::Output;
+use crate::journal::Record;
+use crate::ledger::Ledger;
+use crate::limits::CLOCK_JUMP_NS_MAX;
+use crate::policy::VmLimits;
+use crate::refusal::Refusal;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use vmgmt_abi::chat::PEER_HOST;
+use vmgmt_abi::port::OUTPUT_BYTES_MAX;
+use vmgmt_abi::{Opcode, Status};
+use vmgmt_device::Tick;
+use vmgmt_device::rings::{Answer, Channel, Fetched, Token};
+
+/// What an open submission waits for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Wait {
+    /// Its VM's rate.
+    Rate,
+    /// An earlier SEND of its channel.
+    Turn,
+    /// A message.
+    Receive,
+    /// An offer.
+    NextOffer,
+    /// An answer to its offer.
+    Offer(u64),
+    StreamWrite(u64),
+    StreamRead(u64),
+    StreamEnd(u64),
+    /// An effect. `fills`: it writes into the submission's buffer, so the submission cannot end before it.
+    Effect {
+        id: EffectId,
+        fills: bool,
+    },
+    /// A room that looks, at its next step, whether the submission is still open.
+    Room,
+}
+
+/// A submission that is open in the hub.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Flight {
+    pub vm: u64,
+    pub opcode: u16,
+    /// Bytes of its data area.
+    pub data_bytes: u64,
+    /// Counted as bytes in flight.
+    pub charged_bytes: u64,
+    pub deadline: Tick,
+    pub wait: Wait,
+    /// Its guest wants it ended so, as soon as its buffer is not written any more.
+    pub ending: Option<u16>,
+}
+
+/// Counted since a VM exists.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Counters {
+    pub submissions: u64,
+    pub messages_sent: u64,
+    pub messages_delivered: u64,
+    pub messages_dropped: u64,
+    pub bytes_from_vm: u64,
+    pub bytes_to_vm: u64,
+    pub refusals: u64,
+}
+
+/// A VM, as far as it does not survive a core.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Vm {
+    /// Copy of its configuration's, so that the usual way needs one look-up.
+    pub limits: VmLimits,
+    /// Numbers of the VMs it may reach; `None`: all. Derived.
+    pub reach: Option<BTreeSet<u64>>,
+    /// Derived.
+    pub sessions: BTreeSet<u64>,
+    /// Open submissions and their bytes. Derived.
+    pub flights: u32,
+    pub bytes_in_flight: u64,
+    pub submission_rate: Bucket,
+    pub byte_rate: Bucket,
+    /// Submissions that its rates hold back, in order, with the time they may go.
+    pub delayed: VecDeque<(Tick, Box<Fetched>)>,
+    /// Files, puts and streams. Derived.
+    pub open_files: u32,
+    /// RECEIVE and NEXT_OFFER submissions, in order.
+    pub receives: VecDeque<Token>,
+    pub next_offers: VecDeque<Token>,
+    /// Offers to it that no NEXT_OFFER has taken yet, in order.
+    pub offers_in: VecDeque<u64>,
+    /// Offers of it that are not answered. Derived.
+    pub offers_out: u32,
+    pub log: LogLimiter,
+    pub counters: Counters,
+    /// When the timer for its mailbox is armed.
+    pub expiry: Option<Tick>,
+}
+
+/// A connected device.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Session {
+    pub vm: u64,
+    /// Derived.
+    pub handles: BTreeSet<u64>,
+}
+
+/// Wall time, and the mailbox clock: wall time as far as it does not jump.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Wall {
+    pub known: bool,
+    pub at: Tick,
+    pub wall_ns: u64,
+    pub mailbox_ns: u64,
+}
+
+impl Wall {
+    /// A reading. `floor_ns`: the youngest stamp in any mailbox, 0: none; there a new mailbox clock starts.
+    pub fn read(&mut self, now: Tick, wall_ns: u64, floor_ns: u64) {
+        if self.known {
+            let most_ns = now.since_ns(self.at).saturating_add(CLOCK_JUMP_NS_MAX);
+            let step_ns = wall_ns.saturating_sub(self.wall_ns).min(most_ns);
+            self.mailbox_ns = self.mailbox_ns.saturating_add(step_ns);
+        } else {
+            // What is in the mailboxes must not age by more than it did: the downtime of a core is not counted.
+            self.mailbox_ns = if floor_ns == 0 { wall_ns } else { floor_ns };
+        }
+        (self.known, self.at, self.wall_ns) = (true, now, wall_ns);
+    }
+
+    pub fn wall_now_ns(&self, now: Tick) -> u64 {
+        self.wall_ns.saturating_add(now.since_ns(self.at))
+    }
+
+    pub fn mailbox_now_ns(&self, now: Tick) -> u64 {
+        self.mailbox_ns.saturating_add(now.since_ns(self.at))
+    }
+}
+
+/// What all modes share.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Office {
+    pub now: Tick,
+    pub wall: Wall,
+    pub ledger: Ledger,
+    pub vms: BTreeMap<u64, Vm>,
+    pub sessions: BTreeMap<u64, Session>,
+    pub flights: BTreeMap<Token, Flight>,
+    pub timers: Timers,
+    pub effects: Effects,
+    pub outputs: VecDeque<Output>,
+    /// Numbers of handles, offers and streams; never used again, whichever core life.
+    pub next_handle: u64,
+    /// Mailboxes that got something in this turn; empty between turns.
+    pub woken: Vec<u64>,
+}
+
+impl Office {
+    /// Whether a part of a message is on its way to the channel of this RECEIVE, so that another message must wait.
+    pub fn part_on_its_way(&self, token: Token) -> bool {
+        self.ledger.part_on_its_way(token.session, token.channel)
+    }
+
+    /// A number for a handle.
+    pub fn handle(&mut self) -> u64 {
+        self.next_handle += 1;
+        self.next_handle
+    }
+
+    /// A change of what survives: applied and journaled.
+    pub fn record(&mut self, record: Record) {
+        self.ledger.apply(&record);
+        self.outputs.push_back(Output::Journal(record));
+    }
+
+    /// The VM of a token's session.
+    pub fn vm_of(&self, token: Token) -> Option<u64> {
+        self.sessions.get(&token.session).map(|session| session.vm)
+    }
+
+    pub fn vm_mut(&mut self, vm: u64) -> Option<&mut Vm> {
+        self.vms.get_mut(&vm)
+    }
+
+    /// Logs a refusal, once in a while, and counts it.
+    pub fn log_refusal(&mut self, vm: u64, refusal: Refusal) {
+        let Some(entry) = self.vms.get_mut(&vm) else {
+            return;
+        };
+        entry.counters.refusals = entry.counters.refusals.saturating_add(1);
+        let Some(left_out) = entry.log.allow(self.now, refusal) else {
+            return;
+        };
+        let status = refusal.status().name().unwrap_or("failed");
+        let text = if left_out == 0 {
+            format!("refused ({status}): {}", refusal.text())
+        } else {
+            format!(
+                "refused ({status}): {}; {left_out} more since the last line",
+                refusal.text()
+            )
+        };
+        self.outputs.push_back(Output::Log { vm, text });
+    }
+
+    /// Opens a submission: from here on it is in the table and gets its answer by [`Office::end`].
+    pub fn park(&mut self, fetched: &Fetched, wait: Wait) {
+        let Some(vm) = self.vm_of(fetched.token) else {
+            return;
+        };
+        let charged_bytes = if Opcode(fetched.opcode.0).is_receive() {
+            0
+        } else {
+            fetched.data_bytes
+        };
+        if let Some(entry) = self.vms.get_mut(&vm) {
+            entry.flights += 1;
+            entry.bytes_in_flight = entry.bytes_in_flight.saturating_add(charged_bytes);
+        }
+        self.timers.arm(fetched.deadline, Timer::Deadline(fetched.token));
+        let flight = Flight {
+            vm,
+            opcode: fetched.opcode.0,
+            data_bytes: fetched.data_bytes,
+            charged_bytes,
+            deadline: fetched.deadline,
+            wait,
+            ending: None,
+        };
+        self.flights.insert(fetched.token, flight);
+    }
+
+    /// Takes a submission out of the table, without an answer.
+    pub fn unpark(&mut self, token: Token) -> Option<Flight> {
+        let flight = self.flights.remove(&token)?;
+        self.timers.disarm(flight.deadline, Timer::Deadline(token));
+        if let Some(entry) = self.vms.get_mut(&flight.vm) {
+            entry.flights = entry.flights.saturating_sub(1);
+            entry.bytes_in_flight = entry.bytes_in_flight.saturating_sub(flight.charged_bytes);
+        }
+        Some(flight)
+    }
+
+    /// Whether a submission is open.
+    pub fn is_open(&self, token: Token) -> bool {
+        self.flights.contains_key(&token)
+    }
+
+    /// Answers a submission that was never opened.
+    pub fn answer(&mut self, token: Token, answer: Answer, payload: Vec<u8>, confirm: bool) {
+        self.outputs.push_back(Output::Complete {
+            token,
+            answer,
+            payload,
+            confirm,
+        });
+    }
+
+    /// Ends an open submission; nothing, if it has ended already. Returns whether it was open.
+    pub fn end(&mut self, token: Token, answer: Answer) -> bool {
+        self.end_with(token, answer, Vec::new(), false)
+    }
+
+    /// As [`Office::end`], with data.
+    pub fn end_with(&mut self, token: Token, answer: Answer, payload: Vec<u8>, confirm: bool) -> bool {
+        let open = self.unpark(token).is_some();
+        if open {
+            self.answer(token, answer, payload, confirm);
+        }
+        open
+    }
+
+    /// Ends an open submission with a refusal, with a line in the log.
+    pub fn refuse(&mut self, token: Token, refusal: Refusal) {
+        if let Some(flight) = self.flights.get(&token) {
+            let vm = flight.vm;
+            self.log_refusal(vm, refusal);
+            self.end(token, refusal.answer());
+        }
+    }
+
+    /// Asks for an effect on behalf of a VM.
+    pub fn effect(&mut self, vm: u64, effect: Effect, then: Continuation) -> EffectId {
+        let (id, now) = self.effects.add(vm, effect, then);
+        if let Some(effect) = now {
+            self.outputs.push_back(Output::Effect { id, effect });
+        }
+        id
+    }
+
+    /// Opens a submission that waits for an effect.
+    pub fn park_effect(&mut self, fetched: &Fetched, effect: Effect, fills: bool, then: Continuation) {
+        let Some(vm) = self.vm_of(fetched.token) else {
+            return;
+        };
+        let id = self.effect(vm, effect, then);
+        self.park(fetched, Wait::Effect { id, fills });
+    }
+
+    /// Whether `source` may reach `target` (a number), without telling whether it exists.
+    ///
+    /// # Errors
+    /// [`Refusal::Reach`], [`Refusal::PeerAbsent`].
+    pub fn reach(&self, source: u64, target: u64) -> Result<(), Refusal> {
+        if target == PEER_HOST {
+            return Ok(());
+        }
+        match self.vms.get(&source).map(|vm| &vm.reach) {
+            Some(Some(reach)) if !reach.contains(&target) => Err(Refusal::Reach),
+            Some(_) if self.vms.contains_key(&target) => Ok(()),
+            _ => Err(Refusal::PeerAbsent),
+        }
+    }
+
+    /// Number of the peer of this name, if `source` may reach it.
+    ///
+    /// # Errors
+    /// [`Refusal::Reach`], [`Refusal::PeerAbsent`].
+    pub fn resolve(&self, source: u64, name: &str) -> Result<u64, Refusal> {
+        if name == vmgmt_abi::chat::HOST_NAME {
+            return Ok(PEER_HOST);
+        }
+        let Some(account) = self.ledger.vms.get(&source) else {
+            return Err(Refusal::PeerAbsent);
+        };
+        let reach = &account.config.reach;
+        if !reach.is_empty() && !reach.iter().any(|reachable| reachable == name) {
+            return Err(Refusal::Reach);
+        }
+        self.ledger.number(name).ok_or(Refusal::PeerAbsent)
+    }
+
+    /// Works out anew who may reach whom; after a change of the VM table.
+    pub fn refresh_reach(&mut self) {
+        for (vm, account) in &self.ledger.vms {
+            let Some(entry) = self.vms.get_mut(vm) else {
+                continue;
+            };
+            let reach = &account.config.reach;
+            entry.reach = (!reach.is_empty())
+                .then(|| reach.iter().filter_map(|name| self.ledger.number(name)).collect());
+        }
+    }
+
+    /// Takes a place among the open files of a VM.
+    ///
+    /// # Errors
+    /// [`Refusal::OpenFiles`].
+    pub fn take_file(&mut self, vm: u64) -> Result<(), Refusal> {
+        let Some(entry) = self.vms.get_mut(&vm) else {
+            return Err(Refusal::NoSession);
+        };
+        if entry.open_files >= entry.limits.open_files_max {
+            return Err(Refusal::OpenFiles);
+        }
+        entry.open_files += 1;
+        Ok(())
+    }
+
+    /// Gives it back.
+    pub fn give_file(&mut self, vm: u64) {
+        if let Some(entry) = self.vms.get_mut(&vm) {
+            entry.open_files = entry.open_files.saturating_sub(1);
+        }
+    }
+
+    pub fn bytes_to(&mut self, vm: u64, bytes: u64) {
+        if let Some(entry) = self.vms.get_mut(&vm) {
+            entry.counters.bytes_to_vm = entry.counters.bytes_to_vm.saturating_add(bytes);
+        }
+    }
+
+    pub fn bytes_from(&mut self, vm: u64, bytes: u64) {
+        if let Some(entry) = self.vms.get_mut(&vm) {
+            entry.counters.bytes_from_vm = entry.counters.bytes_from_vm.saturating_add(bytes);
+        }
+    }
+}
+
+/// Room for output in a submission's data area.
+#[must_use]
+pub fn room(token: Token, data_bytes: u64) -> u64 {
+    match token.channel {
+        Channel::Port => data_bytes.min(OUTPUT_BYTES_MAX as u64),
+        Channel::Ring(_) => data_bytes,
+    }
+}
+
+/// Bytes of input in a submission's data area: all of it, or what came by the port window.
+#[must_use]
+pub fn input_bytes(fetched: &Fetched) -> u64 {
+    fetched
+        .data
+        .as_ref()
+        .map_or(fetched.data_bytes, |data| data.len() as u64)
+}
+
+/// A status as a completion.
+#[must_use]
+pub fn failed(status: u16) -> Answer {
+    Answer::failed(Status(status))
+}

@@ -1,0 +1,685 @@
+//! ATTIC: the hub packed and unpacked.
+//!
+//! In: a hub, or the bytes of one. Out: the other. Saved types stand apart from those that run; whatever can be worked out from the rest is
+//! not saved but worked out again, and what comes back is checked as a stranger's would be.
+
+use crate::budgets::{Bucket, LogLimiter};
+use crate::deadlines::{Timer, Timers};
+use crate::effect::{FileSlot, Identity};
+use crate::effects::{Continuation, Effects, SavedEffects};
+use crate::hub::Hub;
+use crate::interface::Output;
+use crate::journal::Record;
+use crate::ledger::{Ledger, SavedLedger};
+use crate::modes::chat::{Chat, Listener};
+use crate::modes::file::{Files, OpenFile};
+use crate::modes::offers::{Offer, OfferSource, OfferState, Transfers};
+use crate::modes::puts::{Put, Puts};
+use crate::modes::streams::{Party, Side, Stream};
+use crate::office::{Counters, Flight, Office, Session, Vm, Wait, Wall};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+use vmgmt_abi::{Mode, Opcode};
+use vmgmt_device::Tick;
+use vmgmt_device::rings::{Channel, Fetched, Token};
+
+/// Version of the saved form. A reader knows this one and the one before (there is none before 1).
+const VERSION: u32 = 1;
+
+/// Why a saved state is refused.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// It is no saved hub.
+    #[error("the saved state of the hub cannot be read: {0}")]
+    Unreadable(String),
+    /// It is one of another version.
+    #[error(
+        "the saved state of the hub has version {found}, this program reads version {VERSION}: start the program that wrote it"
+    )]
+    Version { found: u32 },
+    /// It contradicts itself.
+    #[error("the saved state of the hub is wrong: {0}")]
+    Inconsistent(&'static str),
+}
+
+impl From<&'static str> for RestoreError {
+    fn from(what: &'static str) -> Self {
+        Self::Inconsistent(what)
+    }
+}
+
+/// A hub at rest.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Saved {
+    version: u32,
+    now: Tick,
+    wall: Wall,
+    ledger: SavedLedger,
+    vms: Vec<SavedVm>,
+    /// Session and VM.
+    sessions: Vec<(u64, u64)>,
+    flights: Vec<(Token, Flight)>,
+    timers: Vec<(Tick, Timer)>,
+    effects: SavedEffects,
+    outputs: Vec<Output>,
+    next_handle: u64,
+    files: Vec<(u64, OpenFile)>,
+    puts: Vec<(u64, Put)>,
+    puts_live: Vec<((String, String), u64)>,
+    offers: Vec<(u64, Offer)>,
+    streams: Vec<(u64, Stream)>,
+    fetching: Vec<((u64, Channel), Vec<SavedFetched>)>,
+    bodies: Vec<SavedFetched>,
+    listeners: Vec<Listener>,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+struct SavedVm {
+    vm: u64,
+    submission_rate: Bucket,
+    byte_rate: Bucket,
+    delayed: Vec<(Tick, SavedFetched)>,
+    receives: Vec<Token>,
+    next_offers: Vec<Token>,
+    offers_in: Vec<u64>,
+    log: LogLimiter,
+    counters: Counters,
+    expiry: Option<Tick>,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+struct SavedFetched {
+    token: Token,
+    mode: u32,
+    opcode: u16,
+    flags: u16,
+    tag: u32,
+    handle: u64,
+    offset: u64,
+    argument: u64,
+    deadline: Tick,
+    meta: Vec<u8>,
+    data_bytes: u64,
+    data: Option<Vec<u8>>,
+    again: bool,
+}
+
+/// A file that the shell has open for the hub: to be opened again by a core that takes over without the descriptors.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct OpenSlot {
+    pub slot: FileSlot,
+    pub share: String,
+    /// The file; of a put, the temporary one.
+    pub path: String,
+    pub read: bool,
+    pub write: bool,
+    /// What it must be.
+    pub identity: Identity,
+}
+
+impl Saved {
+    /// As bytes (CBOR).
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        // Writing into a Vec does not fail, and no type in here refuses to be serialized.
+        let written = ciborium::into_writer(self, &mut bytes);
+        debug_assert!(written.is_ok(), "{written:?}");
+        bytes
+    }
+
+    /// From bytes.
+    ///
+    /// # Errors
+    /// [`RestoreError::Unreadable`], [`RestoreError::Version`].
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, RestoreError> {
+        #[derive(Deserialize)]
+        struct Versioned {
+            version: u32,
+        }
+        let unreadable =
+            |error: ciborium::de::Error<std::io::Error>| RestoreError::Unreadable(error.to_string());
+        let Versioned { version } = ciborium::from_reader(bytes).map_err(unreadable)?;
+        if version != VERSION {
+            return Err(RestoreError::Version { found: version });
+        }
+        ciborium::from_reader(bytes).map_err(unreadable)
+    }
+}
+
+impl Hub {
+    /// Packs everything.
+    #[must_use]
+    pub fn save(&self) -> Saved {
+        let Self {
+            office,
+            files,
+            transfers,
+            chat,
+        } = self;
+        let Office {
+            now,
+            wall,
+            ledger,
+            vms,
+            sessions,
+            flights,
+            timers,
+            effects,
+            outputs,
+            next_handle,
+            woken: _,
+        } = office;
+        let Files {
+            open,
+            puts: Puts { puts, live },
+        } = files;
+        let Transfers {
+            offers,
+            streams,
+            ends: _,
+            presenting: _,
+        } = transfers;
+        let Chat {
+            fetching,
+            bodies,
+            listeners,
+        } = chat;
+        Saved {
+            version: VERSION,
+            now: *now,
+            wall: *wall,
+            ledger: ledger.save(),
+            vms: vms.iter().map(|(vm, entry)| save_vm(*vm, entry)).collect(),
+            sessions: sessions
+                .iter()
+                .map(|(session, Session { vm, handles: _ })| (*session, *vm))
+                .collect(),
+            flights: flights.iter().map(|(token, flight)| (*token, *flight)).collect(),
+            timers: timers.iter().copied().collect(),
+            effects: effects.save(),
+            outputs: outputs.iter().cloned().collect(),
+            next_handle: *next_handle,
+            files: open
+                .iter()
+                .map(|(handle, file)| (*handle, file.clone()))
+                .collect(),
+            puts: puts.iter().map(|(handle, put)| (*handle, put.clone())).collect(),
+            puts_live: live.iter().map(|(key, handle)| (key.clone(), *handle)).collect(),
+            offers: offers.iter().map(|(id, offer)| (*id, offer.clone())).collect(),
+            streams: streams.iter().map(|(id, stream)| (*id, stream.clone())).collect(),
+            fetching: fetching
+                .iter()
+                .map(|(place, queue)| {
+                    (
+                        *place,
+                        queue.iter().map(|fetched| save_fetched(fetched)).collect(),
+                    )
+                })
+                .collect(),
+            bodies: bodies.values().map(|fetched| save_fetched(fetched)).collect(),
+            listeners: listeners.iter().copied().collect(),
+        }
+    }
+
+    /// Unpacks a hub.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn restore(saved: Saved) -> Result<Self, RestoreError> {
+        let Saved {
+            version,
+            now,
+            wall,
+            ledger,
+            vms,
+            sessions,
+            flights,
+            timers,
+            effects,
+            outputs,
+            next_handle,
+            files,
+            puts,
+            puts_live,
+            offers,
+            streams,
+            fetching,
+            bodies,
+            listeners,
+        } = saved;
+        if version != VERSION {
+            return Err(RestoreError::Version { found: version });
+        }
+        let mut hub = Self::new(0);
+        let office = &mut hub.office;
+        office.ledger = Ledger::restore(ledger)?;
+        (office.now, office.wall, office.next_handle) = (now, wall, next_handle);
+        office.timers = timers.into_iter().collect::<Timers>();
+        office.effects = Effects::restore(effects)?;
+        office.outputs = outputs.into();
+        for vm in vms {
+            restore_vm(office, vm)?;
+        }
+        if office.vms.len() != office.ledger.vms.len() {
+            return Err("a VM is known to the ledger and to nobody else".into());
+        }
+        for (session, vm) in sessions {
+            let entry = office.vms.get_mut(&vm).ok_or("a session is of no VM")?;
+            entry.sessions.insert(session);
+            if office
+                .sessions
+                .insert(
+                    session,
+                    Session {
+                        vm,
+                        handles: BTreeSet::new(),
+                    },
+                )
+                .is_some()
+            {
+                return Err("a session is there twice".into());
+            }
+        }
+        restore_flights(office, flights)?;
+        hub.transfers.offers = offers.into_iter().collect();
+        hub.transfers.streams = streams.into_iter().collect();
+        hub.restore_transfers()?;
+        hub.files.open = files.into_iter().collect();
+        hub.files.puts = Puts {
+            puts: puts.into_iter().collect(),
+            live: puts_live.into_iter().collect(),
+        };
+        hub.restore_files()?;
+        let queue = |queue: Vec<SavedFetched>| queue.into_iter().map(restore_fetched).collect();
+        hub.chat = Chat {
+            fetching: fetching
+                .into_iter()
+                .map(|(place, saved)| (place, queue(saved)))
+                .collect(),
+            bodies: bodies
+                .into_iter()
+                .map(|saved| (saved.token, restore_fetched(saved)))
+                .collect(),
+            listeners: listeners.into(),
+        };
+        hub.office.refresh_reach();
+        Ok(hub)
+    }
+
+    /// A hub after a crash: what the last snapshot (if any) says that survives, and the records since. Sessions are to be told anew; handles, offers
+    /// and streams of before are gone. `life`: as in [`Hub::new`].
+    ///
+    /// # Errors
+    /// What is wrong with the snapshot.
+    pub fn replay(
+        life: u64,
+        snapshot: Option<Saved>,
+        records: impl IntoIterator<Item = Record>,
+    ) -> Result<Self, RestoreError> {
+        let mut hub = Self::new(life);
+        if let Some(saved) = snapshot {
+            hub.office.next_handle = hub.office.next_handle.max(saved.next_handle);
+            hub.office.ledger = Ledger::restore(saved.ledger)?;
+            (hub.office.now, hub.office.wall) = (saved.now, saved.wall);
+        }
+        for record in records {
+            hub.office.ledger.apply(&record);
+        }
+        for (vm, account) in &hub.office.ledger.vms {
+            hub.office.vms.entry(*vm).or_default().limits = account.config.limits.clone();
+        }
+        if !hub.office.vms.is_empty() {
+            let at = hub.office.now.after_ns(crate::limits::SWEEP_INTERVAL_NS);
+            hub.office.timers.arm(at, Timer::Sweep);
+        }
+        hub.office.refresh_reach();
+        for vm in hub.office.vms.keys().copied().collect::<Vec<_>>() {
+            crate::modes::chat::arm_expiry(&mut hub.office, vm);
+        }
+        Ok(hub)
+    }
+
+    /// The part of the state that survives a crash, for comparison.
+    #[must_use]
+    pub fn surviving(&self) -> SavedLedger {
+        self.office.ledger.save()
+    }
+
+    /// Completions of which the core before did not know whether they were published: after [`Hub::replay`] the shell looks into the
+    /// guests' rings and tells each (`Input::Published`); those of sessions that are closed need nothing.
+    #[must_use]
+    pub fn unresolved(&self) -> Vec<Token> {
+        let ledger = &self.office.ledger;
+        ledger
+            .delivering
+            .keys()
+            .chain(ledger.origins.keys())
+            .copied()
+            .collect()
+    }
+
+    /// Files that the shell has open for the hub.
+    #[must_use]
+    pub fn open_slots(&self) -> Vec<OpenSlot> {
+        let files = self
+            .files
+            .open
+            .values()
+            .filter(|file| !file.stale)
+            .map(|file| OpenSlot {
+                slot: file.slot,
+                share: file.share.clone(),
+                path: file.path.clone(),
+                read: file.read,
+                write: file.write,
+                identity: file.identity,
+            });
+        let puts = self
+            .files
+            .puts
+            .puts
+            .values()
+            .filter(|put| !put.stale)
+            .map(|put| OpenSlot {
+                slot: put.slot,
+                share: put.what.share.clone(),
+                path: put.what.temporary.clone(),
+                read: true,
+                write: true,
+                identity: put.identity,
+            });
+        files.chain(puts).collect()
+    }
+
+    /// A file of before is open again in another slot, or cannot be: then its handle answers STALE.
+    pub fn slot_replaced(&mut self, old: FileSlot, new: Option<FileSlot>) {
+        for file in self.files.open.values_mut().filter(|file| file.slot == old) {
+            file.slot = new.unwrap_or(old);
+            file.stale = new.is_none();
+        }
+        for put in self.files.puts.puts.values_mut().filter(|put| put.slot == old) {
+            put.slot = new.unwrap_or(old);
+            put.stale = new.is_none();
+        }
+    }
+
+    fn restore_files(&mut self) -> Result<(), RestoreError> {
+        let office = &mut self.office;
+        let files = self
+            .files
+            .open
+            .iter()
+            .map(|(handle, file)| (*handle, file.vm, file.session));
+        let puts = self
+            .files
+            .puts
+            .puts
+            .iter()
+            .map(|(handle, put)| (*handle, put.what.vm, put.session));
+        let ends = self.transfers.ends.iter().filter_map(|(handle, (id, side))| {
+            let stream = self.transfers.streams.get(id)?;
+            match if *side == Side::Source {
+                stream.source
+            } else {
+                stream.target
+            } {
+                Party::Vm { vm, session, .. } => Some((*handle, vm, Some(session))),
+                Party::Host(_) => None,
+            }
+        });
+        let mut seen = BTreeSet::new();
+        for (handle, vm, session) in files.chain(puts).chain(ends) {
+            if handle > office.next_handle || !seen.insert(handle) {
+                return Err("a handle is there twice or has a number that is not its own".into());
+            }
+            if let Some(session) = session {
+                let entry = office
+                    .sessions
+                    .get_mut(&session)
+                    .ok_or("a handle is of no session")?;
+                entry.handles.insert(handle);
+            }
+            if let Some(entry) = office.vms.get_mut(&vm) {
+                entry.open_files += 1;
+            }
+        }
+        let opening: Vec<u64> = office
+            .effects
+            .continuations()
+            .filter_map(|then| match then {
+                Continuation::Open { vm, .. } => Some(*vm),
+                Continuation::PutOpen { put, .. } => Some(put.vm),
+                _ => None,
+            })
+            .collect();
+        for vm in opening {
+            if let Some(entry) = office.vms.get_mut(&vm) {
+                entry.open_files += 1;
+            }
+        }
+        Ok(())
+    }
+
+    fn restore_transfers(&mut self) -> Result<(), RestoreError> {
+        let Transfers {
+            offers,
+            streams,
+            ends,
+            presenting,
+        } = &mut self.transfers;
+        for (id, offer) in offers.iter() {
+            match offer.state {
+                OfferState::Presenting { token } => {
+                    presenting.insert(token, *id);
+                }
+                OfferState::Queued | OfferState::Shown { .. } => {}
+            }
+            if let OfferSource::Vm { vm, token } = offer.source {
+                if !self.office.flights.contains_key(&token) {
+                    return Err("an offer is of no submission".into());
+                }
+                if let Some(entry) = self.office.vms.get_mut(&vm) {
+                    entry.offers_out += 1;
+                }
+            }
+        }
+        for (id, stream) in streams.iter() {
+            if stream
+                .writes
+                .iter()
+                .chain(&stream.reads)
+                .any(|piece| piece.done > piece.bytes)
+            {
+                return Err("more of a stream is moved than there was".into());
+            }
+            for (side, party) in [(Side::Source, stream.source), (Side::Target, stream.target)] {
+                if let Party::Vm {
+                    handle, open: true, ..
+                } = party
+                {
+                    ends.insert(handle, (*id, side));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn save_vm(vm: u64, entry: &Vm) -> SavedVm {
+    let Vm {
+        limits: _,
+        reach: _,
+        sessions: _,
+        flights: _,
+        bytes_in_flight: _,
+        submission_rate,
+        byte_rate,
+        delayed,
+        open_files: _,
+        receives,
+        next_offers,
+        offers_in,
+        offers_out: _,
+        log,
+        counters,
+        expiry,
+    } = entry;
+    SavedVm {
+        vm,
+        submission_rate: *submission_rate,
+        byte_rate: *byte_rate,
+        delayed: delayed
+            .iter()
+            .map(|(at, fetched)| (*at, save_fetched(fetched)))
+            .collect(),
+        receives: receives.iter().copied().collect(),
+        next_offers: next_offers.iter().copied().collect(),
+        offers_in: offers_in.iter().copied().collect(),
+        log: log.clone(),
+        counters: *counters,
+        expiry: *expiry,
+    }
+}
+
+fn restore_vm(office: &mut Office, saved: SavedVm) -> Result<(), RestoreError> {
+    let SavedVm {
+        vm,
+        submission_rate,
+        byte_rate,
+        delayed,
+        receives,
+        next_offers,
+        offers_in,
+        log,
+        counters,
+        expiry,
+    } = saved;
+    let account = office
+        .ledger
+        .vms
+        .get(&vm)
+        .ok_or("a VM is not known to the ledger")?;
+    let entry = Vm {
+        limits: account.config.limits.clone(),
+        submission_rate,
+        byte_rate,
+        delayed: delayed
+            .into_iter()
+            .map(|(at, fetched)| (at, restore_fetched(fetched)))
+            .collect(),
+        receives: receives.into(),
+        next_offers: next_offers.into(),
+        offers_in: offers_in.into(),
+        log,
+        counters,
+        expiry,
+        ..Vm::default()
+    };
+    if office.vms.insert(vm, entry).is_some() {
+        return Err("a VM is there twice".into());
+    }
+    Ok(())
+}
+
+fn restore_flights(office: &mut Office, flights: Vec<(Token, Flight)>) -> Result<(), RestoreError> {
+    for (token, flight) in flights {
+        if office.vm_of(token) != Some(flight.vm) {
+            return Err("a submission is of no session".into());
+        }
+        let entry = office.vms.get_mut(&flight.vm).ok_or("a submission is of no VM")?;
+        entry.flights += 1;
+        entry.bytes_in_flight = entry.bytes_in_flight.saturating_add(flight.charged_bytes);
+        if office.flights.insert(token, flight).is_some() {
+            return Err("a submission is there twice".into());
+        }
+    }
+    let waits = |token: &Token, wait: Wait| {
+        office
+            .flights
+            .get(token)
+            .is_some_and(|flight| flight.wait == wait)
+    };
+    for entry in office.vms.values() {
+        let good = entry.receives.iter().all(|token| waits(token, Wait::Receive))
+            && entry
+                .next_offers
+                .iter()
+                .all(|token| waits(token, Wait::NextOffer))
+            && entry
+                .delayed
+                .iter()
+                .all(|(_, fetched)| waits(&fetched.token, Wait::Rate));
+        if !good {
+            return Err("a queue holds a submission that does not wait in it".into());
+        }
+    }
+    Ok(())
+}
+
+fn save_fetched(fetched: &Fetched) -> SavedFetched {
+    let Fetched {
+        token,
+        mode,
+        opcode,
+        flags,
+        tag,
+        handle,
+        offset,
+        argument,
+        deadline,
+        meta,
+        data_bytes,
+        data,
+        again,
+    } = fetched;
+    SavedFetched {
+        token: *token,
+        mode: mode.0,
+        opcode: opcode.0,
+        flags: *flags,
+        tag: *tag,
+        handle: *handle,
+        offset: *offset,
+        argument: *argument,
+        deadline: *deadline,
+        meta: meta.clone(),
+        data_bytes: *data_bytes,
+        data: data.clone(),
+        again: *again,
+    }
+}
+
+fn restore_fetched(saved: SavedFetched) -> Box<Fetched> {
+    let SavedFetched {
+        token,
+        mode,
+        opcode,
+        flags,
+        tag,
+        handle,
+        offset,
+        argument,
+        deadline,
+        meta,
+        data_bytes,
+        data,
+        again,
+    } = saved;
+    let (mode, opcode) = (Mode(mode), Opcode(opcode));
+    Box::new(Fetched {
+        token,
+        mode,
+        opcode,
+        flags,
+        tag,
+        handle,
+        offset,
+        argument,
+        deadline,
+        meta,
+        data_bytes,
+        data,
+        again,
+    })
+}
