@@ -1,0 +1,265 @@
+//! Answers as words and tables. Values in, text out.
+
+use crate::protocol::{LogLine, Message, Peers, Shares, Status, Vms};
+use std::fmt::Write;
+
+/// Replaces control characters except line ends and tabs: what a guest says must not move an operator's cursor.
+pub(crate) fn printable(text: &str) -> String {
+    text.chars()
+        .map(|c| {
+            if c.is_control() && c != '\n' && c != '\t' {
+                '\u{fffd}'
+            } else {
+                c
+            }
+        })
+        .collect()
+}
+
+/// Columns as wide as their longest cell. Cells have no line ends.
+fn table(heads: &[&str], rows: &[Vec<String>]) -> String {
+    let mut widths: Vec<usize> = heads.iter().map(|head| head.len()).collect();
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let mut text = String::new();
+    let heads: Vec<String> = heads.iter().map(|head| (*head).to_owned()).collect();
+    for row in std::iter::once(&heads).chain(rows) {
+        let cells: Vec<String> = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| format!("{:width$}", cell.replace(['\n', '\t'], " ")))
+            .collect();
+        text.push_str(cells.join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+fn yes(it_is: bool) -> String {
+    if it_is { "yes" } else { "no" }.into()
+}
+
+fn words(list: &[String]) -> String {
+    if list.is_empty() {
+        "-".into()
+    } else {
+        list.join(",")
+    }
+}
+
+/// A number of bytes for a person.
+pub(crate) fn bytes(bytes: u64) -> String {
+    indicatif::BinaryBytes(bytes).to_string()
+}
+
+pub(crate) fn status(status: Status) -> String {
+    let Status {
+        state,
+        answered_by,
+        version,
+        pid,
+        life,
+        uptime_seconds,
+        vms,
+        sessions,
+        notices,
+        counters,
+    } = status;
+    let mut text = format!(
+        "vmgmtd {version} is {state} (process {pid}; the {answered_by} answers)\n\
+         core life {life}, for {uptime_seconds} s; {vms} VMs, {sessions} devices connected\n"
+    );
+    for (name, number) in counters {
+        // Writing to a string does not fail.
+        let _ = writeln!(text, "{name}: {number}");
+    }
+    for notice in notices {
+        let _ = writeln!(text, "! {notice}");
+    }
+    text
+}
+
+pub(crate) fn vms(vms: Vms) -> String {
+    let rows: Vec<_> = vms
+        .vms
+        .into_iter()
+        .map(|vm| {
+            let devices = vm.sessions.len();
+            let mailbox = format!("{} ({})", vm.mailbox_messages, bytes(vm.mailbox_bytes));
+            let listening = yes(vm.listening);
+            let shares = words(&vm.shares);
+            let socket = vm.socket.unwrap_or_else(|| "(shared)".into());
+            vec![
+                vm.name,
+                devices.to_string(),
+                yes(vm.published),
+                listening,
+                mailbox,
+                shares,
+                socket,
+            ]
+        })
+        .collect();
+    table(
+        &[
+            "NAME",
+            "DEVICES",
+            "PUBLISHED",
+            "LISTENING",
+            "MAILBOX",
+            "SHARES",
+            "SOCKET",
+        ],
+        &rows,
+    )
+}
+
+pub(crate) fn peers(peers: Peers) -> String {
+    let rows: Vec<_> = peers
+        .peers
+        .into_iter()
+        .map(|peer| {
+            vec![
+                peer.name,
+                yes(peer.connected),
+                yes(peer.listening),
+                peer.description,
+            ]
+        })
+        .collect();
+    table(&["NAME", "CONNECTED", "LISTENING", "DESCRIPTION"], &rows)
+}
+
+pub(crate) fn shares(shares: Shares) -> String {
+    let rows: Vec<_> = shares
+        .shares
+        .into_iter()
+        .map(|share| {
+            let bytes_max = share.bytes_max.map_or_else(|| "-".into(), bytes);
+            let files_max = share
+                .files_max
+                .map_or_else(|| "-".into(), |files| files.to_string());
+            vec![
+                share.name,
+                share.path,
+                bytes_max,
+                files_max,
+                words(&share.granted),
+            ]
+        })
+        .collect();
+    table(&["NAME", "PATH", "BYTES-MAX", "FILES-MAX", "GRANTED"], &rows)
+}
+
+pub(crate) fn message(message: &Message) -> String {
+    match (&message.text, message.bytes()) {
+        (Some(text), _) => format!("{}: {}\n", message.from, text.strip_suffix('\n').unwrap_or(text)),
+        (None, Ok(bytes)) => format!(
+            "{}: ({} bytes that are no text; --json shows them)\n",
+            message.from,
+            bytes.len()
+        ),
+        (None, Err(_)) => format!("{}: (a message that cannot be read)\n", message.from),
+    }
+}
+
+pub(crate) fn log_line(line: &LogLine) -> String {
+    let (seconds, milliseconds) = (line.time_ns / 1_000_000_000, line.time_ns / 1_000_000 % 1000);
+    let of_day = seconds % 86_400;
+    let (hours, minutes, seconds) = (of_day / 3600, of_day / 60 % 60, of_day % 60);
+    let vm = line.vm.as_ref().map_or_else(String::new, |vm| format!("{vm}: "));
+    format!(
+        "{hours:02}:{minutes:02}:{seconds:02}.{milliseconds:03}Z {vm}{}\n",
+        line.text
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::{Peer, Vm};
+    use std::collections::BTreeMap;
+
+    #[test]
+    fn tables_are_aligned_and_keep_a_guests_lines_in_their_row() {
+        let vm = Vm {
+            name: "web".into(),
+            sessions: vec![4],
+            mailbox_bytes: 2048,
+            mailbox_messages: 3,
+            ..Vm::default()
+        };
+        let long = Vm {
+            name: "a longer name".into(),
+            socket: Some("/run/a".into()),
+            shares: vec!["pub:ro".into()],
+            ..vm.clone()
+        };
+        let text = vms(Vms { vms: vec![vm, long] });
+        assert_eq!(
+            text,
+            "NAME           DEVICES  PUBLISHED  LISTENING  MAILBOX       SHARES  SOCKET\n\
+             web            1        no         no         3 (2.00 KiB)  -       (shared)\n\
+             a longer name  1        no         no         3 (2.00 KiB)  pub:ro  /run/a\n"
+        );
+        let peer = Peer {
+            name: "x".into(),
+            description: "two\nlines".into(),
+            connected: true,
+            listening: true,
+        };
+        assert!(peers(Peers { peers: vec![peer] }).ends_with("x     yes        yes        two lines\n"));
+    }
+
+    #[test]
+    fn what_a_guest_says_moves_no_cursor() {
+        assert_eq!(
+            printable("a\x1b[2Jb\r\n\tc\u{9b}d"),
+            "a\u{fffd}[2Jb\u{fffd}\n\tc\u{fffd}d"
+        );
+    }
+
+    #[test]
+    fn messages_lines_and_states_read_well() {
+        let text = Message {
+            from: "web".into(),
+            text: Some("hello\n".into()),
+            ..Message::default()
+        };
+        assert_eq!(message(&text), "web: hello\n");
+        let binary = Message {
+            from: "web".into(),
+            ..Message::default()
+        }
+        .with_bytes(vec![0xff; 3]);
+        assert_eq!(
+            message(&binary),
+            "web: (3 bytes that are no text; --json shows them)\n"
+        );
+        let line = LogLine {
+            time_ns: 86_400_000_000_000 + 3_661_007_000_000,
+            vm: Some("web".into()),
+            text: "no".into(),
+        };
+        assert_eq!(log_line(&line), "01:01:01.007Z web: no\n");
+        let given = Status {
+            state: "serving".into(),
+            answered_by: "core".into(),
+            version: "0.1.0".into(),
+            pid: 7,
+            life: 2,
+            uptime_seconds: 5,
+            vms: 3,
+            sessions: 1,
+            notices: vec!["core life 1 died".into()],
+            counters: BTreeMap::from([("refusals".into(), 4)]),
+        };
+        assert_eq!(
+            status(given),
+            "vmgmtd 0.1.0 is serving (process 7; the core answers)\ncore life 2, for 5 s; 3 VMs, 1 devices connected\nrefusals: 4\n! core life 1 died\n"
+        );
+    }
+}
