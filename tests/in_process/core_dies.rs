@@ -1,0 +1,138 @@
+//! `kill -9` of the core: the guest notices nothing but a pause.
+
+use super::*;
+use vmgmt_driver::abi::registers;
+use vmgmt_driver::backing::Backing;
+use vmgmt_driver::operations::chat::Receiver;
+
+#[test]
+fn registers_answer_while_the_core_is_dead_and_work_goes_on_after() -> Result<()> {
+    let site = site(2)?;
+    let before = site.pids()?;
+    let vm = site.vm(0)?;
+    let mut ring = vm.ring(Mode::FILE)?;
+    let mut ports = vm.ports(Mode::COMMON)?;
+    echoes(&mut ring)?;
+    echoes(&mut ports)?;
+    for round in 0..3 {
+        let old = site.daemon.kill_role("core")?;
+        // The front answers by itself, at once.
+        for _ in 0..50 {
+            let start = Instant::now();
+            ensure!(vm.backing().read32(registers::MAGIC)? == vmgmt_abi::MAGIC);
+            ensure!(
+                start.elapsed() < Duration::from_millis(500),
+                "a register took {:?}",
+                start.elapsed()
+            );
+        }
+        // Nothing is done by the guest: what it submits now is answered by the next core.
+        echoes(&mut ring).with_context(|| format!("round {round}: the ring after the core's death"))?;
+        echoes(&mut ports).with_context(|| format!("round {round}: the ports after the core's death"))?;
+        let data = pattern(1_000_000, round);
+        std::fs::write(site.share().join("f"), &data)?;
+        let (memory, _) = ring.get_to_memory("work/f", &TransferOptions::default())?;
+        ensure!(memory.to_vec(0, data.len())? == data);
+        ensure!(site.daemon.role("core")? != old);
+    }
+    let after = site.pids()?;
+    ensure!(
+        (after.keeper, after.front) == (before.keeper, before.front),
+        "{before:?} became {after:?}"
+    );
+    ensure!(vm.device().check_health().is_ok(), "the guest saw another device");
+    Ok(())
+}
+
+#[test]
+fn submissions_in_flight_are_answered_once_by_the_next_core() -> Result<()> {
+    let site = site(2)?;
+    let (source, target) = (site.vm(0)?, site.vm(1)?);
+    let mut to = source.ring(Mode::CHAT)?;
+    let mut at = target.ring(Mode::CHAT)?;
+    let mut receiver = Receiver::default();
+    at.post_receives(&mut receiver, 16)?;
+    let mut expected = Vec::new();
+    for round in 0..5_u32 {
+        for number in 0..20_u32 {
+            let key = u64::from(round * 1000 + number + 1);
+            to.send("vm1", &key.to_le_bytes(), key)?;
+            expected.push(key);
+            if number == 10 {
+                let old = site.daemon.kill_role("core")?;
+                site.daemon.wait_for_new("core", old, PATIENCE)?;
+            }
+        }
+    }
+    let mut got = Vec::new();
+    while got.len() < expected.len() {
+        let message = at
+            .receive(&mut receiver, deadline())?
+            .with_context(|| format!("only {} of {} messages came", got.len(), expected.len()))?;
+        got.push(u64::from_le_bytes(message.bytes.as_slice().try_into()?));
+        at.post_receives(&mut receiver, 16)?;
+    }
+    ensure!(
+        got == expected,
+        "messages were lost, repeated or out of order: {got:?}"
+    );
+    // And none comes twice.
+    to.send("vm1", b"the last", 0)?;
+    let last = at
+        .receive(&mut receiver, deadline())?
+        .context("the last did not come")?;
+    ensure!(last.bytes == b"the last", "a message came twice: {last:?}");
+    Ok(())
+}
+
+#[test]
+fn a_transfer_under_way_goes_on_with_the_next_core() -> Result<()> {
+    let site = site(1)?;
+    let vm = site.vm_with(0, GuestOptions::default().ram_bytes(256 << 20))?;
+    let data = pattern(96 << 20, 8);
+    std::fs::write(site.share().join("big"), &data)?;
+    let mut files = vm.ring(Mode::FILE)?;
+    let file = files.open_for_reading("work/big")?;
+    let memory = files.allocate(data.len())?;
+    let options = TransferOptions {
+        check: false,
+        ..TransferOptions::default()
+    };
+    let outcome = std::thread::scope(|scope| {
+        let transfer = scope.spawn(|| files.get_into(file.handle, &memory, data.len(), &options));
+        for _ in 0..3 {
+            let Ok(old) = site.daemon.kill_role("core") else {
+                break;
+            };
+            site.daemon.wait_for_new("core", old, PATIENCE)?;
+        }
+        transfer
+            .join()
+            .map_err(|_| anyhow::anyhow!("the transfer panicked"))
+    })?;
+    match outcome {
+        Ok(done) => {
+            ensure!(done.bytes == data.len() as u64);
+            ensure!(
+                memory.to_vec(0, data.len())? == data,
+                "the bytes are not the same"
+            );
+        }
+        // A handle survives, or says so.
+        Err(error) => ensure!(error.status() == Some(vmgmt_driver::Status::STALE), "{error}"),
+    }
+    let (again, done) = files.get_to_memory("work/big", &TransferOptions::default())?;
+    ensure!(done.bytes == data.len() as u64 && again.to_vec(0, data.len())? == data);
+    Ok(())
+}
+
+#[test]
+fn a_ring_opened_while_there_is_no_core_opens_when_there_is() -> Result<()> {
+    let site = site(1)?;
+    let vm = site.vm(0)?;
+    for _ in 0..3 {
+        site.daemon.kill_role("core")?;
+        echoes(&mut vm.ring(Mode::COMMON)?)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,151 @@
+//! The ways in which guest memory is shared, or only seems to be.
+
+use super::*;
+use vmgmt_driver::channel::Channel;
+use vmgmt_driver::{Ring, RingOptions};
+use vmgmt_testkit::guest::Sharing;
+
+/// Everything that moves bytes, both ways, once.
+fn moves_bytes(site: &Site, vm: &SimulatedVm) -> Result<()> {
+    let mut files = vm.ring(Mode::FILE)?;
+    for _ in 0..3 {
+        echoes(&mut files)?;
+    }
+    let data = pattern(700_001, 41);
+    std::fs::write(site.share().join("down"), &data)?;
+    let (memory, done) = files.get_to_memory("work/down", &TransferOptions::default())?;
+    ensure!(
+        done.bytes == data.len() as u64 && memory.to_vec(0, data.len())? == data,
+        "host to guest"
+    );
+    files.put_from_memory("work/up", &memory, data.len(), 1, &TransferOptions::default())?;
+    ensure!(std::fs::read(site.share().join("up"))? == data, "guest to host");
+    ensure!(files.list("work")?.len() == 2);
+    Ok(())
+}
+
+fn runs(sharing: Sharing, proven: bool) -> Result<()> {
+    let site = site(1)?;
+    let pids = site.pids()?;
+    let vm = site.vm_with(0, GuestOptions::default().sharing(sharing))?;
+    let ring = Ring::open(vm.device(), RingOptions::new(Mode::COMMON))?;
+    ensure!(
+        ring.is_shared() == proven,
+        "{sharing:?}: the host says shared: {}",
+        ring.is_shared()
+    );
+    drop(ring);
+    moves_bytes(&site, &vm).with_context(|| format!("{sharing:?}"))?;
+    if !proven {
+        let messages = vm.backing().with_client(|client| client.dma_served().len());
+        ensure!(messages > 0, "not one DMA message was sent");
+    }
+    site.check_unharmed(pids)
+}
+
+#[test]
+fn sealed_memory_is_proven_shared() -> Result<()> {
+    runs(Sharing::Sealed, true)
+}
+
+#[test]
+fn unsealed_memory_is_proven_shared() -> Result<()> {
+    runs(Sharing::Unsealed, true)
+}
+
+#[test]
+fn without_a_descriptor_everything_goes_by_messages() -> Result<()> {
+    runs(Sharing::Messages, false)
+}
+
+#[test]
+fn memory_that_only_seems_shared_is_found_out() -> Result<()> {
+    runs(Sharing::OtherMemory, false)
+}
+
+#[test]
+fn without_bus_mastering_nothing_is_moved() -> Result<()> {
+    use vmgmt_driver::backing::{Backing, COMMAND_MASTER};
+    let site = site(1)?;
+    let vm = site.vm(0)?;
+    let mut ring = vm.ring(Mode::COMMON)?;
+    ring.noop()?;
+    vm.backing().set_command(0, COMMAND_MASTER)?;
+    let buffer = ring.allocate(4096)?;
+    buffer.store64(2048, 0x5555)?;
+    let request =
+        vmgmt_driver::channel::Request::new(vmgmt_driver::Opcode::ECHO).output(&buffer, 0, 4096, 2048);
+    let tag = ring.start(request)?;
+    // Nothing is answered: an answer would be DMA. That nothing is written is what counts; how long to look is arbitrary.
+    let early = ring.finish(tag, Some(Instant::now() + Duration::from_millis(100)))?;
+    ensure!(
+        early.is_none(),
+        "a completion was written without bus mastering: {early:?}"
+    );
+    ensure!(buffer.load64(2048)? == 0x5555);
+    vm.backing().set_command(COMMAND_MASTER, 0)?;
+    // It goes on, or the ring starts anew; a fresh one works in any case.
+    drop(ring);
+    echoes(&mut vm.ring(Mode::COMMON)?)
+}
+
+#[test]
+fn after_an_unmap_nothing_is_written_there() -> Result<()> {
+    let site = site(1)?;
+    let pids = site.pids()?;
+    std::fs::write(site.share().join("big"), pattern(32 << 20, 6))?;
+    let vm = site.vm_with(0, GuestOptions::default().ram_bytes(128 << 20))?;
+    let mut files = vm.ring(Mode::FILE)?;
+    for round in 0..5_u64 {
+        // A buffer in memory of its own at an address of its own, as a virtual IOMMU's guest has them.
+        let ram = std::sync::Arc::new(vmgmt_testkit::client::GuestRam::new(
+            32 << 20,
+            vmgmt_testkit::client::Seal::Shrink,
+        )?);
+        let iova = (1 << 40) + (round << 30);
+        vm.backing().with_client(|client| {
+            client.dma_map(vmgmt_testkit::client::Mapping {
+                iova,
+                bytes: ram.bytes(),
+                flags: 3,
+                memory: Some((ram.fd(), 0)),
+            })
+        })?;
+        let memory = vmgmt_driver::DmaMemory::map_file(ram.fd(), 0, 32 << 20, iova)?;
+        let memory = std::sync::Arc::new(memory);
+        let file = files.open_for_reading("work/big")?;
+        let mut tags = Vec::new();
+        for chunk in 0..32_usize {
+            let request = vmgmt_driver::channel::Request::new(vmgmt_driver::Opcode::READ)
+                .handle(file.handle)
+                .offset((chunk << 20) as u64)
+                .output(&memory, chunk << 20, 1 << 20, 0);
+            tags.push(files.start(request)?);
+        }
+        // While the transfer runs.
+        vm.backing()
+            .with_client(|client| client.dma_unmap(iova, ram.bytes()))?;
+        ram.write(0, &vec![0xee; 32 << 20])?;
+        for tag in tags {
+            let finished = files
+                .finish(tag, deadline())?
+                .context("a read was never completed")?;
+            ensure!(
+                matches!(
+                    finished.status,
+                    vmgmt_driver::Status::OK | vmgmt_driver::Status::BAD_ADDRESS
+                ),
+                "{:?}",
+                finished.status
+            );
+        }
+        let after = ram.read(0, 32 << 20)?;
+        ensure!(
+            after.iter().all(|byte| *byte == 0xee),
+            "round {round}: DMA after the unmap was answered"
+        );
+        files.close(file.handle)?;
+    }
+    echoes(&mut files)?;
+    site.check_unharmed(pids)
+}

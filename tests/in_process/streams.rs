@@ -1,0 +1,142 @@
+//! VM to VM: an offer, its answer, and the bytes from one memory to the other.
+
+use super::*;
+use std::os::fd::AsFd;
+use vmgmt_driver::Status;
+use vmgmt_driver::transfer::Descriptor;
+
+fn file_of(data: &[u8]) -> Result<std::fs::File> {
+    use std::io::{Seek, Write};
+    let mut file = tempfile::tempfile()?;
+    file.write_all(data)?;
+    file.rewind()?;
+    Ok(file)
+}
+
+/// Offers and sends; what the receiver said in the end.
+fn send(vm: &SimulatedVm, target: &str, name: &str, data: &[u8]) -> Result<()> {
+    let mut files = vm.ring(Mode::FILE)?;
+    let stream = files.offer(target, name, Some(data.len() as u64), 0, Some(PATIENCE))?;
+    let file = file_of(data)?;
+    let mut source = Descriptor::new(file.as_fd(), "source");
+    files.stream_send(stream, &mut source, &TransferOptions::default(), &mut |_| {})?;
+    Ok(())
+}
+
+/// Waits for an offer and takes it in.
+fn receive(vm: &SimulatedVm) -> Result<(String, String, Vec<u8>)> {
+    let mut files = vm.ring(Mode::FILE)?;
+    let posted = files.post_next_offer()?;
+    let offer = files.next_offer(posted, deadline())?.context("no offer came")?;
+    let stream = files.accept(offer.handle)?;
+    let file = tempfile::tempfile()?;
+    let mut sink = Descriptor::new(file.as_fd(), "target");
+    let (done, theirs) = files.stream_receive(stream, &mut sink, &TransferOptions::default(), &mut |_| {})?;
+    ensure!(theirs.is_some() && done.matches(theirs), "checksums differ");
+    files.stream_confirm(stream, Status::OK)?;
+    let mut data = vec![0; usize::try_from(done.bytes)?];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut data, 0)?;
+    Ok((offer.source_name, offer.file_name, data))
+}
+
+#[test]
+fn a_file_goes_from_vm_to_vm() -> Result<()> {
+    let site = site(2)?;
+    let pids = site.pids()?;
+    let (source, target) = (site.vm(0)?, site.vm(1)?);
+    for bytes in [0, 1, 4096, (7 << 20) + 5] {
+        let data = pattern(bytes, 21);
+        std::thread::scope(|scope| {
+            let receiver = scope.spawn(|| receive(&target));
+            send(&source, "vm1", "a file", &data)?;
+            let (from, name, got) = receiver
+                .join()
+                .map_err(|_| anyhow::anyhow!("the receiver panicked"))??;
+            ensure!(from == "vm0" && name == "a file", "{name} from {from}");
+            ensure!(got == data, "{bytes} bytes came different");
+            Ok(())
+        })
+        .with_context(|| format!("{bytes} bytes"))?;
+    }
+    site.check_unharmed(pids)
+}
+
+#[test]
+fn an_offer_may_be_refused() -> Result<()> {
+    let site = site(2)?;
+    let (source, target) = (site.vm(0)?, site.vm(1)?);
+    std::thread::scope(|scope| {
+        let refuser = scope.spawn(|| {
+            let mut files = target.ring(Mode::FILE)?;
+            let posted = files.post_next_offer()?;
+            let offer = files.next_offer(posted, deadline())?.context("no offer came")?;
+            Ok::<_, anyhow::Error>(files.refuse(offer.handle, Status::NO_SPACE)?)
+        });
+        let outcome = source
+            .ring(Mode::FILE)?
+            .offer("vm1", "unwanted", Some(5), 0, Some(PATIENCE));
+        refuser
+            .join()
+            .map_err(|_| anyhow::anyhow!("the refuser panicked"))??;
+        ensure!(
+            outcome
+                .as_ref()
+                .is_err_and(|error| error.status() == Some(Status::NO_SPACE)),
+            "{outcome:?}"
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn an_offer_to_nobody_is_refused_and_one_unanswered_times_out() -> Result<()> {
+    let site = site(2)?;
+    let (source, _target) = (site.vm(0)?, site.vm(1)?);
+    let mut files = source.ring(Mode::FILE)?;
+    let nobody = files.offer("nobody", "x", None, 0, Some(PATIENCE));
+    ensure!(
+        nobody
+            .as_ref()
+            .is_err_and(|error| error.status() == Some(Status::PEER_ABSENT)),
+        "{nobody:?}"
+    );
+    let silent = files.offer("vm1", "x", None, 0, Some(Duration::from_millis(200)));
+    ensure!(
+        silent
+            .as_ref()
+            .is_err_and(|error| error.status() == Some(Status::TIMED_OUT)),
+        "{silent:?}"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_receiver_that_vanishes_fails_the_sender_only() -> Result<()> {
+    let site = site(3)?;
+    let pids = site.pids()?;
+    let (source, target) = (site.vm(0)?, site.vm(1)?);
+    let data = pattern(32 << 20, 4);
+    std::thread::scope(|scope| {
+        let receiver = scope.spawn(|| {
+            let mut files = target.ring(Mode::FILE)?;
+            let posted = files.post_next_offer()?;
+            let offer = files.next_offer(posted, deadline())?.context("no offer came")?;
+            let stream = files.accept(offer.handle)?;
+            let buffer = files.allocate(4096)?;
+            let request = vmgmt_driver::channel::Request::new(vmgmt_driver::Opcode::STREAM_READ)
+                .handle(stream)
+                .output(&buffer, 0, 4096, 0);
+            files.call(request)?;
+            target.backing().vanish();
+            Ok::<_, anyhow::Error>(())
+        });
+        let outcome = send(&source, "vm1", "lost", &data);
+        receiver
+            .join()
+            .map_err(|_| anyhow::anyhow!("the receiver panicked"))??;
+        ensure!(outcome.is_err(), "the sender was told that all is there");
+        Ok(())
+    })?;
+    echoes(&mut source.ring(Mode::COMMON)?)?;
+    site.check_unharmed(pids)
+}
