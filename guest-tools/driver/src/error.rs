@@ -44,11 +44,11 @@ pub enum DriverError {
     #[error("the device {device} is in use by process {holder}: stop it, or wait for it (--wait-device)")]
     InUse { device: String, holder: String },
     /// A system call failed.
-    #[error("{what}: {source}")]
-    System { what: String, source: io::Error },
+    #[error("{what}: {cause}")]
+    System { what: String, cause: io::Error },
     /// Reading or writing the program's own file failed.
-    #[error("{what}: {source}")]
-    File { what: String, source: io::Error },
+    #[error("{what}: {cause}")]
+    File { what: String, cause: io::Error },
 
     #[error(
         "the device does not answer (its registers read all ones): the host daemon's connection to this VM is gone, plug the device anew"
@@ -104,18 +104,18 @@ pub enum DriverError {
 
 impl DriverError {
     /// A system call's error with what was being done.
-    pub fn system(what: impl Into<String>, source: impl Into<io::Error>) -> Self {
+    pub fn system(what: impl Into<String>, cause: impl Into<io::Error>) -> Self {
         Self::System {
             what: what.into(),
-            source: source.into(),
+            cause: cause.into(),
         }
     }
 
     /// An error of the program's own file with what was being done.
-    pub fn file(what: impl Into<String>, source: impl Into<io::Error>) -> Self {
+    pub fn file(what: impl Into<String>, cause: impl Into<io::Error>) -> Self {
         Self::File {
             what: what.into(),
-            source: source.into(),
+            cause: cause.into(),
         }
     }
 

@@ -470,7 +470,7 @@ mod tests {
     #[test]
     fn checksum_is_that_of_the_bytes() {
         let memory = DmaMemory::ordinary(64 * 1024).unwrap();
-        let source: Vec<u8> = (0..50_000_u32).map(|i| (i * i >> 3) as u8).collect();
+        let source: Vec<u8> = (0..50_000_u32).map(|i| ((i * i) >> 3) as u8).collect();
         memory.write(3, &source).unwrap();
         let mut hasher = crc32fast::Hasher::new();
         memory.checksum(3, source.len(), &mut hasher).unwrap();

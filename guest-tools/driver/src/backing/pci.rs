@@ -251,7 +251,8 @@ fn link_name(link: &Path) -> Option<String> {
     Some(fs::read_link(link).ok()?.file_name()?.to_str()?.to_owned())
 }
 
-fn put(path: &Path, text: &str) -> Result<()> {
+/// Writes a word into a file of sysfs.
+pub(crate) fn put(path: &Path, text: &str) -> Result<()> {
     let name = path.display().to_string();
     let mut file = OpenOptions::new()
         .write(true)

@@ -29,7 +29,8 @@ const PAGEMAP_FRAME: u64 = (1 << 55) - 1;
 pub struct Uio {
     function: PciFunction,
     registers: RegisterMap,
-    ports: File,
+    /// None when the kernel gave the I/O BAR no address.
+    ports: Option<File>,
     config: File,
     interrupt: Arc<OwnedFd>,
 }
@@ -46,6 +47,7 @@ impl Uio {
                 function.address()
             )));
         }
+        refuse_translation(function)?;
         let node = node(function)?;
         let shown = node.display().to_string();
         let interrupt = OpenOptions::new()
@@ -56,13 +58,20 @@ impl Uio {
             .map_err(|error| pci::denied(&shown, error))?;
         let backing = Self {
             registers: RegisterMap::new(function.open("resource0")?.as_fd(), 0)?,
-            ports: function.open("resource2")?,
+            ports: function.open("resource2").ok(),
             config: function.open("config")?,
             function: function.clone(),
             interrupt: Arc::new(interrupt.into()),
         };
         backing.restore_function()?;
         Ok(backing)
+    }
+
+    fn ports(&self) -> Result<&File> {
+        self.ports.as_ref().ok_or(DriverError::NotPossible(
+            "a port access",
+            "uio: the I/O BAR has no address",
+        ))
     }
 }
 
@@ -88,11 +97,11 @@ impl Backing for Uio {
     }
 
     fn port_read(&self, offset: u32, width: Width) -> Result<u32> {
-        pci::port_read(&self.ports, 0, offset, width)
+        pci::port_read(self.ports()?, 0, offset, width)
     }
 
     fn port_write(&self, offset: u32, width: Width, value: u32) -> Result<()> {
-        pci::port_write(&self.ports, 0, offset, width, value)
+        pci::port_write(self.ports()?, 0, offset, width, value)
     }
 
     /// Locked memory. The kernel may still move a locked small page when it compacts memory, unless
@@ -153,11 +162,24 @@ impl Backing for Uio {
 
     fn reset_function(&self) -> Result<bool> {
         // The kernel saves and restores configuration space around it.
-        match fs::write(self.function.path("reset"), "1") {
-            Ok(()) => self.restore_function().map(|()| true),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(pci::denied("resetting the function", error)),
+        let path = self.function.path("reset");
+        if !path.exists() {
+            return Ok(false);
         }
+        pci::put(&path, "1")?;
+        self.restore_function().map(|()| true)
+    }
+}
+
+/// Behind an IOMMU that translates, physical addresses are the wrong ones.
+fn refuse_translation(function: &PciFunction) -> Result<()> {
+    let kind = fs::read_to_string(function.path("iommu_group/type")).unwrap_or_default();
+    match kind.trim() {
+        "" | "identity" => Ok(()),
+        kind => Err(DriverError::SetUp(format!(
+            "{} is behind an IOMMU ({kind}), so uio's physical addresses do not reach memory: use vfio (vmgmt bind --driver vfio), or boot this kernel with iommu=pt",
+            function.address()
+        ))),
     }
 }
 
