@@ -64,6 +64,10 @@ pub enum Done {
     Warm,
     /// The range itself, from a file system whose page cache cannot be asked.
     Scratch(Vec<u8>),
+    /// A piece was written; with its crc32, as the file holds it, if that was asked for.
+    Stored { bytes: u64, crc32: Option<u32> },
+    /// The guest took the memory away meanwhile: what was moved means nothing.
+    Revoked,
 }
 
 /// A job of an effect, ended.

@@ -1,0 +1,421 @@
+//! The operators: what they ask over the control socket, as the hub, the keeper and the core's own books can answer it.
+//!
+//! In: requests of the [`ControlServer`], the hub's and the keeper's answers. Out: [`Ask`]s for the loop to pass on. Must
+//! never know a session or a ring.
+
+use super::lines::Lines;
+use crate::config::{Access, CoreConfig, DeviceConfig, Identity, ListenerConfig, ShareGrant, VmConfig};
+use crate::control::protocol::{
+    self, Call, Done, ErrorCode, Event, Failure, Hello, LogLine, Message, Peers, Progress, Received, Sent, Shares, Transferred, Vm, Vms,
+};
+use crate::control::{Asked, ClientId, ControlServer, Incoming};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use mio::{Registry, Token};
+use rustix::fd::OwnedFd;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use vmgmt_abi::Status;
+use vmgmt_core::interface::{ControlReply, ControlRequest, VmStatus};
+
+/// What the loop is to do for an operator.
+#[derive(Debug)]
+pub enum Ask {
+    /// A question for the hub.
+    Hub { client: u64, id: u64, request: ControlRequest },
+    /// A transfer: the loop adopts the file, then asks the hub. `read`: push.
+    Transfer { client: u64, id: u64, fd: OwnedFd, transfer: Transfer },
+    /// A VM for the keeper.
+    AddVm { request: u64, vm: Box<VmConfig>, listener: Box<ListenerConfig> },
+    RemoveVm { request: u64, name: String },
+    /// The connection is gone.
+    Closed { client: u64 },
+}
+
+/// A push or a pull.
+#[derive(Debug)]
+pub enum Transfer {
+    Push { target: String, size: u64, name: String, wait_ns: u64 },
+    Pull { source: String, path: String, wait_ns: u64 },
+}
+
+/// What the core knows beside the hub.
+pub struct Books<'a> {
+    pub config: &'a CoreConfig,
+    pub vms: &'a BTreeMap<u64, VmConfig>,
+    pub lines: &'a Lines,
+    pub status: &'a dyn Fn() -> protocol::Status,
+}
+
+/// The operators' requests that are under way.
+pub struct Operators {
+    server: ControlServer,
+    /// What a hub's reply is to become.
+    asked: BTreeMap<(u64, u64), Expected>,
+    /// Requests to the keeper.
+    at_keeper: BTreeMap<u64, (ClientId, u64)>,
+    keeper_requests: u64,
+    /// Followers of the log, and the number of the next line for each.
+    followers: BTreeMap<(ClientId, u64), u64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Expected {
+    Vms,
+    Peers,
+    Sent,
+    /// Messages given so far.
+    Messages(u64),
+    Transfer,
+}
+
+impl Operators {
+    /// Takes the listening socket over.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn new(listener: OwnedFd, registry: &Registry, tokens_begin: usize) -> std::io::Result<Self> {
+        let mut server = ControlServer::new(listener)?;
+        server.register(registry, tokens_begin)?;
+        Ok(Self {
+            server,
+            asked: BTreeMap::new(),
+            at_keeper: BTreeMap::new(),
+            keeper_requests: 0,
+            followers: BTreeMap::new(),
+        })
+    }
+
+    /// Notes that a token is ready.
+    pub fn handle_ready(&mut self, token: Token) -> bool {
+        self.server.handle_ready(token)
+    }
+
+    /// Answers what the books can answer; the next thing that they cannot.
+    pub fn poll(&mut self, books: &Books<'_>) -> Option<Ask> {
+        loop {
+            match self.server.poll_request()? {
+                Incoming::Request(asked) => {
+                    let (client, id) = (asked.client, asked.id);
+                    match self.begin(asked, books) {
+                        Ok(None) => {}
+                        Ok(Some(ask)) => return Some(ask),
+                        Err(failure) => self.server.fail(client, id, failure),
+                    }
+                }
+                Incoming::Gone { client } => {
+                    self.followers.retain(|(follower, _), _| *follower != client);
+                    self.asked.retain(|(asker, _), _| *asker != client.to_number());
+                    return Some(Ask::Closed { client: client.to_number() });
+                }
+                Incoming::Room { .. } => self.tell_followers(books.lines),
+            }
+        }
+    }
+
+    /// Gives followers of the log the lines they have not had.
+    pub fn tell_followers(&mut self, lines: &Lines) {
+        for ((client, id), next) in &mut self.followers {
+            *next = tell_lines(&mut self.server, *client, *id, lines, *next);
+        }
+    }
+
+    /// The hub answers.
+    pub fn handle_reply(&mut self, client: u64, id: u64, reply: ControlReply, last: bool, books: &Books<'_>) {
+        let key = (client, id);
+        let Some(expected) = self.asked.get_mut(&key) else { return };
+        let client = ClientId::from_number(client);
+        let expected_now = *expected;
+        match reply {
+            ControlReply::Message { source, sequence, accepted_ns, message } => {
+                if let Expected::Messages(count) = expected {
+                    *count += 1;
+                }
+                let (text, base64) = match String::from_utf8(message) {
+                    Ok(text) => (Some(text), None),
+                    Err(bytes) => (None, Some(BASE64.encode(bytes.as_bytes()))),
+                };
+                let event = Event::Message(Message { from: source, sequence, accepted_ns, text, base64 });
+                // Its socket takes all that a client with one request can have outstanding; one that never reads is cut off by the server.
+                let _ = self.server.event(client, id, event);
+                if let (true, Expected::Messages(count)) = (last, expected_now) {
+                    self.server.reply(client, id, &Received { messages: count + 1 });
+                }
+            }
+            ControlReply::NoMessage => {
+                let messages = if let Expected::Messages(count) = expected_now { count } else { 0 };
+                self.server.reply(client, id, &Received { messages });
+            }
+            ControlReply::Vms(vms) if expected_now == Expected::Peers => {
+                let peers = vms.iter().filter(|vm| vm.published).map(peer).collect();
+                self.server.reply(client, id, &Peers { peers });
+            }
+            ControlReply::Vms(vms) => {
+                let vms = vms.iter().map(|vm| vm_of(vm, books)).collect();
+                self.server.reply(client, id, &Vms { vms });
+            }
+            ControlReply::Sent { number } => self.server.reply(client, id, &Sent { number }),
+            ControlReply::Progress { bytes, total } => {
+                let total = (total != u64::MAX).then_some(total);
+                // A client that does not read misses steps of progress, no more.
+                let _ = self.server.event(client, id, Event::Progress(Progress { bytes, total }));
+            }
+            ControlReply::Transferred { bytes, crc32 } => {
+                self.server.reply(client, id, &Transferred { bytes, crc32: format!("{crc32:08x}") });
+            }
+            ControlReply::Failed { status, text } => self.server.fail(client, id, failure(Status(status), text)),
+        }
+        if last {
+            self.asked.remove(&key);
+        }
+    }
+
+    /// The keeper answers.
+    pub fn handle_keeper(&mut self, request: u64, error: Option<String>) {
+        let Some((client, id)) = self.at_keeper.remove(&request) else { return };
+        match error {
+            None => self.server.reply(client, id, &Done {}),
+            Some(error) => self.server.fail(client, id, Failure::new(ErrorCode::Failed, error, "")),
+        }
+    }
+
+    /// Ends a request that could not be begun.
+    pub fn fail(&mut self, client: u64, id: u64, status: Status, text: String) {
+        self.asked.remove(&(client, id));
+        self.server.fail(ClientId::from_number(client), id, failure(status, text));
+    }
+
+    fn begin(&mut self, asked: Asked, books: &Books<'_>) -> Result<Option<Ask>, Failure> {
+        let Asked { client, id, call, fds } = asked;
+        let number = client.to_number();
+        let mut ask = |expected, request| {
+            self.asked.insert((number, id), expected);
+            Ok(Some(Ask::Hub { client: number, id, request }))
+        };
+        match call {
+            Call::Hello => self.server.reply(client, id, &Hello::of_this_version()),
+            Call::Status => {
+                let status = (books.status)();
+                self.server.reply(client, id, &status);
+            }
+            Call::Shares => self.server.reply(client, id, &shares(books)),
+            Call::Vms => return ask(Expected::Vms, ControlRequest::Vms),
+            Call::Peers => return ask(Expected::Peers, ControlRequest::Peers),
+            Call::Send(send) => {
+                let message = message_of(send.text, send.base64)?;
+                return ask(Expected::Sent, ControlRequest::Send { target: send.to, message });
+            }
+            Call::Recv(receive) => {
+                let request = ControlRequest::Receive { follow: receive.follow, wait_ns: ns(receive.wait_ms) };
+                return ask(Expected::Messages(0), request);
+            }
+            Call::Push(push) => {
+                let fd = only_fd(fds)?;
+                let size = regular_size(&fd)?;
+                let transfer = Transfer::Push { target: push.to, size, name: push.name, wait_ns: ns(push.wait_ms) };
+                self.asked.insert((number, id), Expected::Transfer);
+                return Ok(Some(Ask::Transfer { client: number, id, fd, transfer }));
+            }
+            Call::Pull(pull) => {
+                let fd = only_fd(fds)?;
+                regular_size(&fd)?;
+                let transfer = Transfer::Pull { source: pull.from, path: pull.path, wait_ns: ns(pull.wait_ms) };
+                self.asked.insert((number, id), Expected::Transfer);
+                return Ok(Some(Ask::Transfer { client: number, id, fd, transfer }));
+            }
+            Call::AddVm(add) => {
+                let (vm, listener) = new_vm(*add, books)?;
+                let request = self.to_keeper(client, id);
+                return Ok(Some(Ask::AddVm { request, vm: Box::new(vm), listener: Box::new(listener) }));
+            }
+            Call::RemoveVm(remove) => {
+                let request = self.to_keeper(client, id);
+                return Ok(Some(Ask::RemoveVm { request, name: remove.name }));
+            }
+            Call::Log(log) => {
+                let next = tell_lines(&mut self.server, client, id, books.lines, 0);
+                if log.follow {
+                    self.followers.insert((client, id), next);
+                } else {
+                    self.server.reply(client, id, &Done {});
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn to_keeper(&mut self, client: ClientId, id: u64) -> u64 {
+        self.keeper_requests += 1;
+        self.at_keeper.insert(self.keeper_requests, (client, id));
+        self.keeper_requests
+    }
+}
+
+/// Sends the lines from number `next` on, as many as the client has room for; the number of the first that it has not had.
+fn tell_lines(server: &mut ControlServer, client: ClientId, id: u64, lines: &Lines, next: u64) -> u64 {
+    let (new, end) = lines.since(next);
+    let new: Vec<_> = new.cloned().collect();
+    let mut next = end - new.len() as u64;
+    for line in new {
+        let event = Event::Log(LogLine { time_ns: line.time_ns, vm: line.vm, text: line.text });
+        if !server.event(client, id, event) {
+            return next;
+        }
+        next += 1;
+    }
+    end
+}
+
+const fn ns(milliseconds: u64) -> u64 {
+    milliseconds.saturating_mul(1_000_000)
+}
+
+fn message_of(text: Option<String>, base64: Option<String>) -> Result<Vec<u8>, Failure> {
+    match (text, base64) {
+        (Some(text), None) => Ok(text.into_bytes()),
+        (None, Some(encoded)) => BASE64.decode(encoded).map_err(|error| {
+            Failure::new(ErrorCode::BadRequest, format!("the member \"base64\" is not base64: {error}"), "use the standard alphabet, with padding")
+        }),
+        _ => Err(Failure::new(ErrorCode::BadRequest, "a message has either \"text\" or \"base64\"", "give exactly one of both")),
+    }
+}
+
+fn only_fd(mut fds: Vec<OwnedFd>) -> Result<OwnedFd, Failure> {
+    match (fds.pop(), fds.is_empty()) {
+        (Some(fd), true) => Ok(fd),
+        _ => Err(Failure::new(
+            ErrorCode::BadRequest,
+            "the request needs one file descriptor",
+            "pass the open file with SCM_RIGHTS, with the request's line (vmgmtctl does)",
+        )),
+    }
+}
+
+fn regular_size(fd: &OwnedFd) -> Result<u64, Failure> {
+    let stat = rustix::fs::fstat(fd)
+        .map_err(|errno| Failure::new(ErrorCode::BadRequest, format!("the file cannot be looked at: {errno}"), ""))?;
+    if rustix::fs::FileType::from_raw_mode(stat.st_mode) != rustix::fs::FileType::RegularFile {
+        return Err(Failure::new(ErrorCode::BadRequest, "that is no regular file", "copy a pipe or device into a file first"));
+    }
+    Ok(u64::try_from(stat.st_size).unwrap_or(0))
+}
+
+fn grant_text(grant: &ShareGrant) -> String {
+    format!("{}:{}", grant.share, if grant.access == Access::ReadOnly { "ro" } else { "rw" })
+}
+
+fn shares(books: &Books<'_>) -> Shares {
+    let shares = books.config.shares.iter().map(|share| protocol::Share {
+        name: share.name.clone(),
+        path: share.path.display().to_string(),
+        bytes_max: share.bytes_max,
+        files_max: share.files_max,
+        granted: books
+            .vms
+            .values()
+            .filter_map(|vm| vm.shares.iter().find(|grant| grant.share == share.name).map(|grant| (vm, grant)))
+            .map(|(vm, grant)| format!("{}:{}", vm.name, if grant.access == Access::ReadOnly { "ro" } else { "rw" }))
+            .collect(),
+    });
+    Shares { shares: shares.collect() }
+}
+
+fn peer(vm: &VmStatus) -> protocol::Peer {
+    protocol::Peer {
+        name: vm.name.clone(),
+        description: vm.description.clone(),
+        connected: !vm.sessions.is_empty(),
+        listening: vm.receives_posted > 0,
+    }
+}
+
+fn vm_of(vm: &VmStatus, books: &Books<'_>) -> Vm {
+    let config = books.vms.get(&vm.vm);
+    let counters = [
+        ("open_files", vm.open_files),
+        ("transfers", vm.transfers),
+        ("submissions", vm.submissions),
+        ("messages_sent", vm.messages_sent),
+        ("messages_delivered", vm.messages_delivered),
+        ("messages_dropped", vm.messages_dropped),
+        ("bytes_from_vm", vm.bytes_from_vm),
+        ("bytes_to_vm", vm.bytes_to_vm),
+        ("refusals", vm.refusals),
+    ];
+    Vm {
+        vm: vm.vm,
+        name: vm.name.clone(),
+        transient: config.is_some_and(|config| config.transient),
+        sessions: vm.sessions.clone(),
+        socket: books
+            .config
+            .sockets
+            .iter()
+            .find(|(name, _)| name.as_deref() == Some(vm.name.as_str()))
+            .map(|(_, path)| path.display().to_string()),
+        shares: config.map(|config| config.shares.iter().map(grant_text).collect()).unwrap_or_default(),
+        published: vm.published,
+        description: vm.description.clone(),
+        listening: vm.receives_posted > 0,
+        mailbox_messages: vm.mailbox_messages,
+        mailbox_bytes: vm.mailbox_bytes,
+        counters: counters.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+    }
+}
+
+fn new_vm(add: protocol::AddVm, books: &Books<'_>) -> Result<(VmConfig, ListenerConfig), Failure> {
+    let bad = |message: String, remedy: &str| Failure::new(ErrorCode::BadRequest, message, remedy);
+    let mut grants = Vec::new();
+    for text in &add.shares {
+        let (share, access) = match text.rsplit_once(':') {
+            Some((share, "ro")) => (share, Access::ReadOnly),
+            Some((share, "rw")) => (share, Access::ReadWrite),
+            Some((_, other)) => return Err(bad(format!("share {text:?}: no access {other:?}"), "write NAME, NAME:ro or NAME:rw")),
+            None => (text.as_str(), Access::ReadWrite),
+        };
+        if !books.config.shares.iter().any(|known| known.name == share) {
+            return Err(bad(format!("no share {share:?}"), "add it to the configuration's [[share]] tables and restart"));
+        }
+        grants.push(ShareGrant { share: share.to_owned(), access });
+    }
+    let mode = match add.mode.as_deref() {
+        None => 0o660,
+        Some(text) => u32::from_str_radix(text.trim_start_matches("0o"), 8)
+            .ok()
+            .filter(|mode| *mode <= 0o777)
+            .ok_or_else(|| bad(format!("mode {text:?}"), "write permission bits in octal, such as 0660"))?,
+    };
+    let vm = VmConfig {
+        vm: 0,
+        name: add.name,
+        shares: grants,
+        reach: add.reach,
+        send_to_all: add.send_to_all,
+        limits: vmgmt_core::policy::VmLimits::default(),
+        transient: false,
+    };
+    let device = DeviceConfig { devices_max: add.devices_max.unwrap_or(1), ..DeviceConfig::default() };
+    let listener =
+        ListenerConfig { listener: 0, path: PathBuf::from(add.socket), mode, group: add.group, identity: Identity::Vm { vm: 0 }, device };
+    Ok((vm, listener))
+}
+
+/// The protocol's failure for a hub's status.
+fn failure(status: Status, text: String) -> Failure {
+    let code = match status {
+        Status::BAD_ARGUMENT => ErrorCode::BadRequest,
+        Status::NOT_SUPPORTED => ErrorCode::NotSupported,
+        Status::DENIED | Status::REFUSED | Status::READ_ONLY => ErrorCode::Denied,
+        Status::OVER_BUDGET => ErrorCode::OverBudget,
+        Status::PEER_ABSENT => ErrorCode::Absent,
+        Status::NO_SUCH_NAME => ErrorCode::NoSuchName,
+        Status::EXISTS => ErrorCode::Exists,
+        Status::BUSY => ErrorCode::Busy,
+        Status::TIMED_OUT => ErrorCode::TimedOut,
+        Status::CANCELLED => ErrorCode::Cancelled,
+        Status::INTEGRITY => ErrorCode::Integrity,
+        Status::STALE => ErrorCode::Stale,
+        _ => ErrorCode::Failed,
+    };
+    Failure::new(code, text, "")
+}

@@ -1,0 +1,94 @@
+//! Sleeping and waking between front and core: the scheme of `device/page/shared.rs`, with its fences and eventfds.
+//!
+//! In: "I am about to sleep", "look at this session". Out: whether there is something to look at; a signal if the other
+//! sleeps. Must never know what there is to look at.
+
+use crate::words::MappedWords;
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{Ordering, fence};
+use vmgmt_device::page::{LifePage, TouchedPage};
+
+/// The core's side of one core life.
+#[derive(Debug)]
+pub struct Wake {
+    touched: TouchedPage<MappedWords>,
+    life: LifePage<MappedWords>,
+    core: OwnedFd,
+    front: OwnedFd,
+    /// `total` when the slots were last looked at.
+    seen: u64,
+    kicked: bool,
+}
+
+impl Wake {
+    #[must_use]
+    pub const fn new(touched: TouchedPage<MappedWords>, life: LifePage<MappedWords>, core: OwnedFd, front: OwnedFd) -> Self {
+        Self { touched, life, core, front, seen: u64::MAX, kicked: false }
+    }
+
+    /// The eventfd by which the front wakes the core.
+    #[must_use]
+    pub fn core_fd(&self) -> BorrowedFd<'_> {
+        self.core.as_fd()
+    }
+
+    /// Clears it.
+    pub fn drain(&self) {
+        let mut value = [0u8; 8];
+        let _ = rustix::io::read(&self.core, &mut value);
+    }
+
+    /// Whether any session was touched since this was last asked.
+    pub fn is_touched(&mut self) -> bool {
+        let total = self.touched.total();
+        std::mem::replace(&mut self.seen, total) != total
+    }
+
+    /// The front's counter for a slot.
+    #[must_use]
+    pub fn touched(&self, slot: usize) -> u64 {
+        self.touched.touched(slot)
+    }
+
+    /// The front is to look at the session in this slot; told by [`Wake::tell`].
+    pub fn kick(&mut self, slot: usize) {
+        self.life.kick(slot);
+        self.kicked = true;
+    }
+
+    /// Wakes the front if it was kicked and sleeps.
+    pub fn tell(&mut self) {
+        if std::mem::take(&mut self.kicked) {
+            fence(Ordering::SeqCst);
+            if self.touched.front_asleep() {
+                let _ = rustix::io::write(&self.front, &1u64.to_ne_bytes());
+            }
+        }
+    }
+
+    /// Says that the core is about to sleep. False: something was touched meanwhile, it must not.
+    pub fn fall_asleep(&mut self) -> bool {
+        self.life.set_core_asleep(true);
+        fence(Ordering::SeqCst);
+        let sleeps = self.touched.total() == self.seen;
+        if !sleeps {
+            self.life.set_core_asleep(false);
+        }
+        sleeps
+    }
+
+    /// Says that it is awake again.
+    pub fn wake_up(&self) {
+        self.life.set_core_asleep(false);
+    }
+
+    /// The loop goes round.
+    pub fn beat(&self) {
+        self.life.move_beat();
+    }
+
+    /// The session whose input is handled, 0: none.
+    pub fn blame(&self, session: u64) {
+        self.life.set_blame(session);
+    }
+}
