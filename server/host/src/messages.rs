@@ -28,6 +28,8 @@ pub enum KeeperToFront {
     CoreDead { life: u64 },
     /// Close all sessions of this VM.
     CloseVm { vm: u64 },
+    /// The device of this session fails (`true`) until it is released (`false`).
+    Quarantine { session: u64, quarantined: bool },
     /// End in order.
     Stop,
 }

@@ -13,7 +13,10 @@ mod log_budget;
 mod message_dma;
 mod outbox;
 mod server;
+mod server_core;
+mod server_keeper;
 mod session;
+mod session_outputs;
 mod socket;
 #[cfg(test)]
 mod tests;

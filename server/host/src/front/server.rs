@@ -6,14 +6,13 @@
 
 use super::core_link::CoreLink;
 use super::limits;
-use super::message_dma::Ask;
+use super::log_budget::LogBudget;
 use super::outbox::Outbox;
 use super::session::{Admission, Outside, Session};
-use crate::channel::{Channel, ChannelError, Packet};
-use crate::config::{DeviceConfig, ListenerConfig};
-use crate::messages::{CoreToFront, FrontToCore, FrontToKeeper, KeeperToFront};
-use crate::words::MappedWords;
-use anyhow::{Context, bail};
+use crate::channel::Channel;
+use crate::config::DeviceConfig;
+use crate::messages::FrontToKeeper;
+use anyhow::Context;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
@@ -26,47 +25,48 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::time::Duration;
 use vmgmt_device::Tick;
-use vmgmt_device::registers::{Function, Settings};
 
 const KEEPER: Token = Token(0);
-const CORE: Token = Token(1);
-const WAKE: Token = Token(2);
+pub(super) const CORE: Token = Token(1);
+pub(super) const WAKE: Token = Token(2);
 /// Listener n has LISTENERS + n; session slot n has SESSIONS + 2 n for its socket, and one more for its unmask eventfd.
-const LISTENERS: usize = 1 << 32;
+pub(super) const LISTENERS: usize = 1 << 32;
 const SESSIONS: usize = 1 << 40;
 
-struct Listener {
-    socket: Rc<OwnedFd>,
-    device: DeviceConfig,
+pub(super) struct Listener {
+    pub(super) socket: Rc<OwnedFd>,
+    pub(super) device: DeviceConfig,
     /// There may be connections to accept.
-    ready: bool,
+    pub(super) ready: bool,
 }
 
 /// The front.
 pub struct Front {
-    poll: Poll,
-    keeper: Outbox<FrontToKeeper>,
-    listeners: BTreeMap<u32, Listener>,
-    sessions: Slab<Session>,
+    pub(super) poll: Poll,
+    pub(super) keeper: Outbox<FrontToKeeper>,
+    pub(super) listeners: BTreeMap<u32, Listener>,
+    pub(super) sessions: Slab<Session>,
     /// Slots by session number.
-    numbers: BTreeMap<u64, usize>,
-    core: Option<CoreLink>,
+    pub(super) numbers: BTreeMap<u64, usize>,
+    pub(super) core: Option<CoreLink>,
     /// Slots still to be told to the core, before `Adopted`.
-    adopting: Option<VecDeque<usize>>,
+    pub(super) adopting: Option<VecDeque<usize>>,
     /// Slots that can go on at once, in turn.
-    ready: VecDeque<usize>,
-    deadlines: BTreeSet<(Tick, usize)>,
+    pub(super) ready: VecDeque<usize>,
+    pub(super) deadlines: BTreeSet<(Tick, usize)>,
     /// Slots that wait for the core.
-    waiting: BTreeSet<usize>,
+    pub(super) waiting: BTreeSet<usize>,
     /// Eventfds that unmask INTx, by slot.
-    unmask: BTreeMap<usize, Rc<OwnedFd>>,
-    next_session: u64,
-    accept_again: Tick,
-    buffer: Vec<u8>,
-    keeper_ready: bool,
-    core_ready: bool,
-    stopping: Option<Tick>,
-    now: Tick,
+    pub(super) unmask: BTreeMap<usize, Rc<OwnedFd>>,
+    pub(super) next_session: u64,
+    pub(super) accept_again: Tick,
+    pub(super) buffer: Vec<u8>,
+    pub(super) keeper_ready: bool,
+    pub(super) core_ready: bool,
+    pub(super) stopping: Option<Tick>,
+    /// Lines about connections that come and go.
+    pub(super) log: LogBudget,
+    pub(super) now: Tick,
 }
 
 impl Front {
@@ -91,6 +91,7 @@ impl Front {
             keeper_ready: true,
             core_ready: false,
             stopping: None,
+            log: LogBudget::new(now()?),
             now: now()?,
         };
         let channel = front.keeper.channel().as_fd().as_raw_fd();
@@ -113,6 +114,7 @@ impl Front {
             self.kicks();
             self.adopt();
             self.accept();
+            self.flush_core();
             self.work();
             self.timeouts();
             self.beat();
@@ -152,11 +154,23 @@ impl Front {
             .first()
             .map_or(Tick::NEVER, |(deadline, _)| *deadline);
         let core = self.core.as_ref().map_or(Tick::NEVER, CoreLink::deadline);
+        // The kernel does not say when descriptors under way have become fewer.
+        let queued = self.core.as_ref().is_some_and(|core| !core.outbox.is_empty());
+        let flush = if queued {
+            self.now.after_ns(limits::FLUSH_RETRY_NS)
+        } else {
+            Tick::NEVER
+        };
         let stop = self
             .stopping
             .map_or(Tick::NEVER, |since| since.after_ns(limits::STOP_NS_MAX));
         let hour = self.now.after_ns(3_600_000_000_000);
-        session.min(core).min(stop).min(self.accept_again).min(hour)
+        session
+            .min(core)
+            .min(flush)
+            .min(stop)
+            .min(self.accept_again)
+            .min(hour)
     }
 
     fn event(&mut self, event: &mio::event::Event) {
@@ -196,323 +210,6 @@ impl Front {
         }
     }
 
-    // ---- keeper
-
-    fn keeper_packets(&mut self) -> anyhow::Result<()> {
-        if !self.keeper_ready {
-            return Ok(());
-        }
-        for _ in 0..limits::PACKETS_PER_TURN_MAX {
-            match self.keeper.channel().receive::<KeeperToFront>() {
-                Ok(Some(packet)) => self.keeper_packet(packet),
-                Ok(None) => {
-                    self.keeper_ready = false;
-                    return Ok(());
-                }
-                Err(ChannelError::Malformed(error)) => {
-                    tracing::error!(%error, "a packet of the keeper is left out")
-                }
-                Err(error) => bail!("the keeper is gone: {error}"),
-            }
-        }
-        Ok(())
-    }
-
-    fn keeper_packet(&mut self, packet: Packet<KeeperToFront>) {
-        let Packet { header, fds, .. } = packet;
-        match header {
-            KeeperToFront::Listen(config) => self.listen(config, fds),
-            KeeperToFront::Unlisten { listener } => {
-                if let Some(gone) = self.listeners.remove(&listener) {
-                    self.deregister(gone.socket.as_raw_fd());
-                }
-                self.end_all("its socket is taken away", |session| session.listener == listener);
-            }
-            KeeperToFront::Admitted { session, vm, name } => self.admitted(session, vm, name, fds),
-            KeeperToFront::Refused { session, reason } => {
-                if let Some(slot) = self.numbers.get(&session).copied() {
-                    self.serve(slot, |session, _| session.refuse(&reason));
-                    self.enqueue(slot);
-                }
-            }
-            KeeperToFront::Core { life } => {
-                if let Err(error) = self.core_begins(life, fds) {
-                    tracing::error!(%error, life, "a core life cannot be taken into service");
-                    self.tell_keeper(FrontToKeeper::CoreStuck { life });
-                }
-            }
-            KeeperToFront::CoreDead { life } => self.core_dead(life),
-            KeeperToFront::CloseVm { vm } => {
-                self.end_all("the operator closed it", |session| session.vm == vm)
-            }
-            KeeperToFront::Stop => {
-                self.stopping = Some(self.now);
-                self.listeners.clear();
-                self.end_all("the daemon ends", |_| true);
-            }
-        }
-    }
-
-    fn tell_keeper(&mut self, message: FrontToKeeper) {
-        self.keeper.send(message, Vec::new(), Vec::new());
-    }
-
-    fn listen(&mut self, config: ListenerConfig, fds: Vec<OwnedFd>) {
-        let number = config.listener;
-        let Some(socket) = fds.into_iter().next() else {
-            if let Some(listener) = self.listeners.get_mut(&number) {
-                listener.device = config.device;
-            }
-            return;
-        };
-        if let Some(before) = self.listeners.remove(&number) {
-            self.deregister(before.socket.as_raw_fd());
-        }
-        // Whoever made it may have left it blocking; an accept must never wait.
-        let flags = rustix::fs::fcntl_getfl(&socket).map(|flags| flags | rustix::fs::OFlags::NONBLOCK);
-        let set = flags.and_then(|flags| rustix::fs::fcntl_setfl(&socket, flags));
-        let token = Token(LISTENERS + number as usize);
-        if let Err(error) = set
-            .map_err(Into::into)
-            .and_then(|()| self.register(socket.as_raw_fd(), token, Interest::READABLE))
-        {
-            tracing::error!(%error, path = %config.path.display(), "cannot listen");
-            return;
-        }
-        self.listeners.insert(
-            number,
-            Listener {
-                socket: Rc::new(socket),
-                device: config.device,
-                ready: true,
-            },
-        );
-    }
-
-    fn admitted(&mut self, number: u64, vm: u64, name: String, fds: Vec<OwnedFd>) {
-        let Some(slot) = self.numbers.get(&number).copied() else {
-            return;
-        };
-        match self.new_function(slot, number, vm, fds) {
-            Ok((function, front_page, state)) => self.serve(slot, |session, outside| {
-                session.admit(outside, vm, name, function, front_page, state);
-            }),
-            Err(error) => self.serve(slot, |session, _| session.refuse(&format!("{error:#}"))),
-        }
-        self.enqueue(slot);
-    }
-
-    fn new_function(
-        &self,
-        slot: usize,
-        number: u64,
-        vm: u64,
-        fds: Vec<OwnedFd>,
-    ) -> anyhow::Result<(Function<MappedWords>, OwnedFd, OwnedFd)> {
-        let Ok([writable, front_page, state]) = <[OwnedFd; 3]>::try_from(fds) else {
-            bail!("it was admitted without its three descriptors");
-        };
-        let listener = self
-            .sessions
-            .get(slot)
-            .and_then(|session| self.listeners.get(&session.listener));
-        let device = &listener.context("its listener is gone")?.device;
-        let settings = Settings {
-            session: number,
-            vm,
-            pci_vendor: device.pci_vendor,
-            pci_device: device.pci_device,
-            msix: device.msix,
-            vectors: device.vectors,
-            rings: device.rings,
-            maps_max: device.maps_max,
-            mapped_bytes_max: device.mapped_bytes_max,
-            objects_max: device.objects_max,
-            features: limits::FEATURES,
-        };
-        let words = MappedWords::writable(&writable).context("its front page")?;
-        Ok((Function::new(settings, words)?, front_page, state))
-    }
-
-    // ---- core
-
-    fn core_begins(&mut self, life: u64, fds: Vec<OwnedFd>) -> anyhow::Result<()> {
-        let core = CoreLink::new(life, fds)?;
-        self.drop_core();
-        self.register(
-            core.outbox.channel().as_fd().as_raw_fd(),
-            CORE,
-            Interest::READABLE | Interest::WRITABLE,
-        )?;
-        self.register(core.wake_front.as_raw_fd(), WAKE, Interest::READABLE)?;
-        self.core = Some(core);
-        self.core_ready = true;
-        self.adopting = Some(self.sessions.iter().map(|(slot, _)| slot).collect());
-        Ok(())
-    }
-
-    /// Tells the new core of the sessions that there are, some in each turn; then `Adopted`.
-    fn adopt(&mut self) {
-        for _ in 0..limits::ADOPTIONS_PER_TURN_MAX {
-            if self.adopting.is_none() || self.is_held_up() {
-                return;
-            }
-            match self.adopting.as_mut().and_then(VecDeque::pop_front) {
-                Some(slot) => self.serve(slot, Session::tell_core),
-                None => {
-                    self.adopting = None;
-                    if let Some(core) = &mut self.core {
-                        core.outbox.send(FrontToCore::Adopted, Vec::new(), Vec::new());
-                        core.wake(self.now);
-                    }
-                }
-            }
-        }
-    }
-
-    fn core_dead(&mut self, life: u64) {
-        if self.core.as_ref().is_some_and(|core| core.life == life) {
-            self.drop_core();
-        }
-        for slot in self.slots() {
-            self.serve(slot, |session, outside| session.core_dead(outside, life));
-            self.enqueue(slot);
-        }
-    }
-
-    fn drop_core(&mut self) {
-        self.adopting = None;
-        self.core_ready = false;
-        if let Some(core) = self.core.take() {
-            self.deregister(core.outbox.channel().as_fd().as_raw_fd());
-            self.deregister(core.wake_front.as_raw_fd());
-        }
-    }
-
-    fn core_packets(&mut self) {
-        for _ in 0..limits::PACKETS_PER_TURN_MAX {
-            let Some(core) = self
-                .core
-                .as_ref()
-                .filter(|core| self.core_ready && !core.outbox.is_broken())
-            else {
-                self.core_ready = false;
-                return;
-            };
-            match core.outbox.channel().receive::<CoreToFront>() {
-                Ok(Some(packet)) => self.core_packet(packet),
-                Ok(None) => self.core_ready = false,
-                Err(error) => {
-                    tracing::warn!(%error, "the core's channel");
-                    self.core_broken();
-                }
-            }
-        }
-    }
-
-    fn core_packet(&mut self, packet: Packet<CoreToFront>) {
-        let (number, request, ask) = match packet.header {
-            CoreToFront::DmaRead {
-                session,
-                request,
-                iova,
-                bytes,
-            } => (session, request, Ask::Read { iova, bytes }),
-            CoreToFront::DmaWrite {
-                session,
-                request,
-                iova,
-            } => (
-                session,
-                request,
-                Ask::Write {
-                    iova,
-                    data: packet.payload,
-                },
-            ),
-        };
-        let slot = self.numbers.get(&number).copied();
-        let live = slot.filter(|slot| {
-            self.sessions
-                .get(*slot)
-                .is_some_and(|session| session.socket.is_some())
-        });
-        match live {
-            Some(slot) => self.serve(slot, |session, outside| {
-                session.message_dma(outside, request, ask)
-            }),
-            None => {
-                let error = vmgmt_wire::Errno::ENODEV.0;
-                if let Some(core) = &mut self.core {
-                    core.outbox.send(
-                        FrontToCore::DmaAnswer {
-                            session: number,
-                            request,
-                            error,
-                        },
-                        Vec::new(),
-                        Vec::new(),
-                    );
-                }
-            }
-        }
-    }
-
-    /// Sends what waited for the core; whoever waited for that goes on.
-    fn flush_core(&mut self) {
-        let Some(core) = &mut self.core else { return };
-        let before = core.outbox.len();
-        core.outbox.flush();
-        if before > 0 && core.outbox.len() < before {
-            for slot in self.slots() {
-                self.enqueue(slot);
-            }
-        }
-    }
-
-    /// The keeper kills a core that does not speak any more; nothing is sent to it until its death is told.
-    fn core_broken(&mut self) {
-        let told = self
-            .core
-            .as_mut()
-            .and_then(|core| core.give_up().then_some(core.life));
-        if let Some(life) = told {
-            self.tell_keeper(FrontToKeeper::CoreStuck { life });
-        }
-        self.core_ready = false;
-        for slot in self.slots() {
-            self.enqueue(slot);
-        }
-    }
-
-    fn kicks(&mut self) {
-        if self.core.as_mut().is_some_and(CoreLink::take_kicks) {
-            for slot in self.slots() {
-                self.serve(slot, Session::kicks);
-            }
-        }
-    }
-
-    fn beat(&mut self) {
-        let owes = !self.waiting.is_empty();
-        let now = self.now;
-        let stuck = self
-            .core
-            .as_mut()
-            .and_then(|core| core.is_stuck(now, owes).then_some(core.life));
-        if let Some(life) = stuck {
-            tracing::warn!(life, "the core's beat stands still");
-            self.tell_keeper(FrontToKeeper::CoreStuck { life });
-        }
-    }
-
-    /// So much waits for the core that nobody is served.
-    fn is_held_up(&self) -> bool {
-        self.core
-            .as_ref()
-            .is_some_and(|core| core.outbox.len() >= limits::CORE_QUEUE_MAX)
-    }
-
     // ---- clients
 
     fn accept(&mut self) {
@@ -539,7 +236,9 @@ impl Front {
                     }
                     Err(Errno::INTR | Errno::CONNABORTED) => {}
                     Err(error) => {
-                        tracing::warn!(%error, "cannot accept a connection; trying again");
+                        if self.log.take(self.now).is_some() {
+                            tracing::warn!(%error, "cannot accept a connection; trying again");
+                        }
                         self.accept_again = self.now.after_ns(limits::ACCEPT_RETRY_NS);
                         return;
                     }
@@ -554,8 +253,11 @@ impl Front {
         };
         let (pid, uid) = (peer.pid.as_raw_nonzero().get(), peer.uid.as_raw());
         let name = format!("process {pid} of uid {uid}");
+        let quiet = self.log.take(self.now).is_none();
         if self.sessions.len() >= limits::SESSIONS_MAX {
-            tracing::warn!(client = %name, "{} sessions are connected: no room for one more", limits::SESSIONS_MAX);
+            if !quiet {
+                tracing::warn!(client = %name, "{} sessions are connected: no room for one more", limits::SESSIONS_MAX);
+            }
             return;
         }
         let entry = self.sessions.vacant_entry();
@@ -563,7 +265,9 @@ impl Front {
         let raw = socket.as_raw_fd();
         let session = self.next_session;
         self.next_session += 1;
-        entry.insert(Session::new(self.now, session, slot, listener, name, socket));
+        let mut client = Session::new(self.now, session, slot, listener, name, socket);
+        client.quiet = quiet;
+        entry.insert(client);
         self.numbers.insert(session, slot);
         if let Err(error) = self.register(
             raw,
@@ -584,7 +288,7 @@ impl Front {
     }
 
     /// Gives a slot its turn soon.
-    fn enqueue(&mut self, slot: usize) {
+    pub(super) fn enqueue(&mut self, slot: usize) {
         if let Some(session) = self.sessions.get_mut(slot).filter(|session| !session.queued) {
             session.queued = true;
             self.ready.push_back(slot);
@@ -634,7 +338,7 @@ impl Front {
         }
     }
 
-    fn end_all(&mut self, reason: &str, wanted: impl Fn(&Session) -> bool) {
+    pub(super) fn end_all(&mut self, reason: &str, wanted: impl Fn(&Session) -> bool) {
         for slot in self.slots() {
             if self.sessions.get(slot).is_some_and(&wanted) {
                 self.serve(slot, |session, outside| session.end(outside, reason));
@@ -642,12 +346,12 @@ impl Front {
         }
     }
 
-    fn slots(&self) -> Vec<usize> {
+    pub(super) fn slots(&self) -> Vec<usize> {
         self.sessions.iter().map(|(slot, _)| slot).collect()
     }
 
     /// Calls a session and books what came of it. A panic in it ends that session alone.
-    fn serve(&mut self, slot: usize, call: impl FnOnce(&mut Session, &mut Outside<'_>)) {
+    pub(super) fn serve(&mut self, slot: usize, call: impl FnOnce(&mut Session, &mut Outside<'_>)) {
         let Some(session) = self.sessions.get_mut(slot) else {
             return;
         };
@@ -720,11 +424,11 @@ impl Front {
 
     // ---- the event loop itself
 
-    fn register(&self, fd: i32, token: Token, interest: Interest) -> std::io::Result<()> {
+    pub(super) fn register(&self, fd: i32, token: Token, interest: Interest) -> std::io::Result<()> {
         self.poll.registry().register(&mut SourceFd(&fd), token, interest)
     }
 
-    fn deregister(&self, fd: i32) {
+    pub(super) fn deregister(&self, fd: i32) {
         // It was registered; at worst the kernel has forgotten it already.
         let _ = self.poll.registry().deregister(&mut SourceFd(&fd));
     }

@@ -10,15 +10,13 @@ use super::log_budget::LogBudget;
 use super::message_dma::{Answer, Ask, MessageDma};
 use super::socket::{self, Read};
 use crate::messages::FrontToCore;
-use crate::words::{MappedWords, create_page};
+use crate::words::MappedWords;
 use rustix::fd::OwnedFd;
 use std::rc::Rc;
 use vmgmt_device::Tick;
-use vmgmt_device::page::CorePage;
-use vmgmt_device::registers::{Function, Input, MapObject, Output};
+use vmgmt_device::registers::{Function, Input, MapObject};
 use vmgmt_wire::{
-    Command, Connection, DmaMap, Errno, Event, FdSlot, IrqOperation, Phase, Reply, ReplyHandle, Request,
-    ServerOffer,
+    Command, Connection, DmaMap, Errno, Event, IrqOperation, Phase, Reply, ReplyHandle, Request, ServerOffer,
 };
 
 /// What the keeper says about a connection.
@@ -34,11 +32,11 @@ pub enum Admission {
 
 /// The device of an admitted session.
 #[derive(Debug)]
-struct Device {
-    function: Function<MappedWords>,
+pub(super) struct Device {
+    pub(super) function: Function<MappedWords>,
     /// For each core life: the front page to read, and the session's state.
-    front_page: Rc<OwnedFd>,
-    state: Rc<OwnedFd>,
+    pub(super) front_page: Rc<OwnedFd>,
+    pub(super) state: Rc<OwnedFd>,
 }
 
 /// What a session may use of the front while it is served.
@@ -63,6 +61,8 @@ pub struct Session {
     pub socket: Option<OwnedFd>,
     pub readable: bool,
     pub writable: bool,
+    /// So many connections come and go that this one is not worth a line.
+    pub quiet: bool,
     /// It is in the front's list of those that can go on.
     pub queued: bool,
     /// Its entry in the front's list of deadlines.
@@ -72,18 +72,18 @@ pub struct Session {
     /// Everything may be freed.
     pub done: bool,
     /// The core life that was told of this session.
-    told_life: Option<u64>,
-    kicked: u64,
-    connection: Connection,
-    device: Option<Device>,
-    descriptors: Descriptors,
-    objects: Objects,
-    dma: MessageDma,
+    pub(super) told_life: Option<u64>,
+    pub(super) kicked: u64,
+    pub(super) connection: Connection,
+    pub(super) device: Option<Device>,
+    pub(super) descriptors: Descriptors,
+    pub(super) objects: Objects,
+    pub(super) dma: MessageDma,
     /// A map whose object is not with the core yet; what follows waits.
-    stalled_map: Option<(ReplyHandle, DmaMap, MapObject)>,
-    accepted_at: Tick,
-    held_back_since: Option<Tick>,
-    log: LogBudget,
+    pub(super) stalled_map: Option<(ReplyHandle, DmaMap, MapObject)>,
+    pub(super) accepted_at: Tick,
+    pub(super) held_back_since: Option<Tick>,
+    pub(super) log: LogBudget,
 }
 
 impl Session {
@@ -98,6 +98,7 @@ impl Session {
             socket: Some(socket),
             readable: true,
             writable: true,
+            quiet: false,
             queued: false,
             deadline: Tick::NEVER,
             watch_unmask: None,
@@ -139,68 +140,10 @@ impl Session {
 
     /// The keeper did not.
     pub fn refuse(&mut self, reason: &str) {
-        tracing::warn!(session = self.number, client = %self.name, reason, "connection refused");
+        if !self.quiet {
+            tracing::warn!(session = self.number, client = %self.name, reason, "connection refused");
+        }
         self.admission = Admission::Refused;
-    }
-
-    /// Tells the core life in service of this session, once.
-    pub fn tell_core(&mut self, outside: &mut Outside<'_>) {
-        let Some(core) = outside.core.as_deref_mut() else {
-            return;
-        };
-        if self.device.is_none() || self.socket.is_none() || self.told_life == Some(core.life) {
-            return;
-        }
-        if let Err(error) = self.try_tell_core(outside.now, core) {
-            tracing::error!(session = self.number, client = %self.name, %error, "no page for the core: the session is closed");
-            self.end(outside, "no memory for its page");
-            return;
-        }
-        self.after_function(outside);
-    }
-
-    fn try_tell_core(&mut self, now: Tick, core: &mut CoreLink) -> anyhow::Result<()> {
-        let Some(device) = &mut self.device else {
-            return Ok(());
-        };
-        let (core_page, _) = create_page("vmgmt core page", CorePage::<MappedWords>::WORDS)?;
-        let page = MappedWords::writable(&core_page)?;
-        device.function.handle(
-            now,
-            Input::CoreBegins {
-                life: core.life,
-                page,
-            },
-        );
-        self.told_life = Some(core.life);
-        self.kicked = core.kicked(self.slot);
-        let (session, vm) = (self.number, self.vm);
-        let slot = u32::try_from(self.slot)?;
-        let fds = vec![
-            device.front_page.clone(),
-            Rc::new(core_page),
-            device.state.clone(),
-        ];
-        core.outbox
-            .send(FrontToCore::Session { session, slot, vm }, Vec::new(), fds);
-        for (number, object) in self.objects.iter() {
-            let message = FrontToCore::Object {
-                session,
-                object: number,
-                writable: object.writable,
-            };
-            core.outbox.send(message, Vec::new(), vec![object.fd.clone()]);
-        }
-        let (present, eventfds) = device.function.vectors();
-        if present != 0 {
-            let fds = eventfds
-                .iter()
-                .filter_map(|slot| self.descriptors.get(*slot).cloned())
-                .collect();
-            core.outbox
-                .send(FrontToCore::Vectors { session, present }, Vec::new(), fds);
-        }
-        Ok(())
     }
 
     /// A core life is dead for guest memory.
@@ -328,7 +271,9 @@ impl Session {
         if self.socket.take().is_none() {
             return;
         }
-        tracing::info!(session = self.number, vm = self.vm, client = %self.name, reason, "session ends");
+        if !self.quiet {
+            tracing::info!(session = self.number, vm = self.vm, client = %self.name, reason, "session ends");
+        }
         self.readable = false;
         self.stalled_map = None;
         for slot in self.connection.take_descriptors() {
@@ -375,7 +320,7 @@ impl Session {
     }
 
     /// Sends what is to be sent, as far as the client takes it.
-    fn flush(&mut self, outside: &mut Outside<'_>) {
+    pub(super) fn flush(&mut self, outside: &mut Outside<'_>) {
         while let (true, Some(socket), Some(output)) =
             (self.writable, &self.socket, self.connection.pending_output())
         {
@@ -510,30 +455,6 @@ impl Session {
         Ok(interned)
     }
 
-    /// Sends an object to the core that knows this session. True: it waits in the queue.
-    fn send_object(&self, outside: &mut Outside<'_>, object: u64, fd: Rc<OwnedFd>) -> bool {
-        let Some(core) = outside.core.as_deref_mut() else {
-            return false;
-        };
-        if self.told_life != Some(core.life) {
-            return false;
-        }
-        let writable = self
-            .objects
-            .iter()
-            .any(|(number, known)| number == object && known.writable);
-        core.outbox.send(
-            FrontToCore::Object {
-                session: self.number,
-                object,
-                writable,
-            },
-            Vec::new(),
-            vec![fd],
-        );
-        !core.outbox.is_empty()
-    }
-
     /// Goes on with a map whose object waited. False: it still does.
     fn finish_stalled_map(&mut self, outside: &mut Outside<'_>) -> bool {
         if self.stalled_map.is_some()
@@ -557,128 +478,9 @@ impl Session {
         true
     }
 
-    fn send_reply(&mut self, handle: &ReplyHandle, reply: &Reply) {
+    pub(super) fn send_reply(&mut self, handle: &ReplyHandle, reply: &Reply) {
         // Not owed: the client wanted none. A mismatch would be our own bug; QEMU survives no reply.
         let _ = self.connection.reply(handle, reply);
-    }
-
-    // ---- the function's side
-
-    /// Hands an input to the function and does what it says.
-    pub fn input(&mut self, outside: &mut Outside<'_>, input: Input<MappedWords>) {
-        let Some(device) = &mut self.device else { return };
-        let fence = device.function.fence();
-        device.function.handle(outside.now, input);
-        if device.function.fence() != fence {
-            let answers = self.dma.drop_all(&mut self.connection);
-            self.tell_answers(outside, answers);
-        }
-        self.after_function(outside);
-    }
-
-    fn after_function(&mut self, outside: &mut Outside<'_>) {
-        while let Some(output) = self
-            .device
-            .as_mut()
-            .and_then(|device| device.function.poll_output())
-        {
-            self.output(outside, output);
-        }
-        self.flush(outside);
-    }
-
-    fn output(&mut self, outside: &mut Outside<'_>, output: Output) {
-        match output {
-            Output::Reply { handle, reply } => {
-                if let Reply::Error(errno) = &reply {
-                    self.complain(
-                        outside.now,
-                        &format!("command {} answered with {errno}", handle.command),
-                    );
-                }
-                self.send_reply(&handle, &reply);
-            }
-            Output::GiveUp { handle } => {
-                self.connection.forget_reply(&handle);
-                self.complain(
-                    outside.now,
-                    "the core did not end its DMA in time: no reply is sent",
-                );
-            }
-            Output::Touched => {
-                if let Some(core) = outside.core.as_deref_mut() {
-                    core.touch(outside.now, self.slot);
-                }
-            }
-            Output::Signal(slot) => self.signal(slot),
-            Output::Close(slot) => {
-                self.descriptors.remove(slot);
-            }
-            Output::Vectors { present, eventfds } => {
-                let fds: Vec<_> = eventfds
-                    .iter()
-                    .filter_map(|slot| self.descriptors.get(*slot).cloned())
-                    .collect();
-                self.tell(
-                    outside,
-                    FrontToCore::Vectors {
-                        session: self.number,
-                        present,
-                    },
-                    fds,
-                );
-            }
-            Output::WatchUnmask(slot) => {
-                self.watch_unmask = Some(slot.and_then(|slot| self.descriptors.get(slot).cloned()));
-            }
-            Output::ObjectGone(object) => {
-                self.objects.remove(object);
-                self.tell(
-                    outside,
-                    FrontToCore::ObjectGone {
-                        session: self.number,
-                        object,
-                    },
-                    Vec::new(),
-                );
-            }
-            Output::Gone => {
-                self.descriptors.clear();
-                self.done = true;
-            }
-        }
-    }
-
-    fn signal(&self, slot: FdSlot) {
-        if let Some(fd) = self.descriptors.get(slot) {
-            // A full counter is as good as a signal; a closed reader hears nothing either way.
-            let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
-        }
-    }
-
-    /// A packet for the core, if it knows this session.
-    fn tell(&self, outside: &mut Outside<'_>, message: FrontToCore, fds: Vec<Rc<OwnedFd>>) {
-        let told = self.told_life;
-        if let Some(core) = outside.core.as_deref_mut().filter(|core| told == Some(core.life)) {
-            core.outbox.send(message, Vec::new(), fds);
-        }
-    }
-
-    fn tell_answers(&self, outside: &mut Outside<'_>, answers: Vec<Answer>) {
-        let Some(core) = outside.core.as_deref_mut() else {
-            return;
-        };
-        for answer in answers.into_iter().filter(|answer| answer.life == core.life) {
-            let Answer {
-                request, data, error, ..
-            } = answer;
-            let message = FrontToCore::DmaAnswer {
-                session: self.number,
-                request,
-                error: error.0,
-            };
-            core.outbox.send(message, data, Vec::new());
-        }
     }
 
     fn version_deadline(&self) -> Tick {
@@ -691,8 +493,10 @@ impl Session {
     }
 
     /// A line about this client, at a bounded rate.
-    fn complain(&mut self, now: Tick, what: &str) {
-        if let Some(left_out) = self.log.take(now) {
+    pub(super) fn complain(&mut self, now: Tick, what: &str) {
+        if !self.quiet
+            && let Some(left_out) = self.log.take(now)
+        {
             tracing::warn!(session = self.number, vm = self.vm, client = %self.name, left_out, "{what}");
         }
     }

@@ -171,6 +171,22 @@ fn a_core_that_takes_no_packets_holds_up_maps_and_nothing_is_lost() {
 }
 
 #[test]
+fn a_quarantined_device_fails_until_it_is_released() {
+    let mut bench = Bench::new();
+    let (mut client, admitted) = bench.client();
+    let session = admitted.session;
+    bench.core(1).session();
+    let state = u64::from(abi::STATE);
+    for (quarantined, shown) in [(true, DeviceState::QUARANTINED), (false, DeviceState::BLANK)] {
+        bench.tell(&KeeperToFront::Quarantine { session, quarantined });
+        // The keeper's word is taken between two register accesses.
+        while client.read_u32(BAR0, state).unwrap() != shown.0 {}
+        assert_eq!(admitted.page.control() & control::QUARANTINED != 0, quarantined);
+    }
+    bench.stop();
+}
+
+#[test]
 fn a_hostile_core_page_harms_nobody_else() {
     let mut bench = Bench::new();
     let (mut client, _) = bench.client();

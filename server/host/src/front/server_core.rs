@@ -1,0 +1,193 @@
+//! The front's loop, towards the core: its lives, what it asks, whether it is alive.
+//!
+//! In: core lives, packets and kicks of the core. Out: packets for it; calls of sessions. Must never know: what a client asks.
+
+use super::core_link::CoreLink;
+use super::limits;
+use super::message_dma::Ask;
+use super::server::{CORE, Front, WAKE};
+use super::session::Session;
+use crate::channel::Packet;
+use crate::messages::{CoreToFront, FrontToCore, FrontToKeeper};
+use mio::Interest;
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
+use std::collections::VecDeque;
+
+impl Front {
+    pub(super) fn core_begins(&mut self, life: u64, fds: Vec<OwnedFd>) -> anyhow::Result<()> {
+        let core = CoreLink::new(life, fds)?;
+        self.drop_core();
+        self.register(
+            core.outbox.channel().as_fd().as_raw_fd(),
+            CORE,
+            Interest::READABLE | Interest::WRITABLE,
+        )?;
+        self.register(core.wake_front.as_raw_fd(), WAKE, Interest::READABLE)?;
+        self.core = Some(core);
+        self.core_ready = true;
+        self.adopting = Some(self.sessions.iter().map(|(slot, _)| slot).collect());
+        Ok(())
+    }
+
+    /// Tells the new core of the sessions that there are, some in each turn; then `Adopted`.
+    pub(super) fn adopt(&mut self) {
+        for _ in 0..limits::ADOPTIONS_PER_TURN_MAX {
+            if self.adopting.is_none() || self.is_held_up() {
+                return;
+            }
+            match self.adopting.as_mut().and_then(VecDeque::pop_front) {
+                Some(slot) => self.serve(slot, Session::tell_core),
+                None => {
+                    self.adopting = None;
+                    if let Some(core) = &mut self.core {
+                        core.outbox.send(FrontToCore::Adopted, Vec::new(), Vec::new());
+                        core.wake(self.now);
+                    }
+                }
+            }
+        }
+    }
+
+    pub(super) fn core_dead(&mut self, life: u64) {
+        if self.core.as_ref().is_some_and(|core| core.life == life) {
+            self.drop_core();
+        }
+        for slot in self.slots() {
+            self.serve(slot, |session, outside| session.core_dead(outside, life));
+            self.enqueue(slot);
+        }
+    }
+
+    fn drop_core(&mut self) {
+        self.adopting = None;
+        self.core_ready = false;
+        if let Some(core) = self.core.take() {
+            self.deregister(core.outbox.channel().as_fd().as_raw_fd());
+            self.deregister(core.wake_front.as_raw_fd());
+        }
+    }
+
+    pub(super) fn core_packets(&mut self) {
+        for _ in 0..limits::PACKETS_PER_TURN_MAX {
+            let Some(core) = self
+                .core
+                .as_ref()
+                .filter(|core| self.core_ready && !core.outbox.is_broken())
+            else {
+                self.core_ready = false;
+                return;
+            };
+            match core.outbox.channel().receive::<CoreToFront>() {
+                Ok(Some(packet)) => self.core_packet(packet),
+                Ok(None) => self.core_ready = false,
+                Err(error) => {
+                    tracing::warn!(%error, "the core's channel");
+                    self.core_broken();
+                }
+            }
+        }
+    }
+
+    fn core_packet(&mut self, packet: Packet<CoreToFront>) {
+        let (number, request, ask) = match packet.header {
+            CoreToFront::DmaRead {
+                session,
+                request,
+                iova,
+                bytes,
+            } => (session, request, Ask::Read { iova, bytes }),
+            CoreToFront::DmaWrite {
+                session,
+                request,
+                iova,
+            } => (
+                session,
+                request,
+                Ask::Write {
+                    iova,
+                    data: packet.payload,
+                },
+            ),
+        };
+        let slot = self.numbers.get(&number).copied();
+        let live = slot.filter(|slot| {
+            self.sessions
+                .get(*slot)
+                .is_some_and(|session| session.socket.is_some())
+        });
+        match live {
+            Some(slot) => self.serve(slot, |session, outside| {
+                session.message_dma(outside, request, ask)
+            }),
+            None => {
+                let error = vmgmt_wire::Errno::ENODEV.0;
+                if let Some(core) = &mut self.core {
+                    core.outbox.send(
+                        FrontToCore::DmaAnswer {
+                            session: number,
+                            request,
+                            error,
+                        },
+                        Vec::new(),
+                        Vec::new(),
+                    );
+                }
+            }
+        }
+    }
+
+    /// Sends what waited for the core; whoever waited for that goes on.
+    pub(super) fn flush_core(&mut self) {
+        let Some(core) = &mut self.core else { return };
+        let before = core.outbox.len();
+        core.outbox.flush();
+        if before > 0 && core.outbox.len() < before {
+            for slot in self.slots() {
+                self.enqueue(slot);
+            }
+        }
+    }
+
+    /// The keeper kills a core that does not speak any more; nothing is sent to it until its death is told.
+    fn core_broken(&mut self) {
+        let told = self
+            .core
+            .as_mut()
+            .and_then(|core| core.give_up().then_some(core.life));
+        if let Some(life) = told {
+            self.tell_keeper(FrontToKeeper::CoreStuck { life });
+        }
+        self.core_ready = false;
+        for slot in self.slots() {
+            self.enqueue(slot);
+        }
+    }
+
+    pub(super) fn kicks(&mut self) {
+        if self.core.as_mut().is_some_and(CoreLink::take_kicks) {
+            for slot in self.slots() {
+                self.serve(slot, Session::kicks);
+            }
+        }
+    }
+
+    pub(super) fn beat(&mut self) {
+        let owes = !self.waiting.is_empty();
+        let now = self.now;
+        let stuck = self
+            .core
+            .as_mut()
+            .and_then(|core| core.is_stuck(now, owes).then_some(core.life));
+        if let Some(life) = stuck {
+            tracing::warn!(life, "the core's beat stands still");
+            self.tell_keeper(FrontToKeeper::CoreStuck { life });
+        }
+    }
+
+    /// So much waits for the core that nobody is served.
+    pub(super) fn is_held_up(&self) -> bool {
+        self.core
+            .as_ref()
+            .is_some_and(|core| core.outbox.len() >= limits::CORE_QUEUE_MAX)
+    }
+}
