@@ -88,6 +88,7 @@ pub(super) fn adopt<W: Words>(desk: &mut Desk<W>, n: usize, setup: RingSetup) ->
     // At most the table's records lie on either side of `published`.
     completing.sort_by_key(|(at, _, _)| at.wrapping_sub(published).wrapping_add(1 << 31));
     ring.fetched = fetched;
+    ring.adopted_at = fetched;
     ring.tail = fetched as u32;
     ring.returned = (fetched as u32).wrapping_sub(1);
     ring.published = published;

@@ -185,6 +185,8 @@ pub(super) struct Ring {
 
     /// Submissions fetched in this epoch.
     pub fetched: u64,
+    /// What `fetched` was when this core life took the ring over; `u64::MAX`: it opened it.
+    pub adopted_at: u64,
     /// The `submission_head` that the guest was told last.
     pub returned: u32,
     /// The last `submission_tail` read, bounded.
@@ -193,6 +195,8 @@ pub(super) struct Ring {
     pub doorbell: u64,
     /// `submission_tail` is to be read again although the ring is reached by messages.
     pub look: bool,
+    /// The doorbell word when the read of `submission_tail` that is under way was asked for.
+    pub asked_under: Option<u64>,
     /// The `submission_event` that was written by message last.
     pub armed: Option<u32>,
     pub batch: Box<[u8]>,
@@ -232,10 +236,12 @@ impl Ring {
             mode: Mode::COMMON,
             shared: false,
             fetched: 0,
+            adopted_at: u64::MAX,
             returned: 0,
             tail: 0,
             doorbell: 0,
             look: true,
+            asked_under: None,
             armed: None,
             batch: Box::default(),
             batch_at: 0,
