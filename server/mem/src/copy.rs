@@ -4,12 +4,13 @@
 //! 8 bytes that are aligned on both sides are never torn by short copies).
 //!
 //! Why not `ptr::copy`: the other side may write at the same time, which for a plain access is a data race, that is, undefined
-//! behaviour. Short copies are relaxed atomic accesses; long ones are one string instruction in inline assembly, which the
+//! behaviour. Short copies are relaxed atomic accesses (on other processors than x86-64: all copies); long ones are one string instruction in inline assembly, which the
 //! compiler must treat as an outside observer and which is as fast as memcpy on processors with fast string moves.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 /// Up to here a loop of atomic accesses beats the start-up cost of a string instruction (about 30 cycles).
+#[cfg(target_arch = "x86_64")]
 const SHORT_BYTES_MAX: usize = 128;
 
 /// Copies `bytes` bytes from `source` to `target`; at most one of both may be private memory.
@@ -19,13 +20,13 @@ const SHORT_BYTES_MAX: usize = 128;
 /// to what is not private.
 #[inline]
 pub unsafe fn copy(target: *mut u8, source: *const u8, bytes: usize) {
-    if bytes <= SHORT_BYTES_MAX {
+    #[cfg(target_arch = "x86_64")]
+    if bytes > SHORT_BYTES_MAX {
         // SAFETY: as the caller promised.
-        unsafe { copy_short(target, source, bytes) };
-        return;
+        return unsafe { copy_long(target, source, bytes) };
     }
     // SAFETY: as the caller promised.
-    unsafe { copy_long(target, source, bytes) };
+    unsafe { copy_short(target, source, bytes) };
 }
 
 /// # Safety
@@ -70,18 +71,5 @@ unsafe fn copy_long(target: *mut u8, source: *const u8, bytes: usize) {
             options(nostack, preserves_flags)
         );
         copy_short(target.add(bytes & !7), source.add(bytes & !7), bytes & 7);
-    }
-}
-
-/// # Safety
-/// As [`copy`].
-#[cfg(not(target_arch = "x86_64"))]
-unsafe fn copy_long(target: *mut u8, source: *const u8, bytes: usize) {
-    // Head up to alignment of the source, words if the target is aligned there too, and the rest, all atomic.
-    let head = ((8 - (source as usize & 7)) & 7).min(bytes);
-    // SAFETY: as the caller promised; both parts lie within the ranges.
-    unsafe {
-        copy_short(target, source, head);
-        copy_short(target.add(head), source.add(head), bytes - head);
     }
 }

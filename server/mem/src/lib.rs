@@ -6,13 +6,13 @@
 //! instruction of ours, only by system calls, which answer EFAULT where an instruction would raise SIGBUS.
 #![allow(unsafe_code)]
 
+mod calls;
 mod copy;
 mod mapping;
 mod words;
 
-pub use mapping::{
-    CopyFault, Fault, GuestMapping, GuestSlice, SLICES_MAX, copy_guest, read_file, write_file,
-};
+pub use calls::{GuestSlice, SLICES_MAX, copy_guest, read_file, write_file};
+pub use mapping::{CopyFault, Fault, GuestMapping};
 pub use words::SharedWords;
 
 /// Why memory could not be mapped.

@@ -1,19 +1,18 @@
 //! MEM, guest memory: a mapped range of a memory object that a VM's process owns.
 //!
-//! In: a descriptor and a range of it. Out: copies, single words in order, and system calls that move bytes between guest memory
-//! and files or other guest memory. Knows no guest address, no right but "writable", and nothing of who uses it.
+//! In: a descriptor and a range of it. Out: copies, and single words in order. Knows no guest address, no right but "writable", and nothing of who uses it.
 //!
 //! Two ways in, chosen once when it is mapped: *direct*, by instructions, where the owner cannot shrink the object (it is sealed, and
 //! is not huge-page memory, which can be punched while the pool is empty); else *through the kernel*, whose copies answer EFAULT where
 //! an instruction would raise SIGBUS. There `process_vm_readv` on our own process is used with guest memory as the *local* side
 //! wherever it is written: the local side is not pinned, so a copy in flight ends when the range is replaced.
 
+use crate::calls::{GuestSlice, kernel_copy};
 use crate::{MapError, copy};
-use rustix::fd::{AsFd, BorrowedFd};
+use rustix::fd::AsFd;
 use rustix::fs::{SealFlags, fcntl_get_seals, fstat, fstatfs};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
-use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 /// `f_type` of hugetlbfs, also of memory made with MFD_HUGETLB (linux/magic.h).
@@ -42,16 +41,56 @@ pub enum CopyFault {
 /// A mapped range of a memory object. Address space is given back when it is dropped.
 #[derive(Debug)]
 pub struct GuestMapping {
-    base: *mut u8,
+    pub(crate) base: *mut u8,
     bytes: usize,
-    writable: bool,
-    direct: bool,
+    pub(crate) writable: bool,
+    pub(crate) direct: bool,
 }
 
 // SAFETY: the address space belongs to this value alone, and every access to it is atomic, opaque to the compiler or the kernel's.
 unsafe impl Send for GuestMapping {}
 // SAFETY: as above; no method needs exclusive access.
 unsafe impl Sync for GuestMapping {}
+
+/// The accesses of a word of one width.
+macro_rules! word_access {
+    ($load:ident, $store:ident, $word:ty, $atomic:ty) => {
+        /// Loads a word (little-endian) with acquire order; not torn if its address is aligned and the mapping is direct.
+        ///
+        /// # Errors
+        /// See [`Fault`].
+        #[inline]
+        pub fn $load(&self, offset: usize) -> Result<$word, Fault> {
+            let address = self.address(offset, size_of::<$word>())?.cast::<$word>();
+            if self.direct && address.is_aligned() {
+                // SAFETY: mapped, aligned, cannot shrink; the reference to the atomic ends with this expression.
+                return Ok(<$word>::from_le(
+                    unsafe { <$atomic>::from_ptr(address) }.load(Ordering::Acquire),
+                ));
+            }
+            let mut bytes = [0; size_of::<$word>()];
+            self.read(offset, &mut bytes)
+                .map(|()| <$word>::from_le_bytes(bytes))
+        }
+
+        /// Stores a word (little-endian) with release order; not torn if its address is aligned and the mapping is direct.
+        ///
+        /// # Errors
+        /// See [`Fault`].
+        #[inline]
+        pub fn $store(&self, offset: usize, value: $word) -> Result<(), Fault> {
+            let address = self
+                .writable_address(offset, size_of::<$word>())?
+                .cast::<$word>();
+            if !self.direct || !address.is_aligned() {
+                return self.write(offset, &value.to_le_bytes());
+            }
+            // SAFETY: mapped writable, aligned, cannot shrink; the reference to the atomic ends with this expression.
+            unsafe { <$atomic>::from_ptr(address) }.store(value.to_le(), Ordering::Release);
+            Ok(())
+        }
+    };
+}
 
 impl GuestMapping {
     /// Maps `bytes` bytes of `fd` from `offset` on, shared, never for execution, left out of core dumps and of children.
@@ -159,53 +198,8 @@ impl GuestMapping {
         Ok(())
     }
 
-    /// Loads a word (little-endian) with acquire order; not torn if its address is aligned and the mapping is direct.
-    ///
-    /// # Errors
-    /// See [`Fault`].
-    #[inline]
-    pub fn load_u32(&self, offset: usize) -> Result<u32, Fault> {
-        let address = self.address(offset, 4)?;
-        if self.direct && address.cast::<u32>().is_aligned() {
-            // SAFETY: mapped, aligned, cannot shrink; the reference to the atomic ends with this expression.
-            return Ok(u32::from_le(
-                unsafe { AtomicU32::from_ptr(address.cast()) }.load(Ordering::Acquire),
-            ));
-        }
-        let mut bytes = [0; 4];
-        self.read(offset, &mut bytes)?;
-        Ok(u32::from_le_bytes(bytes))
-    }
-
-    /// Stores a word (little-endian) with release order; not torn if its address is aligned and the mapping is direct.
-    ///
-    /// # Errors
-    /// See [`Fault`].
-    #[inline]
-    pub fn store_u32(&self, offset: usize, value: u32) -> Result<(), Fault> {
-        let address = self.writable_address(offset, 4)?;
-        if self.direct && address.cast::<u32>().is_aligned() {
-            // SAFETY: mapped writable, aligned, cannot shrink; the reference to the atomic ends with this expression.
-            unsafe { AtomicU32::from_ptr(address.cast()) }.store(value.to_le(), Ordering::Release);
-            return Ok(());
-        }
-        self.write(offset, &value.to_le_bytes())
-    }
-
-    /// As [`GuestMapping::store_u32`], for 8 bytes.
-    ///
-    /// # Errors
-    /// See [`Fault`].
-    #[inline]
-    pub fn store_u64(&self, offset: usize, value: u64) -> Result<(), Fault> {
-        let address = self.writable_address(offset, 8)?;
-        if self.direct && address.cast::<u64>().is_aligned() {
-            // SAFETY: mapped writable, aligned, cannot shrink; the reference to the atomic ends with this expression.
-            unsafe { AtomicU64::from_ptr(address.cast()) }.store(value.to_le(), Ordering::Release);
-            return Ok(());
-        }
-        self.write(offset, &value.to_le_bytes())
-    }
+    word_access!(load_u32, store_u32, u32, AtomicU32);
+    word_access!(load_u64, store_u64, u64, AtomicU64);
 
     /// Puts private zeroed memory over a part, for good: what is still being copied there ends in that memory. Other users of the
     /// mapping go on, and read zeros there.
@@ -224,7 +218,7 @@ impl GuestMapping {
     }
 
     #[inline]
-    const fn address(&self, offset: usize, bytes: usize) -> Result<*mut u8, Fault> {
+    pub(crate) const fn address(&self, offset: usize, bytes: usize) -> Result<*mut u8, Fault> {
         match offset.checked_add(bytes) {
             Some(end) if end <= self.bytes => Ok(self.base.wrapping_add(offset)),
             _ => Err(Fault::Refused),
@@ -232,7 +226,7 @@ impl GuestMapping {
     }
 
     #[inline]
-    const fn writable_address(&self, offset: usize, bytes: usize) -> Result<*mut u8, Fault> {
+    pub(crate) const fn writable_address(&self, offset: usize, bytes: usize) -> Result<*mut u8, Fault> {
         if self.writable {
             self.address(offset, bytes)
         } else {
@@ -248,157 +242,97 @@ impl Drop for GuestMapping {
     }
 }
 
-/// A part of a mapping, as target or source of a system call.
-#[derive(Clone, Copy, Debug)]
-pub struct GuestSlice<'a> {
-    mapping: &'a GuestMapping,
-    offset: usize,
-    bytes: usize,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{copy_guest, read_file, write_file};
+    use rustix::fd::OwnedFd;
+    use rustix::fs::{MemfdFlags, fcntl_add_seals, ftruncate, memfd_create};
 
-impl<'a> GuestSlice<'a> {
-    /// Bytes of it.
-    #[must_use]
-    pub const fn bytes(&self) -> usize {
-        self.bytes
+    fn object(bytes: u64, sealed: bool) -> OwnedFd {
+        let fd = memfd_create("guest", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+        ftruncate(&fd, bytes).unwrap();
+        if sealed {
+            fcntl_add_seals(&fd, SealFlags::SHRINK).unwrap();
+        }
+        fd
     }
 
-    /// What is left of it after its first `bytes` bytes, if anything.
-    #[must_use]
-    pub fn after(&self, bytes: usize) -> Option<GuestSlice<'a>> {
-        (bytes < self.bytes).then(|| GuestSlice {
-            offset: self.offset + bytes,
-            bytes: self.bytes - bytes,
-            ..*self
-        })
-    }
-
-    /// This and `next` as one, where `next` follows it in the same mapping.
-    #[must_use]
-    pub fn joined(&self, next: &GuestSlice<'a>) -> Option<GuestSlice<'a>> {
-        let follows = std::ptr::eq(self.mapping, next.mapping) && self.offset + self.bytes == next.offset;
-        follows.then(|| GuestSlice {
-            bytes: self.bytes + next.bytes,
-            ..*self
-        })
-    }
-
-    const fn vector(&self) -> libc::iovec {
-        libc::iovec {
-            iov_base: self.mapping.base.wrapping_add(self.offset).cast(),
-            iov_len: self.bytes,
+    #[test]
+    fn every_length_and_alignment_is_copied_and_nothing_beside_it() {
+        for sealed in [true, false] {
+            let fd = object(16384, sealed);
+            let mapping = GuestMapping::map(&fd, 0, 16384, true).unwrap();
+            assert_eq!(mapping.is_direct(), sealed);
+            for offset in 0..9 {
+                for bytes in (0..40).chain(120..140).chain([255, 4095, 4096, 5000]) {
+                    let from: Vec<u8> = (0..bytes).map(|n| (n % 250) as u8 + 1).collect();
+                    mapping.write(4000 + offset, &from).unwrap();
+                    let mut into = vec![0; bytes + 2];
+                    mapping.read(4000 + offset - 1, &mut into).unwrap();
+                    assert!(
+                        into[1..=bytes] == from && into[0] == 0 && into[bytes + 1] == 0,
+                        "{offset} {bytes}"
+                    );
+                    mapping.write(4000 + offset, &vec![0; bytes]).unwrap();
+                }
+            }
         }
     }
-}
 
-/// Slices in one call at most: the kernel's UIO_MAXIOV.
-pub const SLICES_MAX: usize = 1024;
-
-/// Reads from `file` at `offset` into guest memory; with `wait` false only what needs no wait for a disk. Gives the bytes read, which
-/// may be fewer than asked for, and 0 at the file's end.
-///
-/// # Errors
-/// AGAIN: it would have to wait. OPNOTSUPP: this file cannot say. FAULT: the guest memory is gone or not writable. Else the file's.
-pub fn read_file(
-    file: BorrowedFd<'_>,
-    offset: u64,
-    targets: &[GuestSlice<'_>],
-    wait: bool,
-) -> Result<usize, Errno> {
-    if targets.iter().any(|target| !target.mapping.writable) {
-        return Err(Errno::FAULT);
-    }
-    let vectors: Vec<_> = targets.iter().take(SLICES_MAX).map(GuestSlice::vector).collect();
-    let flags = if wait { 0 } else { libc::RWF_NOWAIT };
-    // SAFETY: each vector lies within a mapping that `targets` borrows and that may be written at any time by anybody; the
-    // kernel checks every page and answers EFAULT.
-    checked(|| unsafe {
-        libc::preadv2(
-            file.as_raw_fd(),
-            vectors.as_ptr(),
-            vectors.len() as i32,
-            offset.cast_signed(),
-            flags,
-        )
-    })
-}
-
-/// Writes guest memory into `file` at `offset`; may wait for a disk. Gives the bytes written, which may be fewer than asked for.
-///
-/// # Errors
-/// FAULT: the guest memory is gone. Else the file's.
-pub fn write_file(file: BorrowedFd<'_>, offset: u64, sources: &[GuestSlice<'_>]) -> Result<usize, Errno> {
-    let vectors: Vec<_> = sources.iter().take(SLICES_MAX).map(GuestSlice::vector).collect();
-    // SAFETY: each vector lies within a mapping that `sources` borrows; the kernel only reads them, and answers EFAULT.
-    checked(|| unsafe {
-        libc::pwritev(
-            file.as_raw_fd(),
-            vectors.as_ptr(),
-            vectors.len() as i32,
-            offset.cast_signed(),
-        )
-    })
-}
-
-/// Copies guest memory to guest memory, both of the same length (the shorter one counts): one memory copy.
-///
-/// # Errors
-/// Which side failed; some of it may have been copied.
-pub fn copy_guest(target: &GuestSlice<'_>, source: &GuestSlice<'_>) -> Result<(), CopyFault> {
-    let bytes = target.bytes.min(source.bytes);
-    let from = source
-        .mapping
-        .address(source.offset, bytes)
-        .map_err(CopyFault::Source)?;
-    let to = target
-        .mapping
-        .writable_address(target.offset, bytes)
-        .map_err(CopyFault::Target)?;
-    if target.mapping.direct && source.mapping.direct {
-        // SAFETY: both are mapped for their whole length and cannot shrink. (The ranges may be the same memory: the copy is
-        // opaque to the compiler, and what the guest then finds there is its own affair.)
-        unsafe { copy::copy(to, from, bytes) };
-        return Ok(());
-    }
-    kernel_copy(to, from, bytes).map_err(|done| {
-        // The kernel does not say which side it was: try the source's next byte by itself.
-        let side = source
-            .mapping
-            .read(source.offset + done.min(bytes - 1), &mut [0; 1]);
-        side.map_or_else(CopyFault::Source, |()| CopyFault::Target(Fault::Gone))
-    })
-}
-
-/// Copies by the kernel, which answers a fault where an instruction of ours would raise a signal. The error: bytes copied until then.
-fn kernel_copy(target: *mut u8, source: *const u8, bytes: usize) -> Result<(), usize> {
-    let mut done = 0;
-    while done < bytes {
-        let vector = |base: *mut u8| libc::iovec {
-            iov_base: base.wrapping_add(done).cast(),
-            iov_len: bytes - done,
-        };
-        let (local, remote) = (vector(target), vector(source.cast_mut()));
-        // SAFETY: callers pass a private buffer or a range of a live mapping for each side; the kernel checks every page.
-        let moved = checked(|| unsafe {
-            libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0)
-        });
-        match moved {
-            Ok(moved) if moved > 0 => done += moved,
-            _ => return Err(done),
+    #[test]
+    fn words_are_little_endian_at_any_address() {
+        let fd = object(4096, true);
+        let mapping = GuestMapping::map(&fd, 0, 4096, true).unwrap();
+        for offset in [0, 8, 9, 4088] {
+            mapping.store_u64(offset, 0x0807_0605_0403_0201).unwrap();
+            assert_eq!(mapping.load_u64(offset), Ok(0x0807_0605_0403_0201));
+            assert_eq!(mapping.load_u32(offset + 4), Ok(0x0807_0605));
+            let mut bytes = [0; 8];
+            rustix::io::pread(&fd, &mut bytes, offset as u64).unwrap();
+            assert_eq!(bytes, [1, 2, 3, 4, 5, 6, 7, 8]);
+        }
+        for outside in [4089, 4096, usize::MAX, usize::MAX - 3] {
+            assert_eq!(mapping.load_u64(outside), Err(Fault::Refused));
+            assert_eq!(mapping.store_u64(outside, 1), Err(Fault::Refused));
+            assert!(
+                mapping.slice(outside, 8).is_err() && mapping.replace_with_anonymous(outside, 8).is_err()
+            );
         }
     }
-    Ok(())
-}
 
-/// Calls until it is not interrupted by a signal.
-fn checked(mut call: impl FnMut() -> isize) -> Result<usize, Errno> {
-    loop {
-        match usize::try_from(call()) {
-            Ok(bytes) => return Ok(bytes),
-            Err(_) => match Errno::from_io_error(&std::io::Error::last_os_error()) {
-                Some(Errno::INTR) => {}
-                error => return Err(error.unwrap_or(Errno::IO)),
-            },
-        }
+    #[test]
+    fn a_read_only_mapping_is_never_written() {
+        let (fd, other) = (object(8192, true), object(8192, true));
+        let mapping = GuestMapping::map(&fd, 4096, 4096, false).unwrap();
+        let source = GuestMapping::map(&other, 0, 4096, true).unwrap();
+        assert_eq!(mapping.write(0, &[1]), Err(Fault::Refused));
+        assert_eq!(mapping.store_u32(0, 1), Err(Fault::Refused));
+        let (to, from) = (mapping.slice(0, 8).unwrap(), source.slice(0, 8).unwrap());
+        assert_eq!(copy_guest(&to, &from), Err(CopyFault::Target(Fault::Refused)));
+        assert_eq!(read_file(other.as_fd(), 0, &[to], true), Err(Errno::FAULT));
+        assert_eq!(write_file(other.as_fd(), 0, &[to]), Ok(8));
+        assert!(GuestMapping::map(&fd, 4096, 4097, false).is_err());
+        assert!(GuestMapping::map(&fd, u64::MAX, 2, false).is_err());
+    }
+
+    #[test]
+    fn replaced_memory_is_no_longer_the_owners() {
+        let fd = object(3 * 4096, true);
+        let mapping = GuestMapping::map(&fd, 0, 3 * 4096, true).unwrap();
+        mapping.write(0, &[7; 3 * 4096]).unwrap();
+        assert!(
+            mapping.replace_with_anonymous(100, 4096).is_err(),
+            "not at a page"
+        );
+        mapping.replace_with_anonymous(4096, 4096).unwrap();
+        assert_eq!(
+            (mapping.load_u32(4092), mapping.load_u32(4096)),
+            (Ok(0x0707_0707), Ok(0))
+        );
+        mapping.write(0, &[9; 3 * 4096]).unwrap();
+        let mut seen = [0; 3 * 4096];
+        rustix::io::pread(&fd, &mut seen, 0).unwrap();
+        assert!(seen[..4096] == [9; 4096] && seen[4096..8192] == [7; 4096] && seen[8192..] == [9; 4096]);
     }
 }

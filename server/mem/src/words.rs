@@ -2,23 +2,16 @@
 //!
 //! In: a sealed memory descriptor. Out: loads and stores of whole words, in order. Knows nothing of what they mean.
 
-use crate::{MapError, copy};
-use memmap2::{MmapOptions, MmapRaw};
+use crate::{GuestMapping, MapError};
 use rustix::fd::AsFd;
-use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
-use std::os::fd::AsRawFd;
+use rustix::fs::fstat;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Mapped words; a clone is the same words. Indexes out of range read 0 and are not written.
 ///
 /// The words are little-endian in memory.
 #[derive(Clone, Debug)]
-pub struct SharedWords {
-    mapping: Arc<MmapRaw>,
-    writable: bool,
-    words: usize,
-}
+pub struct SharedWords(Arc<GuestMapping>);
 
 impl SharedWords {
     /// Maps all of `fd` (a memfd sealed with F_SEAL_SHRINK, so that no access can raise SIGBUS).
@@ -26,108 +19,76 @@ impl SharedWords {
     /// # Errors
     /// Unsealed, TooSmall (less than one word), or the system's (a read-only descriptor with `writable`).
     pub fn map(fd: impl AsFd, writable: bool) -> Result<Self, MapError> {
-        let fd = fd.as_fd();
-        if !fcntl_get_seals(fd)?.contains(SealFlags::SHRINK) {
-            return Err(MapError::Unsealed);
-        }
-        let object_bytes = u64::try_from(fstat(fd)?.st_size).unwrap_or(0);
-        let words = usize::try_from(object_bytes / 8).unwrap_or(0);
-        if words == 0 {
+        let object_bytes = u64::try_from(fstat(&fd)?.st_size).unwrap_or(0);
+        let bytes = usize::try_from(object_bytes & !7).unwrap_or(0);
+        if bytes == 0 {
             return Err(MapError::TooSmall {
                 object_bytes,
                 needed_bytes: 8,
             });
         }
-        let mut options = MmapOptions::new();
-        options.len(words * 8);
-        let mapped = if writable {
-            options.map_raw(fd.as_raw_fd())
+        let mapping = GuestMapping::map(fd, 0, bytes, writable)?;
+        if mapping.is_direct() {
+            Ok(Self(Arc::new(mapping)))
         } else {
-            options.map_raw_read_only(fd.as_raw_fd())
-        };
-        let mapping = mapped.map_err(|error| {
-            MapError::System(rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::INVAL))
-        })?;
-        Ok(Self {
-            mapping: Arc::new(mapping),
-            writable,
-            words,
-        })
+            Err(MapError::Unsealed)
+        }
     }
 
     /// Number of words.
     #[must_use]
-    pub const fn len(&self) -> usize {
-        self.words
+    pub fn len(&self) -> usize {
+        self.0.bytes() / 8
     }
 
     /// Never: [`SharedWords::map`] refuses such.
     #[must_use]
-    pub const fn is_empty(&self) -> bool {
-        self.words == 0
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
     /// Loads with acquire order.
     #[inline]
     #[must_use]
     pub fn load(&self, index: usize) -> u64 {
-        if index >= self.words {
-            return 0;
-        }
-        // SAFETY: within the mapping, aligned (a mapping begins at a page), and sealed against shrinking.
-        let word = unsafe { &*self.mapping.as_mut_ptr().cast::<AtomicU64>().add(index) };
-        u64::from_le(word.load(Ordering::Acquire))
+        self.0.load_u64(index.saturating_mul(8)).unwrap_or(0)
     }
 
     /// Stores with release order; nothing happens to a read-only mapping.
     #[inline]
     pub fn store(&self, index: usize, value: u64) {
-        if index >= self.words || !self.writable {
-            return;
-        }
-        // SAFETY: within the mapping, which is writable, aligned, and sealed against shrinking.
-        let word = unsafe { &*self.mapping.as_mut_ptr().cast::<AtomicU64>().add(index) };
-        word.store(value.to_le(), Ordering::Release);
+        // Refused where the index is out of range or the mapping is read-only: nothing happens, as promised.
+        let _ = self.0.store_u64(index.saturating_mul(8), value);
     }
 
     /// Copies bytes out, from the start of word `index` on; the shorter of both ends it. After it an acquire fence.
     pub fn read_bytes(&self, index: usize, into: &mut [u8]) {
-        let bytes = into.len().min(self.words.saturating_sub(index).saturating_mul(8));
-        if bytes > 0 {
-            // SAFETY: `bytes` ends within the mapping; `into` is private memory of at least that length.
-            unsafe { copy::copy(into.as_mut_ptr(), self.mapping.as_mut_ptr().add(index * 8), bytes) };
-            std::sync::atomic::fence(Ordering::Acquire);
-        }
+        let bytes = into.len().min(self.bytes_from(index));
+        let _ = self.0.read(index.saturating_mul(8), &mut into[..bytes]);
     }
 
     /// Copies bytes in, from the start of word `index` on; a last part of a word is filled up with zeros; what does not
     /// fit is left out. Before it a release fence.
     pub fn write_bytes(&self, index: usize, from: &[u8]) {
-        let bytes = from.len().min(self.words.saturating_sub(index).saturating_mul(8));
-        if bytes == 0 || !self.writable {
-            return;
-        }
-        std::sync::atomic::fence(Ordering::Release);
-        // SAFETY: `bytes` ends within the mapping, which is writable; `from` is private memory of at least that length.
-        unsafe {
-            copy::copy(
-                self.mapping.as_mut_ptr().add(index * 8),
-                from.as_ptr(),
-                bytes & !7,
-            )
-        };
-        if bytes & 7 != 0 {
+        let from = &from[..from.len().min(self.bytes_from(index))];
+        let (words, rest) = from.split_at(from.len() & !7);
+        let _ = self.0.write(index.saturating_mul(8), words);
+        if !rest.is_empty() {
             let mut last = [0; 8];
-            last[..bytes & 7].copy_from_slice(&from[bytes & !7..bytes]);
-            self.store(index + bytes / 8, u64::from_le_bytes(last));
+            last[..rest.len()].copy_from_slice(rest);
+            self.store(index + words.len() / 8, u64::from_le_bytes(last));
         }
+    }
+
+    fn bytes_from(&self, index: usize) -> usize {
+        self.len().saturating_sub(index) * 8
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::fs::{MemfdFlags, fcntl_add_seals, ftruncate, memfd_create};
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
     fn sealed(bytes: u64) -> rustix::fd::OwnedFd {
         let fd = memfd_create("words", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
