@@ -206,6 +206,9 @@ impl Session {
                     return true;
                 }
             }
+            // Late answers make room for what waits, and are no event.
+            let answers = self.dma.send(&mut self.connection);
+            self.tell_answers(outside, answers);
             self.flush(outside);
             if self.connection.should_close() {
                 self.end(outside, "refused");
