@@ -4,6 +4,13 @@ use super::*;
 use std::os::fd::{AsFd, OwnedFd};
 use vmgmt_testkit::client::{eventfd, irq};
 
+/// Takes what is signalled already.
+fn emptied(fds: &[OwnedFd]) {
+    for fd in fds {
+        taken(fd);
+    }
+}
+
 /// Signals taken from an eventfd now.
 fn taken(fd: &OwnedFd) -> u64 {
     let mut count = [0; 8];
@@ -19,7 +26,7 @@ fn eventfds(count: usize) -> Result<Vec<OwnedFd>> {
 
 /// Which of them are signalled when the client triggers `start..start + count`.
 fn triggered(client: &mut Client, fds: &[OwnedFd], start: u32, count: u32) -> Result<Vec<usize>> {
-    fds.iter().for_each(|fd| drop(taken(fd)));
+    emptied(fds);
     client.set_irqs(irq::MSI, irq::DATA_NONE | irq::TRIGGER, start, count, &[], &[])?;
     Ok((0..fds.len())
         .filter(|n| fds.get(*n).is_some_and(|fd| taken(fd) > 0))
@@ -37,7 +44,7 @@ fn vectors_are_assigned_in_chunks_and_triggered_by_range() -> Result<()> {
     ensure!(triggered(&mut client, &fds, 0, 16)? == (0..16).collect::<Vec<_>>());
     ensure!(triggered(&mut client, &fds, 3, 4)? == [3, 4, 5, 6]);
     // By bools: only those that are set.
-    fds.iter().for_each(|fd| drop(taken(fd)));
+    emptied(&fds);
     client.set_irqs(
         irq::MSI,
         irq::DATA_BOOL | irq::TRIGGER,
@@ -58,7 +65,7 @@ fn eventfds_are_replaced_and_removed() -> Result<()> {
     let new = eventfds(2)?;
     client.assign_irqs(irq::MSI, 0, &old)?;
     client.assign_irqs(irq::MSI, 1, &new)?;
-    new.iter().for_each(|fd| drop(taken(fd)));
+    emptied(&new);
     ensure!(triggered(&mut client, &old, 0, 4)? == [0, 3]);
     ensure!(taken(&new[0]) == 1 && taken(&new[1]) == 1);
     // No descriptor: taken away.
