@@ -576,11 +576,8 @@ impl Hub {
             generation: u32::MAX,
         };
         self.void_all(first, last);
-        let found = self
-            .office
-            .sessions
-            .get(&session)
-            .map(|entry| (entry.vm, entry.handles.clone()));
+        let found = self.office.sessions.get_mut(&session);
+        let found = found.map(|entry| (entry.vm, std::mem::take(&mut entry.handles)));
         // After a crash a session may be gone that this life never saw: then only what survived of it is put right.
         let vm = found
             .as_ref()

@@ -112,6 +112,8 @@ pub struct House {
     pub open: BTreeSet<Token>,
     pub answers: BTreeMap<Token, (Answer, Vec<u8>)>,
     pub confirming: Vec<Token>,
+    /// Completions that the guest saw, of those that asked to be told.
+    pub published: Vec<Token>,
     pub pending: Vec<(EffectId, Effect)>,
     pub journal: Vec<Record>,
     pub replies: Vec<(u64, u64, ControlReply, bool)>,
@@ -122,6 +124,8 @@ pub struct House {
     pub unpublished: BTreeSet<Token>,
     /// Tokens whose buffer fails.
     pub unmapped: BTreeSet<Token>,
+    /// Effects fail, but those that tidy up.
+    pub failing: bool,
     /// After each input the hub is packed and unpacked.
     pub repack: bool,
     /// After each input the journal is replayed on an empty hub.
@@ -147,6 +151,7 @@ impl House {
             open: BTreeSet::new(),
             answers: BTreeMap::new(),
             confirming: Vec::new(),
+            published: Vec::new(),
             pending: Vec::new(),
             journal: Vec::new(),
             replies: Vec::new(),
@@ -154,6 +159,7 @@ impl House {
             manual: false,
             unpublished: BTreeSet::new(),
             unmapped: BTreeSet::new(),
+            failing: false,
             repack: true,
             replay: true,
         };
@@ -183,7 +189,11 @@ impl House {
         if self.repack {
             let saved = Saved::from_bytes(&self.hub.save().to_bytes()).unwrap();
             let restored = Hub::restore(saved).unwrap();
-            assert_eq!(restored, self.hub, "a saved and restored hub differs");
+            assert!(
+                restored == self.hub,
+                "a saved and restored hub differs: {}",
+                difference(&restored, &self.hub)
+            );
             self.hub = restored;
         }
         while let Some(output) = self.hub.poll_output() {
@@ -222,10 +232,11 @@ impl House {
         }
         if self.replay {
             let replayed = Hub::replay(2, None, self.journal.iter().cloned()).unwrap();
-            assert_eq!(
-                replayed.surviving(),
-                self.hub.surviving(),
-                "the journal tells another story"
+            let (replayed, hub) = (replayed.surviving(), self.hub.surviving());
+            assert!(
+                replayed == hub,
+                "the journal tells another story: {}",
+                difference(&replayed, &hub)
             );
         }
         if !self.manual {
@@ -248,7 +259,12 @@ impl House {
         let manual = std::mem::replace(&mut self.manual, true);
         if choice < self.pending.len() {
             let (effect_id, effect) = self.pending.remove(choice);
-            let outcome = self.carry_out(&effect);
+            let tidies = matches!(effect, Effect::Close { .. } | Effect::Discard { .. });
+            let outcome = if self.failing && !tidies {
+                failed(Status::IO_ERROR)
+            } else {
+                self.carry_out(&effect)
+            };
             self.input(Input::Outcome {
                 effect: effect_id,
                 outcome,
@@ -256,6 +272,9 @@ impl House {
         } else {
             let token = self.confirming.remove(choice - self.pending.len());
             let published = !self.unpublished.contains(&token);
+            if published {
+                self.published.push(token);
+            }
             self.input(Input::Published { token, published });
         }
         self.manual = manual;
@@ -635,6 +654,19 @@ impl House {
             other => panic!("not an effect on names: {other:?}"),
         }
     }
+}
+
+/// The lines in which two values differ.
+fn difference(one: &impl std::fmt::Debug, other: &impl std::fmt::Debug) -> String {
+    let (one, other) = (format!("{one:#?}"), format!("{other:#?}"));
+    let lines = one
+        .lines()
+        .zip(other.lines())
+        .filter(|(one, other)| one != other)
+        .take(8);
+    lines
+        .map(|(one, other)| format!("\n- {one}\n+ {other}"))
+        .collect()
 }
 
 pub fn failed(status: Status) -> Outcome {
