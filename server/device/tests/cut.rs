@@ -447,7 +447,6 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
     /// Any workload, cut at any steps, also within the recovery from a cut.
     #[test]
     fn cuts_at_any_steps_are_not_seen(

@@ -266,7 +266,7 @@ fn hostile_run(seed: u64, steps: u64, rate: u64, by_messages: bool) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn memory_that_changes_between_reads(seed in any::<u64>(), rate in 0..40u64, by_messages in any::<bool>()) {

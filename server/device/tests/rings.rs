@@ -41,7 +41,8 @@ fn turn(bed: &mut PlainBed) -> Vec<Output> {
         outputs.extend(bed.outputs());
         bed.end_turn();
         outputs.extend(bed.outputs());
-        if !(turn.waiting && bed.memory.deliver()) && !turn.more {
+        let delivered = turn.waiting && bed.memory.deliver();
+        if !delivered && !turn.more {
             break;
         }
     }
@@ -673,7 +674,7 @@ fn set_ups_that_cannot_be_are_refused_with_their_cause() {
     let mut plan = good;
     bed.enable(&mut plan);
     bed.guest.store_u64(plan.setup.events + event_offset::NONCE, 1);
-    plan.setup.epoch = bed.front.set_ring(1, &plan.setup);
+    bed.front.set_ring(1, &plan.setup);
     bed.touch();
     assert_eq!(bed.core.open_answer(1).status, Status::INTEGRITY);
 }

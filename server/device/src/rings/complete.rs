@@ -226,12 +226,8 @@ pub(super) fn settle<W: Words, M: GuestMemory>(
         return Ok(());
     }
     memory.settled()?;
-    // One whose journal is written and whose completion could not be (no DMA just then) is not among them.
-    let stuck = ring
-        .due
-        .front()
-        .is_some_and(|due| matches!(due.step, Step::Publish(_)));
-    ring.published = ring.completion_tail.wrapping_sub(u32::from(stuck));
+    // They follow one another. Others may be journaled behind them that are not written yet: those are not published.
+    ring.published = ring.published.wrapping_add(ring.unsettled.len() as u32);
     ring.save_cursor(&desk.table, n);
     for index in std::mem::take(&mut ring.unsettled) {
         published(desk, ring, n, index);

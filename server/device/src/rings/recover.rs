@@ -80,6 +80,8 @@ pub(super) fn adopt<W: Words>(desk: &mut Desk<W>, n: usize, setup: RingSetup) ->
             early: None,
         });
     }
+    // Now, while that record says Fetched: the next kill may come when it says more.
+    desk.table.set_cursor(n, fetched, published);
     ring.free.reverse();
     unanswered.sort_by_key(|record| match record {
         Recovering::Fetched { number, .. } => *number,
