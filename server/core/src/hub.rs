@@ -4,24 +4,21 @@
 //! It never knows what an operation means; the rooms in `modes/` do.
 
 use crate::deadlines::Timer;
-use crate::effect::{Effect, Outcome};
+use crate::effect::Outcome;
 use crate::effects::Continuation;
 use crate::interface::{Input, Output};
-use crate::journal::Record;
-use crate::limits::{SWEEP_AGE_SECONDS, SWEEP_INTERVAL_NS};
-use crate::modes::chat::{self, Chat};
+use crate::modes::chat::Chat;
+use crate::modes::delivery;
 use crate::modes::file::{self, Files};
+use crate::modes::listing;
 use crate::modes::offers::Transfers;
 use crate::modes::puts::withdrawn;
 use crate::modes::{Submitted, Uses, Verdict, calc, stats};
-use crate::office::{Office, Session, Wait, failed, room};
-use crate::policy::{Access, VmConfig};
+use crate::office::{Office, Wait, failed, room};
 use crate::refusal::Refusal;
-use std::collections::BTreeSet;
-use vmgmt_abi::chat::{ALL_NAME, HOST_NAME, PEER_ALL};
 use vmgmt_abi::{Mode, Opcode, Status};
 use vmgmt_device::Tick;
-use vmgmt_device::rings::{Answer, Channel, Fetched, Token};
+use vmgmt_device::rings::{Answer, Fetched, Token};
 
 /// Handles of one core life: 2^40 of them, before those of the next life begin.
 const HANDLES_OF_A_LIFE_BITS: u32 = 40;
@@ -91,7 +88,7 @@ impl Hub {
             match timer {
                 Timer::Deadline(token) => self.end_early(token, Status::TIMED_OUT.0),
                 Timer::Release { vm } => self.release(vm),
-                Timer::Expiry { vm } => chat::expire(&mut self.office, vm),
+                Timer::Expiry { vm } => delivery::expire(&mut self.office, vm),
                 Timer::ControlReceive { .. } | Timer::ControlOffer { .. } => self.control_timer(timer),
                 Timer::Sweep => self.sweep(),
             }
@@ -321,8 +318,8 @@ impl Hub {
         match then {
             Continuation::Nothing => {}
             Continuation::Plain { token, again } => file::plain(office, token, again, outcome),
-            Continuation::Stat { token } => file::stat_done(office, token, outcome),
-            Continuation::List { token, bytes_max } => file::list_done(office, token, bytes_max, outcome),
+            Continuation::Stat { token } => listing::stat_done(office, token, outcome),
+            Continuation::List { token, bytes_max } => listing::list_done(office, token, bytes_max, outcome),
             Continuation::Rename { token, again } => file::rename_done(office, token, again, outcome),
             Continuation::Open {
                 token,
@@ -348,7 +345,7 @@ impl Hub {
     }
 
     fn published(&mut self, token: Token, published: bool) {
-        chat::published(&mut self.office, token, published);
+        delivery::published(&mut self.office, token, published);
         self.transfers.published(&mut self.office, token, published);
     }
 
@@ -435,7 +432,7 @@ impl Hub {
         }
     }
 
-    fn void_all(&mut self, first: Token, last: Token) {
+    pub(crate) fn void_all(&mut self, first: Token, last: Token) {
         let tokens: Vec<Token> = self
             .office
             .flights
@@ -445,181 +442,5 @@ impl Hub {
         for token in tokens {
             self.void(token);
         }
-    }
-
-    fn channel_closed(&mut self, session: u64, channel: Channel) {
-        let first = Token {
-            session,
-            channel,
-            index: 0,
-            generation: 0,
-        };
-        self.void_all(
-            first,
-            Token {
-                index: u32::MAX,
-                generation: u32::MAX,
-                ..first
-            },
-        );
-        let Some(vm) = self.office.vm_of(first) else {
-            return;
-        };
-        chat::channel_gone(&mut self.office, session, vm, channel);
-        let presented: Vec<Token> = self.transfers.presenting.keys().copied().collect();
-        for token in presented
-            .into_iter()
-            .filter(|token| (token.session, token.channel) == (session, channel))
-        {
-            self.transfers.published(&mut self.office, token, false);
-        }
-    }
-
-    fn vm(&mut self, config: VmConfig) {
-        let vm = config.vm;
-        if vm >= PEER_ALL || vm == 0 || config.name == HOST_NAME || config.name == ALL_NAME {
-            let text = format!(
-                "VM {vm} has a reserved number or name ({HOST_NAME}, {ALL_NAME}): give it another one"
-            );
-            self.office.outputs.push_back(Output::Log { vm, text });
-            return;
-        }
-        let limits = config.limits.clone();
-        self.office.record(Record::Vm(Box::new(config)));
-        if self.office.vms.is_empty() {
-            self.office
-                .timers
-                .arm(self.office.now.after_ns(SWEEP_INTERVAL_NS), Timer::Sweep);
-        }
-        self.office.vms.entry(vm).or_default().limits = limits;
-        self.office.refresh_reach();
-    }
-
-    fn vm_gone(&mut self, vm: u64) {
-        let sessions = self
-            .office
-            .vms
-            .get(&vm)
-            .map(|entry| entry.sessions.clone())
-            .unwrap_or_default();
-        for session in sessions {
-            self.session_emptied(session);
-            self.office.sessions.remove(&session);
-        }
-        self.transfers.vm_gone(&mut self.office, vm);
-        if self.office.ledger.vms.contains_key(&vm) {
-            self.office.record(Record::VmGone { vm });
-        }
-        if let Some(at) = self.office.vms.remove(&vm).and_then(|entry| entry.expiry) {
-            self.office.timers.disarm(at, Timer::Expiry { vm });
-        }
-        if self.office.vms.is_empty() {
-            self.office.timers.disarm_sweep();
-        }
-        self.office.refresh_reach();
-    }
-
-    fn session_opened(&mut self, session: u64, vm: u64) {
-        if self.office.sessions.contains_key(&session) {
-            self.session_closed(session);
-        }
-        let Some(entry) = self.office.vm_mut(vm) else {
-            let text = format!(
-                "session {session} of a VM that is not known: its submissions are answered NOT_READY"
-            );
-            self.office.outputs.push_back(Output::Log { vm, text });
-            return;
-        };
-        entry.sessions.insert(session);
-        self.office.sessions.insert(
-            session,
-            Session {
-                vm,
-                handles: BTreeSet::new(),
-            },
-        );
-    }
-
-    fn session_closed(&mut self, session: u64) {
-        self.session_emptied(session);
-        let Some(Session { vm, handles: _ }) = self.office.sessions.remove(&session) else {
-            return;
-        };
-        let Some(entry) = self.office.vm_mut(vm) else {
-            return;
-        };
-        entry.sessions.remove(&session);
-        if entry.sessions.is_empty()
-            && self
-                .office
-                .ledger
-                .vms
-                .get(&vm)
-                .is_some_and(|account| account.config.transient)
-        {
-            self.vm_gone(vm);
-        }
-    }
-
-    /// Everything of a session goes: submissions, handles, presence, deliveries under way.
-    fn session_emptied(&mut self, session: u64) {
-        let first = Token {
-            session,
-            channel: Channel::Ring(0),
-            index: 0,
-            generation: 0,
-        };
-        let last = Token {
-            session,
-            channel: Channel::Port,
-            index: u32::MAX,
-            generation: u32::MAX,
-        };
-        self.void_all(first, last);
-        let found = self.office.sessions.get_mut(&session);
-        let found = found.map(|entry| (entry.vm, std::mem::take(&mut entry.handles)));
-        // After a crash a session may be gone that this life never saw: then only what survived of it is put right.
-        let vm = found
-            .as_ref()
-            .map(|(vm, _)| *vm)
-            .or_else(|| self.office.ledger.vm_published_by(session));
-        for handle in found.map(|(_, handles)| handles).unwrap_or_default() {
-            if self.transfers.ends.contains_key(&handle) {
-                self.transfers.close(&mut self.office, handle);
-            } else {
-                self.files.release(&mut self.office, handle);
-            }
-        }
-        let vm = vm.unwrap_or(0);
-        chat::session_gone(&mut self.office, session, vm);
-        let others = self
-            .office
-            .vms
-            .get(&vm)
-            .is_some_and(|entry| entry.sessions.iter().any(|other| *other != session));
-        self.transfers
-            .session_gone(&mut self.office, session, vm, !others);
-    }
-
-    /// Removes what broken puts left, in every share that some VM may write.
-    fn sweep(&mut self) {
-        let accounts = self
-            .office
-            .ledger
-            .vms
-            .values()
-            .flat_map(|account| &account.config.shares);
-        let writable = accounts.filter(|grant| grant.access == Access::ReadWrite);
-        let shares: BTreeSet<String> = writable.map(|grant| grant.share.clone()).collect();
-        for share in shares {
-            let effect = Effect::Sweep {
-                share,
-                older_than_seconds: SWEEP_AGE_SECONDS,
-            };
-            self.office.effect(0, effect, Continuation::Nothing);
-        }
-        self.office
-            .timers
-            .arm(self.office.now.after_ns(SWEEP_INTERVAL_NS), Timer::Sweep);
     }
 }

@@ -21,6 +21,8 @@ mod modes;
 mod office;
 pub mod policy;
 pub mod refusal;
+mod saved;
+mod sessions;
 mod state;
 
 pub use effect::{BufferRange, Effect, EffectId, FailedAt, FileSlot, Identity, Outcome};

@@ -3,7 +3,6 @@
 //! In: a hub, or the bytes of one. Out: the other. Saved types stand apart from those that run; whatever can be worked out from the rest is
 //! not saved but worked out again, and what comes back is checked as a stranger's would be.
 
-use crate::budgets::{Bucket, LogLimiter};
 use crate::deadlines::{Timer, Timers};
 use crate::effect::{FileSlot, Identity};
 use crate::effects::{Continuation, Effects, SavedEffects};
@@ -16,12 +15,14 @@ use crate::modes::file::{Files, OpenFile};
 use crate::modes::offers::{Offer, OfferSource, OfferState, Transfers};
 use crate::modes::puts::{Put, Puts};
 use crate::modes::streams::{Party, Side, Stream};
-use crate::office::{Counters, Flight, Office, Session, Vm, Wait, Wall};
+use crate::office::{Flight, Office, Session, Wall};
+use crate::saved::{
+    SavedFetched, SavedVm, restore_fetched, restore_flights, restore_vm, save_fetched, save_vm,
+};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
-use vmgmt_abi::{Mode, Opcode};
 use vmgmt_device::Tick;
-use vmgmt_device::rings::{Channel, Fetched, Token};
+use vmgmt_device::rings::{Channel, Token};
 
 /// Version of the saved form. A reader knows this one and the one before (there is none before 1).
 const VERSION: u32 = 1;
@@ -71,37 +72,6 @@ pub struct Saved {
     fetching: Vec<((u64, Channel), Vec<SavedFetched>)>,
     bodies: Vec<SavedFetched>,
     listeners: Vec<Listener>,
-}
-
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-struct SavedVm {
-    vm: u64,
-    submission_rate: Bucket,
-    byte_rate: Bucket,
-    delayed: Vec<(Tick, SavedFetched)>,
-    receives: Vec<Token>,
-    next_offers: Vec<Token>,
-    offers_in: Vec<u64>,
-    log: LogLimiter,
-    counters: Counters,
-    expiry: Option<Tick>,
-}
-
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-struct SavedFetched {
-    token: Token,
-    mode: u32,
-    opcode: u16,
-    flags: u16,
-    tag: u32,
-    handle: u64,
-    offset: u64,
-    argument: u64,
-    deadline: Tick,
-    meta: Vec<u8>,
-    data_bytes: u64,
-    data: Option<Vec<u8>>,
-    again: bool,
 }
 
 /// A file that the shell has open for the hub: to be opened again by a core that takes over without the descriptors.
@@ -335,7 +305,7 @@ impl Hub {
         }
         hub.office.refresh_reach();
         for vm in hub.office.vms.keys().copied().collect::<Vec<_>>() {
-            crate::modes::chat::arm_expiry(&mut hub.office, vm);
+            crate::modes::delivery::arm_expiry(&mut hub.office, vm);
         }
         Ok(hub)
     }
@@ -504,182 +474,4 @@ impl Hub {
         }
         Ok(())
     }
-}
-
-fn save_vm(vm: u64, entry: &Vm) -> SavedVm {
-    let Vm {
-        limits: _,
-        reach: _,
-        sessions: _,
-        flights: _,
-        bytes_in_flight: _,
-        submission_rate,
-        byte_rate,
-        delayed,
-        open_files: _,
-        receives,
-        next_offers,
-        offers_in,
-        offers_out: _,
-        log,
-        counters,
-        expiry,
-    } = entry;
-    SavedVm {
-        vm,
-        submission_rate: *submission_rate,
-        byte_rate: *byte_rate,
-        delayed: delayed
-            .iter()
-            .map(|(at, fetched)| (*at, save_fetched(fetched)))
-            .collect(),
-        receives: receives.iter().copied().collect(),
-        next_offers: next_offers.iter().copied().collect(),
-        offers_in: offers_in.iter().copied().collect(),
-        log: log.clone(),
-        counters: *counters,
-        expiry: *expiry,
-    }
-}
-
-fn restore_vm(office: &mut Office, saved: SavedVm) -> Result<(), RestoreError> {
-    let SavedVm {
-        vm,
-        submission_rate,
-        byte_rate,
-        delayed,
-        receives,
-        next_offers,
-        offers_in,
-        log,
-        counters,
-        expiry,
-    } = saved;
-    let account = office
-        .ledger
-        .vms
-        .get(&vm)
-        .ok_or("a VM is not known to the ledger")?;
-    let entry = Vm {
-        limits: account.config.limits.clone(),
-        submission_rate,
-        byte_rate,
-        delayed: delayed
-            .into_iter()
-            .map(|(at, fetched)| (at, restore_fetched(fetched)))
-            .collect(),
-        receives: receives.into(),
-        next_offers: next_offers.into(),
-        offers_in: offers_in.into(),
-        log,
-        counters,
-        expiry,
-        ..Vm::default()
-    };
-    if office.vms.insert(vm, entry).is_some() {
-        return Err("a VM is there twice".into());
-    }
-    Ok(())
-}
-
-fn restore_flights(office: &mut Office, flights: Vec<(Token, Flight)>) -> Result<(), RestoreError> {
-    for (token, flight) in flights {
-        if office.vm_of(token) != Some(flight.vm) {
-            return Err("a submission is of no session".into());
-        }
-        let entry = office.vms.get_mut(&flight.vm).ok_or("a submission is of no VM")?;
-        entry.flights += 1;
-        entry.bytes_in_flight = entry.bytes_in_flight.saturating_add(flight.charged_bytes);
-        if office.flights.insert(token, flight).is_some() {
-            return Err("a submission is there twice".into());
-        }
-    }
-    let waits = |token: &Token, wait: Wait| {
-        office
-            .flights
-            .get(token)
-            .is_some_and(|flight| flight.wait == wait)
-    };
-    for entry in office.vms.values() {
-        let good = entry.receives.iter().all(|token| waits(token, Wait::Receive))
-            && entry
-                .next_offers
-                .iter()
-                .all(|token| waits(token, Wait::NextOffer))
-            && entry
-                .delayed
-                .iter()
-                .all(|(_, fetched)| waits(&fetched.token, Wait::Rate));
-        if !good {
-            return Err("a queue holds a submission that does not wait in it".into());
-        }
-    }
-    Ok(())
-}
-
-fn save_fetched(fetched: &Fetched) -> SavedFetched {
-    let Fetched {
-        token,
-        mode,
-        opcode,
-        flags,
-        tag,
-        handle,
-        offset,
-        argument,
-        deadline,
-        meta,
-        data_bytes,
-        data,
-        again,
-    } = fetched;
-    SavedFetched {
-        token: *token,
-        mode: mode.0,
-        opcode: opcode.0,
-        flags: *flags,
-        tag: *tag,
-        handle: *handle,
-        offset: *offset,
-        argument: *argument,
-        deadline: *deadline,
-        meta: meta.clone(),
-        data_bytes: *data_bytes,
-        data: data.clone(),
-        again: *again,
-    }
-}
-
-fn restore_fetched(saved: SavedFetched) -> Box<Fetched> {
-    let SavedFetched {
-        token,
-        mode,
-        opcode,
-        flags,
-        tag,
-        handle,
-        offset,
-        argument,
-        deadline,
-        meta,
-        data_bytes,
-        data,
-        again,
-    } = saved;
-    let (mode, opcode) = (Mode(mode), Opcode(opcode));
-    Box::new(Fetched {
-        token,
-        mode,
-        opcode,
-        flags,
-        tag,
-        handle,
-        offset,
-        argument,
-        deadline,
-        meta,
-        data_bytes,
-        data,
-        again,
-    })
 }

@@ -380,7 +380,10 @@ impl World {
 
 /// `PROPTEST_CASES=1000` for a longer walk.
 fn walks() -> ProptestConfig {
-    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(48);
+    let cases = std::env::var("PROPTEST_CASES")
+        .ok()
+        .and_then(|cases| cases.parse().ok())
+        .unwrap_or(48);
     ProptestConfig {
         cases,
         max_shrink_iters: 2000,

@@ -2,21 +2,21 @@
 //!
 //! In: submissions, outcomes. Out: effects, answers. It never knows a path of the host: the shell resolves beneath the share's root.
 
+use super::listing::{list, shares, stat};
 use super::names::{self, SharePath};
 use super::puts::Puts;
-use super::{Submitted, Uses, Verdict, pad_to_word};
-use crate::effect::{Effect, FailedAt, FileSlot, Identity, Outcome, StatRecord, entry_bytes};
+use super::{Submitted, Uses, Verdict};
+use crate::effect::{Effect, FileSlot, Identity, Outcome};
 use crate::effects::{Continuation, range_in_file, whole};
 use crate::office::{Office, Wait, failed, input_bytes, room};
 use crate::policy::Access;
 use crate::refusal::Refusal;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use vmgmt_abi::file::{DirectoryEntry, FileStat, ShareEntry, existing, open};
-use vmgmt_abi::ring::{completion_flag, flag};
+use vmgmt_abi::file::{existing, open};
+use vmgmt_abi::ring::flag;
 use vmgmt_abi::{Opcode, Status};
 use vmgmt_device::rings::{Answer, Fetched, Token};
-use zerocopy::IntoBytes;
 
 /// A file that is being opened.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -348,66 +348,6 @@ pub fn plain(office: &mut Office, token: Token, again: Option<u16>, outcome: Out
     office.end(token, answer);
 }
 
-/// Ends STAT.
-pub fn stat_done(office: &mut Office, token: Token, outcome: Outcome) {
-    match outcome {
-        Outcome::Stat(stat) => {
-            let record = FileStat::from(stat);
-            let answer = Answer::ok(size_of::<FileStat>() as u64);
-            office.end_with(token, answer, record.as_bytes().to_vec(), false);
-        }
-        other => {
-            office.end(token, failure(&other));
-        }
-    }
-}
-
-/// Ends LIST.
-pub fn list_done(office: &mut Office, token: Token, bytes_max: u64, outcome: Outcome) {
-    let (entries, next) = match outcome {
-        Outcome::Listed { entries, next } => (entries, next),
-        other => {
-            office.end(token, failure(&other));
-            return;
-        }
-    };
-    let mut payload = Vec::new();
-    for (name, stat) in &entries {
-        push_entry(&mut payload, name, *stat);
-    }
-    if payload.len() as u64 > bytes_max {
-        // The shell was told how much fits: a fault of ours.
-        office.end(token, failure(&Outcome::failed(Status::IO_ERROR, FailedAt::File)));
-    } else if entries.is_empty() && next != 0 {
-        office.refuse(token, Refusal::BufferSmall);
-    } else {
-        let answer = listing_answer(payload.len(), next);
-        office.end_with(token, answer, payload, false);
-    }
-}
-
-fn push_entry(payload: &mut Vec<u8>, name: &str, stat: StatRecord) {
-    let name_bytes = u32::try_from(name.len()).unwrap_or(u32::MAX);
-    let entry = DirectoryEntry {
-        stat: stat.into(),
-        name_bytes,
-        reserved: 0,
-    };
-    payload.extend_from_slice(entry.as_bytes());
-    payload.extend_from_slice(name.as_bytes());
-    pad_to_word(payload);
-}
-
-/// Answer of a listing; `next` 0: that was all.
-#[must_use]
-pub fn listing_answer(bytes: usize, next: u64) -> Answer {
-    let flags = if next == 0 { 0 } else { completion_flag::MORE };
-    Answer {
-        flags,
-        ..Answer::ok_extra(bytes as u64, next)
-    }
-}
-
 /// Ends RENAME.
 pub fn rename_done(office: &mut Office, token: Token, again: bool, outcome: Outcome) {
     let outcome = match outcome {
@@ -415,93 +355,6 @@ pub fn rename_done(office: &mut Office, token: Token, again: bool, outcome: Outc
         other => other,
     };
     plain(office, token, again.then_some(Status::NO_SUCH_NAME.0), outcome);
-}
-
-fn shares(office: &Office, vm: u64, fetched: &Fetched) -> Submitted {
-    Uses {
-        offset: true,
-        ..Uses::default()
-    }
-    .check(fetched)?;
-    let room = room(fetched.token, fetched.data_bytes);
-    let shares = office
-        .ledger
-        .vms
-        .get(&vm)
-        .map_or(&[][..], |account| &account.config.shares);
-    let start = usize::try_from(fetched.offset).map_err(|_| Refusal::Field)?;
-    let mut payload = Vec::new();
-    for (index, grant) in shares.iter().enumerate().skip(start) {
-        let bytes = size_of::<ShareEntry>() + grant.share.len().next_multiple_of(8);
-        if (payload.len() + bytes) as u64 > room {
-            if payload.is_empty() {
-                return Err(Refusal::BufferSmall);
-            }
-            let answer = listing_answer(payload.len(), index as u64);
-            return Ok(Verdict::Data(answer, payload));
-        }
-        let entry = ShareEntry {
-            bytes_left: u64::MAX,
-            writable: u32::from(grant.access == Access::ReadWrite),
-            name_bytes: u32::try_from(grant.share.len()).unwrap_or(u32::MAX),
-        };
-        payload.extend_from_slice(entry.as_bytes());
-        payload.extend_from_slice(grant.share.as_bytes());
-        pad_to_word(&mut payload);
-    }
-    Ok(Verdict::Data(listing_answer(payload.len(), 0), payload))
-}
-
-fn list(office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {
-    Uses {
-        offset: true,
-        meta: true,
-        ..Uses::default()
-    }
-    .check(fetched)?;
-    let SharePath { share, path } = names::share_path(&fetched.meta)?;
-    granted(office, vm, share, false)?;
-    let bytes_max = room(fetched.token, fetched.data_bytes);
-    if bytes_max < entry_bytes("n") as u64 {
-        return Err(Refusal::BufferSmall);
-    }
-    let (share, path) = (share.to_owned(), path.to_owned());
-    let effect = Effect::List {
-        share,
-        path,
-        cursor: fetched.offset,
-        bytes_max,
-    };
-    let then = Continuation::List {
-        token: fetched.token,
-        bytes_max,
-    };
-    office.park_effect(fetched, effect, false, then);
-    Ok(Verdict::Open)
-}
-
-fn stat(office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {
-    Uses {
-        meta: true,
-        ..Uses::default()
-    }
-    .check(fetched)?;
-    let SharePath { share, path } = names::share_path(&fetched.meta)?;
-    granted(office, vm, share, false)?;
-    if room(fetched.token, fetched.data_bytes) < size_of::<FileStat>() as u64 {
-        return Err(Refusal::BufferSmall);
-    }
-    let effect = Effect::Stat {
-        share: share.to_owned(),
-        path: path.to_owned(),
-    };
-    office.park_effect(
-        fetched,
-        effect,
-        false,
-        Continuation::Stat { token: fetched.token },
-    );
-    Ok(Verdict::Open)
 }
 
 fn make_or_remove(office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {

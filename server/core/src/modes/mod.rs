@@ -3,10 +3,13 @@
 pub mod calc;
 pub mod chat;
 pub mod coverage;
+pub mod delivery;
 pub mod file;
+pub mod listing;
 pub mod mailbox;
 pub mod names;
 pub mod offers;
+pub mod pieces;
 pub mod puts;
 pub mod stats;
 pub mod streams;

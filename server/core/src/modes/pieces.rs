@@ -1,0 +1,271 @@
+//! WORKSHOP file: the bytes of a stream: which piece is copied next, and what a copied piece ends.
+//!
+//! In: streams with something to move, outcomes of copies. Out: copies, answers. One piece at a time for each stream, so that streams take turns.
+
+use super::coverage::combine;
+use super::offers::{Transfers, reply};
+use super::streams::{Failure, Finish, Party, Piece, Side, Stream};
+use crate::effect::{BufferRange, Effect, FailedAt, Outcome};
+use crate::effects::Continuation;
+use crate::interface::ControlReply;
+use crate::limits::{COPY_PIECE_BYTES_MAX, PROGRESS_INTERVAL_NS};
+use crate::office::{Office, failed};
+use std::collections::VecDeque;
+use vmgmt_abi::Status;
+use vmgmt_abi::ring::completion_flag;
+use vmgmt_device::rings::Answer;
+
+impl Transfers {
+    /// Moves what can be moved.
+    pub fn pump(&mut self, office: &mut Office, id: u64) {
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return;
+        };
+        if stream.moving || stream.failure.is_some() {
+            return;
+        }
+        if stream.ended() {
+            self.at_end(office, id);
+            return;
+        }
+        let (write, read) = (stream.writes.front().copied(), stream.reads.front().copied());
+        let effect = match (stream.source, stream.target, write, read) {
+            (Party::Vm { .. }, Party::Vm { .. }, Some(write), Some(read)) => {
+                let bytes = (write.bytes - write.done)
+                    .min(read.bytes - read.done)
+                    .min(COPY_PIECE_BYTES_MAX);
+                Effect::Copy {
+                    from: part(write, bytes),
+                    into: part(read, bytes),
+                }
+            }
+            (Party::Host(file), _, _, Some(read)) if stream.moved < stream.size => {
+                let bytes = (read.bytes - read.done)
+                    .min(stream.size - stream.moved)
+                    .min(COPY_PIECE_BYTES_MAX);
+                Effect::Read {
+                    slot: file.slot,
+                    offset: stream.moved,
+                    into: part(read, bytes),
+                }
+            }
+            (_, Party::Host(file), Some(write), _) => {
+                let bytes = (write.bytes - write.done).min(COPY_PIECE_BYTES_MAX);
+                Effect::Write {
+                    slot: file.slot,
+                    offset: stream.moved,
+                    from: part(write, bytes),
+                    checksum: true,
+                }
+            }
+            _ => return,
+        };
+        stream.moving = true;
+        let vm = stream.vm();
+        office.effect(vm, effect, Continuation::Piece { stream: id });
+    }
+
+    fn at_end(&mut self, office: &mut Office, id: u64) {
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return;
+        };
+        let Some(finish) = stream.finish else { return };
+        if let Party::Host(_) = stream.target {
+            let good = finish.crc32.is_none_or(|crc32| crc32 == stream.crc32);
+            let status = if good { Status::OK } else { Status::INTEGRITY };
+            self.conclude(office, id, status.0);
+            return;
+        }
+        if let Some(read) = stream.reads.pop_front() {
+            stream.end_read = true;
+            let answer = Answer {
+                flags: completion_flag::END,
+                detail: u32::from(finish.crc32.is_some()),
+                ..Answer::ok_extra(0, u64::from(finish.crc32.unwrap_or(0)))
+            };
+            office.end(read.token, answer);
+            for piece in stream.reads.drain(..) {
+                office.end(piece.token, Answer::failed(Status::ENDED));
+            }
+        }
+    }
+
+    /// A piece was copied, or not.
+    pub fn piece_done(&mut self, office: &mut Office, id: u64, outcome: Outcome) {
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return;
+        };
+        stream.moving = false;
+        let (bytes, crc32) = match outcome {
+            Outcome::Bytes(bytes) if bytes > 0 => (bytes, 0),
+            Outcome::Written {
+                bytes,
+                crc32: Some(crc32),
+            } if bytes > 0 => (bytes, crc32),
+            Outcome::Failed { status, at, .. } => return self.piece_failed(office, id, status, at),
+            // The host's file has become shorter, or a disk took nothing.
+            _ => return self.piece_failed(office, id, Status::IO_ERROR.0, FailedAt::File),
+        };
+        // A shell that reports more than was asked must not break the count.
+        let left = |queue: &VecDeque<Piece>| queue.front().map_or(u64::MAX, |piece| piece.bytes - piece.done);
+        let bytes = bytes.min(left(&stream.writes)).min(left(&stream.reads));
+        stream.moved += bytes;
+        if matches!(stream.target, Party::Host(_)) {
+            stream.crc32 = combine(stream.crc32, crc32, bytes);
+        }
+        if let Party::Vm { vm, .. } = stream.source {
+            office.bytes_from(vm, bytes);
+        }
+        if let Party::Vm { vm, .. } = stream.target {
+            office.bytes_to(vm, bytes);
+        }
+        if stream.failure.is_none() {
+            advance_write(office, stream, bytes);
+            advance_read(office, stream, bytes);
+            tell_progress(office, stream);
+            self.pump(office, id);
+        } else {
+            self.finish_failed(office, id);
+        }
+    }
+
+    fn piece_failed(&mut self, office: &mut Office, id: u64, status: u16, at: FailedAt) {
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return;
+        };
+        let guilty = match (stream.source, stream.target, at) {
+            (Party::Host(_), _, FailedAt::File) => Side::Source,
+            (_, Party::Host(_), FailedAt::File) => Side::Target,
+            // With a file at one end there is one buffer, wherever the shell says it is.
+            (Party::Host(_), ..) => Side::Target,
+            (_, Party::Host(_), _) => Side::Source,
+            (.., FailedAt::Into) => Side::Target,
+            (..) => Side::Source,
+        };
+        let (mine, other) = (Status::CANCELLED.0, Status::PEER_ABSENT.0);
+        // The submission whose buffer it was says why; what else waits there is cancelled.
+        let failure = if guilty == Side::Source {
+            if let Some(piece) = stream.writes.pop_front() {
+                office.end(
+                    piece.token,
+                    Answer {
+                        result: piece.done,
+                        ..failed(status)
+                    },
+                );
+            }
+            let source = if stream.host_source().is_some() {
+                status
+            } else {
+                mine
+            };
+            Failure {
+                source,
+                target: other,
+            }
+        } else {
+            if let Some(piece) = stream.reads.pop_front() {
+                office.end(piece.token, failed(status));
+            }
+            let target = if stream.host().is_some() && stream.host_source().is_none() {
+                status
+            } else {
+                mine
+            };
+            Failure {
+                source: other,
+                target,
+            }
+        };
+        self.fail(office, id, failure);
+    }
+
+    /// The checksum of a file that is pushed.
+    pub fn push_checksum(&mut self, office: &mut Office, id: u64, outcome: &Outcome) {
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return;
+        };
+        match outcome {
+            Outcome::Checksum { bytes, crc32 } if *bytes == stream.size => {
+                stream.finish = Some(Finish {
+                    token: None,
+                    crc32: Some(*crc32),
+                });
+                self.pump(office, id);
+            }
+            _ => {
+                let failure = Failure {
+                    source: Status::IO_ERROR.0,
+                    target: Status::PEER_ABSENT.0,
+                };
+                self.fail(office, id, failure);
+            }
+        }
+    }
+}
+
+fn part(piece: Piece, bytes: u64) -> BufferRange {
+    BufferRange {
+        token: piece.token,
+        offset: piece.done,
+        bytes,
+    }
+}
+
+fn advance_write(office: &mut Office, stream: &mut Stream, bytes: u64) {
+    let Some(piece) = stream.writes.front_mut() else {
+        return;
+    };
+    piece.done += bytes;
+    let piece = *piece;
+    let ending = office.flights.get(&piece.token).and_then(|flight| flight.ending);
+    if piece.done >= piece.bytes {
+        office.end(piece.token, Answer::ok(piece.bytes));
+    } else if let Some(status) = ending {
+        stream.taken -= piece.bytes - piece.done;
+        office.end(
+            piece.token,
+            Answer {
+                result: piece.done,
+                ..failed(status)
+            },
+        );
+    } else {
+        return;
+    }
+    stream.writes.pop_front();
+}
+
+fn advance_read(office: &mut Office, stream: &mut Stream, bytes: u64) {
+    let more = if stream.host_source().is_some() {
+        stream.moved < stream.size
+    } else {
+        !stream.writes.is_empty()
+    };
+    let Some(piece) = stream.reads.front_mut() else {
+        return;
+    };
+    piece.done += bytes;
+    let piece = *piece;
+    let ending = office
+        .flights
+        .get(&piece.token)
+        .is_none_or(|flight| flight.ending.is_some());
+    if piece.done >= piece.bytes || !more || ending {
+        office.end(piece.token, Answer::ok(piece.done));
+        stream.reads.pop_front();
+    }
+}
+
+fn tell_progress(office: &mut Office, stream: &mut Stream) {
+    if let Some(file) = stream.host()
+        && office.now.since_ns(stream.progress) >= PROGRESS_INTERVAL_NS
+    {
+        stream.progress = office.now;
+        let progress = ControlReply::Progress {
+            bytes: stream.moved,
+            total: stream.size,
+        };
+        reply(office, file.client, file.id, progress, false);
+    }
+}

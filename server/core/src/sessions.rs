@@ -1,0 +1,195 @@
+//! OFFICE: who comes and goes: VMs, sessions, channels; and what is swept up behind them.
+//!
+//! In: the shell's word that somebody is there, or not any more. Out: the end of everything that was theirs.
+
+use crate::deadlines::Timer;
+use crate::effect::Effect;
+use crate::effects::Continuation;
+use crate::hub::Hub;
+use crate::interface::Output;
+use crate::journal::Record;
+use crate::limits::{SWEEP_AGE_SECONDS, SWEEP_INTERVAL_NS};
+use crate::modes::delivery;
+use crate::office::Session;
+use crate::policy::{Access, VmConfig};
+use std::collections::BTreeSet;
+use vmgmt_abi::chat::{ALL_NAME, HOST_NAME, PEER_ALL};
+use vmgmt_device::rings::{Channel, Token};
+
+impl Hub {
+    pub(crate) fn vm(&mut self, config: VmConfig) {
+        let vm = config.vm;
+        if vm >= PEER_ALL || vm == 0 || config.name == HOST_NAME || config.name == ALL_NAME {
+            let text = format!(
+                "VM {vm} has a reserved number or name ({HOST_NAME}, {ALL_NAME}): give it another one"
+            );
+            self.office.outputs.push_back(Output::Log { vm, text });
+            return;
+        }
+        let limits = config.limits.clone();
+        self.office.record(Record::Vm(Box::new(config)));
+        if self.office.vms.is_empty() {
+            self.office
+                .timers
+                .arm(self.office.now.after_ns(SWEEP_INTERVAL_NS), Timer::Sweep);
+        }
+        self.office.vms.entry(vm).or_default().limits = limits;
+        self.office.refresh_reach();
+    }
+
+    pub(crate) fn vm_gone(&mut self, vm: u64) {
+        let sessions = self
+            .office
+            .vms
+            .get(&vm)
+            .map(|entry| entry.sessions.clone())
+            .unwrap_or_default();
+        for session in sessions {
+            self.session_emptied(session);
+            self.office.sessions.remove(&session);
+        }
+        self.transfers.vm_gone(&mut self.office, vm);
+        if self.office.ledger.vms.contains_key(&vm) {
+            self.office.record(Record::VmGone { vm });
+        }
+        if let Some(at) = self.office.vms.remove(&vm).and_then(|entry| entry.expiry) {
+            self.office.timers.disarm(at, Timer::Expiry { vm });
+        }
+        if self.office.vms.is_empty() {
+            self.office.timers.disarm_sweep();
+        }
+        self.office.refresh_reach();
+    }
+
+    pub(crate) fn session_opened(&mut self, session: u64, vm: u64) {
+        if self.office.sessions.contains_key(&session) {
+            self.session_closed(session);
+        }
+        let Some(entry) = self.office.vm_mut(vm) else {
+            let text = format!(
+                "session {session} of a VM that is not known: its submissions are answered NOT_READY"
+            );
+            self.office.outputs.push_back(Output::Log { vm, text });
+            return;
+        };
+        entry.sessions.insert(session);
+        self.office.sessions.insert(
+            session,
+            Session {
+                vm,
+                handles: BTreeSet::new(),
+            },
+        );
+    }
+
+    pub(crate) fn session_closed(&mut self, session: u64) {
+        self.session_emptied(session);
+        let Some(Session { vm, handles: _ }) = self.office.sessions.remove(&session) else {
+            return;
+        };
+        let Some(entry) = self.office.vm_mut(vm) else {
+            return;
+        };
+        entry.sessions.remove(&session);
+        if entry.sessions.is_empty()
+            && self
+                .office
+                .ledger
+                .vms
+                .get(&vm)
+                .is_some_and(|account| account.config.transient)
+        {
+            self.vm_gone(vm);
+        }
+    }
+
+    /// Everything of a session goes: submissions, handles, presence, deliveries under way.
+    pub(crate) fn session_emptied(&mut self, session: u64) {
+        let first = Token {
+            session,
+            channel: Channel::Ring(0),
+            index: 0,
+            generation: 0,
+        };
+        let last = Token {
+            session,
+            channel: Channel::Port,
+            index: u32::MAX,
+            generation: u32::MAX,
+        };
+        self.void_all(first, last);
+        let found = self.office.sessions.get_mut(&session);
+        let found = found.map(|entry| (entry.vm, std::mem::take(&mut entry.handles)));
+        // After a crash a session may be gone that this life never saw: then only what survived of it is put right.
+        let vm = found
+            .as_ref()
+            .map(|(vm, _)| *vm)
+            .or_else(|| self.office.ledger.vm_published_by(session));
+        for handle in found.map(|(_, handles)| handles).unwrap_or_default() {
+            if self.transfers.ends.contains_key(&handle) {
+                self.transfers.close(&mut self.office, handle);
+            } else {
+                self.files.release(&mut self.office, handle);
+            }
+        }
+        let vm = vm.unwrap_or(0);
+        delivery::session_gone(&mut self.office, session, vm);
+        let others = self
+            .office
+            .vms
+            .get(&vm)
+            .is_some_and(|entry| entry.sessions.iter().any(|other| *other != session));
+        self.transfers
+            .session_gone(&mut self.office, session, vm, !others);
+    }
+
+    pub(crate) fn channel_closed(&mut self, session: u64, channel: Channel) {
+        let first = Token {
+            session,
+            channel,
+            index: 0,
+            generation: 0,
+        };
+        self.void_all(
+            first,
+            Token {
+                index: u32::MAX,
+                generation: u32::MAX,
+                ..first
+            },
+        );
+        let Some(vm) = self.office.vm_of(first) else {
+            return;
+        };
+        delivery::channel_gone(&mut self.office, session, vm, channel);
+        let presented: Vec<Token> = self.transfers.presenting.keys().copied().collect();
+        for token in presented
+            .into_iter()
+            .filter(|token| (token.session, token.channel) == (session, channel))
+        {
+            self.transfers.published(&mut self.office, token, false);
+        }
+    }
+
+    /// Removes what broken puts left, in every share that some VM may write.
+    pub(crate) fn sweep(&mut self) {
+        let accounts = self
+            .office
+            .ledger
+            .vms
+            .values()
+            .flat_map(|account| &account.config.shares);
+        let writable = accounts.filter(|grant| grant.access == Access::ReadWrite);
+        let shares: BTreeSet<String> = writable.map(|grant| grant.share.clone()).collect();
+        for share in shares {
+            let effect = Effect::Sweep {
+                share,
+                older_than_seconds: SWEEP_AGE_SECONDS,
+            };
+            self.office.effect(0, effect, Continuation::Nothing);
+        }
+        self.office
+            .timers
+            .arm(self.office.now.after_ns(SWEEP_INTERVAL_NS), Timer::Sweep);
+    }
+}
