@@ -82,8 +82,9 @@ pub struct MessageQueue {
     failed: Option<u64>,
 }
 
-/// errno of an answer that says: dropped before it was sent (at a fence); ask again if it still holds.
-const CANCELED: u32 = libc::ECANCELED as u32;
+/// errno of an answer that says: dropped at a fence, ask again if it still holds. It may have been sent all the same; doing it twice
+/// does no harm, because no word that publishes it has been given out.
+const AGAIN: u32 = libc::EAGAIN as u32;
 
 impl MessageQueue {
     /// Nothing waits and nothing is outstanding.
@@ -251,8 +252,8 @@ impl MessageQueue {
         if !self.outstanding.contains_key(&request) {
             return false;
         }
-        if error == CANCELED {
-            // Dropped unsent, and so were all after it: they go again, in order.
+        if error == AGAIN {
+            // Dropped, and so were all after it: they go again, in order.
             let later = self.outstanding.split_off(&request);
             for (operation, _) in later.into_values().rev() {
                 self.queue.push_front(operation);

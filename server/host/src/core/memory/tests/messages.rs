@@ -263,8 +263,8 @@ fn what_the_front_drops_at_a_fence_is_asked_again_in_order() {
     session.front.move_fence();
     session.memory.poll_fences(session.now);
     session.serve(&requests[0], &mut ram);
-    answer(&mut session, &requests[1], 125, &[]);
-    answer(&mut session, &requests[2], 125, &[]);
+    answer(&mut session, &requests[1], 11, &[]);
+    answer(&mut session, &requests[2], 11, &[]);
     let (settled, _) = session.until_done(&mut ram, SessionMemory::settled);
     assert_eq!((settled, ram.read(0x1000, 7)), (Ok(()), b"otthree".to_vec()));
 }
