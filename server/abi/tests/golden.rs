@@ -161,3 +161,21 @@ fn no_constant_is_left_out() {
         }
     }
 }
+
+/// Whoever writes a driver by the text finds every operation, status and budget in it, in the words of the code.
+#[test]
+fn the_text_for_driver_writers_is_complete() {
+    let text = std::fs::read_to_string(root().join("docs/abi.md")).unwrap();
+    for (opcode, name, _) in Opcode::NAMED {
+        let row = format!("| {:#06x} | {name} | ", opcode.0);
+        assert!(text.contains(&row), "docs/abi.md has no row {row:?}");
+    }
+    for (number, name, words) in Status::NAMED {
+        let row = format!("| {} | {name} | {words} |", number.0);
+        assert!(text.contains(&row), "docs/abi.md has no row {row:?}");
+    }
+    for (number, name, words) in Budget::NAMED {
+        let row = format!("| {} | {name} | {words} |", number.0);
+        assert!(text.contains(&row), "docs/abi.md has no row {row:?}");
+    }
+}

@@ -66,17 +66,16 @@ impl Port {
             return;
         }
         // Of another generation: one of the two pages' readers is late, and is told again.
-        let of_this_generation = sequence >> 32 == desk.generation & 0xffff_ffff;
-        let submission = front.port_submission();
-        match submission {
-            Some(submission) if of_this_generation && submission.sequence == sequence => {
-                if self.take_over(desk, front, core, sequence) {
-                    return;
-                }
-                self.withdraw(desk, front);
-                self.begin(desk, front, core, &submission);
-            }
-            _ => {}
+        if sequence >> 32 != desk.generation & 0xffff_ffff {
+            return;
+        }
+        // `None`: it is being written, and the front will touch the session again.
+        let Some(submission) = front.port_submission() else {
+            return;
+        };
+        if submission.sequence == sequence && !self.take_over(desk, front, core, sequence) {
+            self.withdraw(desk, front);
+            self.begin(desk, front, core, &submission);
         }
     }
 

@@ -35,6 +35,15 @@ impl FlatGuest {
     pub fn read(&self, address: u64, into: &mut [u8]) {
         let mut address = address;
         let mut rest = into;
+        if address.is_multiple_of(8) {
+            let whole = rest.len() & !7;
+            let (words, tail) = rest.split_at_mut(whole);
+            for (word, at) in words.chunks_exact_mut(8).zip((address..).step_by(8)) {
+                word.copy_from_slice(&self.load_u64(at).to_le_bytes());
+            }
+            rest = tail;
+            address = address.wrapping_add(whole as u64);
+        }
         while !rest.is_empty() {
             let word = self.load_u64(address & !7).to_le_bytes();
             let within = (address & 7) as usize;
@@ -49,6 +58,14 @@ impl FlatGuest {
     pub fn write(&self, address: u64, from: &[u8]) {
         let mut address = address;
         let mut rest = from;
+        if address.is_multiple_of(8) {
+            let (words, tail) = rest.as_chunks::<8>();
+            for (word, at) in words.iter().zip((address..).step_by(8)) {
+                self.store_u64(at, u64::from_le_bytes(*word));
+            }
+            address = address.wrapping_add(8 * words.len() as u64);
+            rest = tail;
+        }
         while !rest.is_empty() {
             let within = (address & 7) as usize;
             let bytes = (8 - within).min(rest.len());
