@@ -27,6 +27,7 @@ mod open;
 mod port;
 mod prepare;
 mod recover;
+mod refresh;
 mod ring;
 mod room;
 mod shape;

@@ -1,0 +1,171 @@
+//! What the front's page says, compared with what the rings hold: level-triggered, so that any number of changes may be missed.
+//!
+//! In: the front page, or the table that an earlier core life left. Out: rings that begin, end or are void, and the words that say so.
+
+use super::interface::{Channel, Output};
+use super::port::Port;
+use super::recover;
+use super::ring::Ring;
+use super::room::Rings;
+use crate::page::{CorePage, FrontPage, OpenAnswer, RingSetup, Words};
+use vmgmt_abi::registers::{DeviceState, RINGS_MAX, RingState};
+use vmgmt_abi::{Status, feature};
+
+impl<W: Words> Rings<W> {
+    pub(super) fn adopt(&mut self, front: &FrontPage<W>, core: &CorePage<W>) {
+        let Some(port) = Port::adopt(&self.desk) else {
+            return self.fail(None, Status::OUTCOME_UNKNOWN, core);
+        };
+        self.port = port;
+        if let Some(cause) = self.desk.table.failed(self.desk.generation) {
+            self.failed = true;
+            core.set_state(self.desk.generation, DeviceState::FAILED, cause);
+        }
+        for n in 0..RINGS_MAX {
+            let Some(epoch) = self.desk.table.ring_epoch(n) else {
+                continue;
+            };
+            // A set-up that is being written has another epoch already.
+            let setup = front
+                .ring(n)
+                .filter(|setup| setup.enabled && setup.epoch == epoch);
+            let Some(setup) = setup.filter(|_| !self.failed) else {
+                self.desk.table.close_ring(n);
+                self.channel_closed(n);
+                continue;
+            };
+            let Some(ring) = recover::adopt(&mut self.desk, n, setup) else {
+                return self.fail(Some(n), Status::OUTCOME_UNKNOWN, core);
+            };
+            if let Some(place) = self.rings.get_mut(n) {
+                *place = ring;
+            }
+            // As the guest knows it, while it is looked at.
+            answer_open(core, n, epoch, RingState::OPEN, Status::OK);
+            core.set_state(self.desk.generation, DeviceState::ACTIVE, Status::OK);
+        }
+    }
+
+    /// The device was reset: everything in flight is void.
+    pub(super) fn reset(&mut self, generation: u64) {
+        for n in 0..RINGS_MAX {
+            self.desk.table.close_ring(n);
+        }
+        for ring in &mut self.rings {
+            *ring = closed_under(ring.setup);
+        }
+        self.port.reset(&self.desk);
+        self.desk.generation = generation;
+        self.desk.table.set_generation(generation);
+        self.failed = false;
+        self.desk.outputs.push_back(Output::Reset {
+            session: self.desk.settings.session,
+        });
+    }
+
+    /// The guest broke the contract on ring `n`: its device fails until it is reset. The port window goes on, so that a program without
+    /// a driver can still ask.
+    pub(super) fn fail(&mut self, n: Option<usize>, cause: Status, core: &CorePage<W>) {
+        self.failed = true;
+        self.desk.counters.failures += 1;
+        self.desk.table.set_failed(self.desk.generation, cause);
+        core.set_state(self.desk.generation, DeviceState::FAILED, cause);
+        for place in 0..RINGS_MAX {
+            let known = self.desk.table.ring_epoch(place).is_some();
+            self.desk.table.close_ring(place);
+            if known {
+                self.channel_closed(place);
+            }
+        }
+        for ring in &mut self.rings {
+            *ring = closed_under(ring.setup);
+        }
+        if let Some((n, ring)) = n.and_then(|n| Some((n, self.rings.get(n)?))) {
+            answer_open(core, n, ring.setup.epoch, RingState::REFUSED, cause);
+        }
+        self.desk.outputs.push_back(Output::Kick);
+    }
+
+    pub(super) fn channel_closed(&mut self, n: usize) {
+        self.desk.outputs.push_back(Output::ChannelClosed {
+            session: self.desk.settings.session,
+            channel: Channel::Ring(n as u8),
+        });
+    }
+
+    /// Compares everything with the front page.
+    pub(super) fn refresh(&mut self, front: &FrontPage<W>, core: &CorePage<W>) {
+        let generation = front.generation();
+        if generation != self.desk.generation {
+            self.reset(generation);
+        }
+        self.desk.suppression = front.features() & feature::EVENT_SUPPRESSION != 0;
+        for n in 0..RINGS_MAX {
+            // A set-up that is being written: the front will touch this session again.
+            if let Some(setup) = front.ring(n) {
+                self.refresh_ring(n, &setup, front, core);
+            }
+        }
+        let interrupts = Some((front.interrupts(), front.vectors_changed()));
+        if interrupts != self.interrupts {
+            // What was signalled before may have gone nowhere.
+            self.interrupts = interrupts;
+            self.rings
+                .iter_mut()
+                .for_each(|ring| ring.signal |= ring.is_open());
+        }
+    }
+
+    pub(super) fn refresh_ring(
+        &mut self,
+        n: usize,
+        setup: &RingSetup,
+        front: &FrontPage<W>,
+        core: &CorePage<W>,
+    ) {
+        let Some(ring) = self.rings.get_mut(n) else {
+            return;
+        };
+        let doorbell = front.doorbell(n);
+        if doorbell != ring.doorbell {
+            ring.doorbell = doorbell;
+            ring.look = true;
+        }
+        if setup.epoch == ring.setup.epoch {
+            return;
+        }
+        let known = self.desk.table.ring_epoch(n).is_some();
+        if !setup.enabled {
+            *ring = closed_under(*setup);
+            answer_open(core, n, setup.epoch, RingState::CLOSED, Status::OK);
+        } else if self.failed {
+            *ring = closed_under(*setup);
+            answer_open(core, n, setup.epoch, RingState::REFUSED, Status::NOT_READY);
+        } else {
+            *ring = Ring::opening(*setup, false);
+            ring.doorbell = doorbell;
+        }
+        if known {
+            self.desk.table.close_ring(n);
+            self.channel_closed(n);
+        }
+    }
+}
+
+/// A ring without work that remembers which set-up it has answered.
+pub(super) fn closed_under(setup: RingSetup) -> Ring {
+    Ring {
+        setup,
+        ..Ring::closed()
+    }
+}
+
+pub(super) fn answer_open<W: Words>(
+    core: &CorePage<W>,
+    n: usize,
+    epoch: u32,
+    state: RingState,
+    status: Status,
+) {
+    core.set_open_answer(n, OpenAnswer { epoch, state, status });
+}
