@@ -321,7 +321,7 @@ impl Ledger {
         let parts = &mut self.parts;
         self.delivering.retain(|token, delivering| {
             let stays = delivering.target != vm;
-            if !stays {
+            if !stays && !delivering.last {
                 parts.remove(&(token.session, token.channel));
             }
             stays
@@ -352,13 +352,18 @@ impl Ledger {
             return;
         };
         let place = (token.session, token.channel);
-        self.parts.remove(&place);
+        if !last {
+            self.parts.remove(&place);
+        }
         let Some(mailbox) = self.mailbox_mut(target) else {
             return;
         };
         if published && last {
             mailbox.remove(position);
-            self.bound.remove(&place);
+            // The channel may meanwhile have a part of another message.
+            if self.bound.get(&place) == Some(&(target, position)) {
+                self.bound.remove(&place);
+            }
         } else if published {
             mailbox.update(position, |held| {
                 held.delivering = false;

@@ -1,4 +1,5 @@
 //! File mode: names, handles and puts, with the failures of each.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod house;
 
@@ -400,7 +401,7 @@ fn a_rate_delays_then_refuses_and_the_log_is_not_flooded() {
     assert_eq!(house.status(tokens[19]), Status::CANCELLED);
     house.pass_ns(500_000_000);
     assert_eq!(answered(&house, Status::OK), 19);
-    assert_eq!(house.hub.poll_timeout().is_some_and(|at| at <= house.now), false);
+    assert!(house.hub.poll_timeout().is_some_and(|at| at > house.now));
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! A house for the hub to live in: buffers, files and rings in memory, carried out as the shell does, with every promise between
 //! the rooms asserted: one completion for each submission, none for a void one, journal before answer, a saved hub is the same hub.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use vmgmt_abi::file::{existing, kind};
