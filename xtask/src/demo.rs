@@ -35,8 +35,8 @@ const READING_TIME: Duration = Duration::from_secs(1);
 
 /// Two VMs with a socket each, one more for whoever wants to join, and a share for all.
 const CONFIGURATION: &str = r#"
-[control]
-socket = "@DIR@/control.sock"
+[server]
+control = "@DIR@/control.sock"
 
 [[share]]
 name = "demo"
@@ -45,17 +45,17 @@ path = "@DIR@/share"
 [[vm]]
 name = "vm1"
 socket = "@DIR@/vm1.sock"
-shares = ["demo:rw"]
+shares = ["demo"]
 
 [[vm]]
 name = "vm2"
 socket = "@DIR@/vm2.sock"
-shares = ["demo:rw"]
+shares = ["demo"]
 
 [[vm]]
 name = "vm3"
 socket = "@DIR@/vm3.sock"
-shares = ["demo:rw"]
+shares = ["demo"]
 "#;
 
 #[derive(Args)]
@@ -297,7 +297,7 @@ fn arrived(from: &str, to: &str, text: &str, received: &str) -> Result<()> {
 /// Runs vmgmtctl and gives what it says.
 fn operator(stage: &Stage, words: &[&str]) -> Result<String> {
     let output = Command::new(&stage.operator)
-        .arg("--socket")
+        .arg("--control")
         .arg(&stage.control)
         .args(words)
         .stdin(Stdio::null())
