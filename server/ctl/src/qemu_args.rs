@@ -47,12 +47,7 @@ fn arguments(socket: &str, options: &Options) -> Vec<String> {
     let memory = options.memory;
     let mut arguments = vec![
         "-machine".to_owned(),
-        if options.iommu {
-            "q35,memory-backend=ram,kernel-irqchip=split"
-        } else {
-            "q35,memory-backend=ram"
-        }
-        .to_owned(),
+        "q35,memory-backend=ram".to_owned(),
         "-m".to_owned(),
         format!("{memory}M"),
         "-object".to_owned(),
@@ -61,7 +56,7 @@ fn arguments(socket: &str, options: &Options) -> Vec<String> {
     if options.iommu {
         arguments.extend([
             "-device".to_owned(),
-            "intel-iommu,intremap=on,caching-mode=on".to_owned(),
+            "intel-iommu,caching-mode=on".to_owned(),
         ]);
     }
     arguments.extend(["-device".to_owned(), device.to_string()]);

@@ -119,7 +119,9 @@ impl<T: Serialize> Child<T> {
                 });
             }
         };
-        if let Some(fault) = self.fault {
+        // Our kill decides nothing where the process had begun to end before.
+        let ours = status.signal() == Some(libc::SIGKILL);
+        if let Some(fault) = self.fault.filter(|_| ours) {
             return Some(Exit {
                 text: fault.to_owned(),
                 by_itself: true,
@@ -153,6 +155,19 @@ impl<T: Serialize> Child<T> {
         })
     }
 
+    /// Whether it is on its way out already.
+    pub(super) fn is_ending(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap_or_default();
+        // State is the first field behind the name, flags the seventh (proc_pid_stat(5)).
+        let mut fields = stat.rsplit_once(") ").map_or("", |(_, rest)| rest).split(' ');
+        let state = fields.next().unwrap_or_default();
+        let flags: u64 = fields
+            .nth(5)
+            .and_then(|flags| flags.parse().ok())
+            .unwrap_or_default();
+        matches!(state, "" | "Z" | "X") || flags & PF_EXITING != 0
+    }
+
     /// Whether it can touch no guest memory any more although it is not gone: it was killed, and all its threads sleep in the kernel or
     /// are dead (survival.md, "When a core is dead").
     pub(super) fn is_dead_for_memory(&self) -> bool {
@@ -178,6 +193,9 @@ impl<T> Drop for Child<T> {
         let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
     }
 }
+
+/// Linux's flag of a task that is ending.
+const PF_EXITING: u64 = 0x4;
 
 /// Signals that a process brings on itself.
 const FAULTS: [(i32, &str); 6] = [

@@ -255,19 +255,25 @@ impl Keeper {
                         self.admit(listener, Guest { session, pid, uid });
                     }
                     FrontToKeeper::SessionGone { session } => self.session_gone(session),
-                    FrontToKeeper::CoreStuck { life } => {
-                        if let Some(core) = self.core.as_mut().filter(|core| core.life == life) {
-                            core.child
-                                .kill(Some("killed: it stood still while a fence or a doorbell waited"));
-                            core.dying.get_or_insert_with(Instant::now);
-                        }
-                    }
+                    FrontToKeeper::CoreStuck { life } => self.core_stuck(life),
                 },
                 Ok(None) | Err(ChannelError::Closed) => return Ok(false), // its pidfd tells the rest
                 Err(error) => bail!("the front cannot be understood: {error}"),
             }
         }
         Ok(true)
+    }
+
+    /// The front has no more use for that core. One that is ending anyway is let end, so that how it did is known.
+    fn core_stuck(&mut self, life: u64) {
+        let stopping = self.stop_at.is_some();
+        if let Some(core) = self.core.as_mut().filter(|core| core.life == life && !stopping) {
+            core.dying.get_or_insert_with(Instant::now);
+            if !core.child.is_ending() {
+                core.child
+                    .kill(Some("killed: it stood still while a fence or a doorbell waited"));
+            }
+        }
     }
 
     fn look_at_front(&mut self) -> anyhow::Result<()> {
