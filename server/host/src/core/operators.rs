@@ -4,7 +4,7 @@
 //! never know a session or a ring.
 
 use super::lines::Lines;
-use crate::config::{Access, CoreConfig, DeviceConfig, Identity, ListenerConfig, ShareGrant, VmConfig};
+use crate::config::{Access, CoreConfig, ListenerConfig, ShareGrant, VmConfig, added_vm};
 use crate::control::protocol::{
     self, Call, Done, ErrorCode, Event, Failure, Hello, LogLine, Message, Peers, Progress, Received, Sent, Shares, Transferred, Vm, Vms,
 };
@@ -14,7 +14,6 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use mio::{Registry, Token};
 use rustix::fd::OwnedFd;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use vmgmt_abi::Status;
 use vmgmt_core::interface::{ControlReply, ControlRequest, VmStatus};
 
@@ -224,7 +223,7 @@ impl Operators {
                 return Ok(Some(Ask::Transfer { client: number, id, fd, transfer }));
             }
             Call::AddVm(add) => {
-                let (vm, listener) = new_vm(*add, books)?;
+                let (vm, listener) = added_vm(&add, books.config)?;
                 let request = self.to_keeper(client, id);
                 return Ok(Some(Ask::AddVm { request, vm: Box::new(vm), listener: Box::new(listener) }));
             }
@@ -361,43 +360,6 @@ fn vm_of(vm: &VmStatus, books: &Books<'_>) -> Vm {
         mailbox_bytes: vm.mailbox_bytes,
         counters: counters.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
     }
-}
-
-fn new_vm(add: protocol::AddVm, books: &Books<'_>) -> Result<(VmConfig, ListenerConfig), Failure> {
-    let bad = |message: String, remedy: &str| Failure::new(ErrorCode::BadRequest, message, remedy);
-    let mut grants = Vec::new();
-    for text in &add.shares {
-        let (share, access) = match text.rsplit_once(':') {
-            Some((share, "ro")) => (share, Access::ReadOnly),
-            Some((share, "rw")) => (share, Access::ReadWrite),
-            Some((_, other)) => return Err(bad(format!("share {text:?}: no access {other:?}"), "write NAME, NAME:ro or NAME:rw")),
-            None => (text.as_str(), Access::ReadWrite),
-        };
-        if !books.config.shares.iter().any(|known| known.name == share) {
-            return Err(bad(format!("no share {share:?}"), "add it to the configuration's [[share]] tables and restart"));
-        }
-        grants.push(ShareGrant { share: share.to_owned(), access });
-    }
-    let mode = match add.mode.as_deref() {
-        None => 0o660,
-        Some(text) => u32::from_str_radix(text.trim_start_matches("0o"), 8)
-            .ok()
-            .filter(|mode| *mode <= 0o777)
-            .ok_or_else(|| bad(format!("mode {text:?}"), "write permission bits in octal, such as 0660"))?,
-    };
-    let vm = VmConfig {
-        vm: 0,
-        name: add.name,
-        shares: grants,
-        reach: add.reach,
-        send_to_all: add.send_to_all,
-        limits: vmgmt_core::policy::VmLimits::default(),
-        transient: false,
-    };
-    let device = DeviceConfig { devices_max: add.devices_max.unwrap_or(1), ..DeviceConfig::default() };
-    let listener =
-        ListenerConfig { listener: 0, path: PathBuf::from(add.socket), mode, group: add.group, identity: Identity::Vm { vm: 0 }, device };
-    Ok((vm, listener))
 }
 
 /// The protocol's failure for a hub's status.
