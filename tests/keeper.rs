@@ -26,12 +26,20 @@ struct Daemon {
 impl Daemon {
     /// Starts one with these arguments; `DIR` stands for its directory.
     fn start(arguments: &[&str]) -> Result<Self> {
-        let directory = tempfile::tempdir()?;
+        Self::start_in(tempfile::tempdir()?, arguments, &[])
+    }
+
+    fn start_in(
+        directory: tempfile::TempDir,
+        arguments: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Result<Self> {
         std::fs::create_dir(directory.path().join("pub"))?;
         let shown = directory.path().to_str().context("a path")?;
         let mut process = Command::new(env!("CARGO_BIN_EXE_vmgmtd"))
             .args(["--control", &format!("{shown}/control.sock"), "--log", "info"])
             .args(arguments.iter().map(|argument| argument.replace("DIR", shown)))
+            .envs(environment.iter().copied())
             .stderr(Stdio::piped())
             .spawn()?;
         let lines = Arc::new(Mutex::new(String::new()));
@@ -353,6 +361,60 @@ fn several_devices_of_one_process_are_one_vm_on_a_shared_socket() -> Result<()> 
     ensure!(vms.vms.len() == 1 && vms.vms[0].sessions.len() == 2, "{vms:?}");
     ensure!(Device::connect_ready(&socket).is_err(), "three");
     drop(devices);
+    Ok(())
+}
+
+#[test]
+fn the_service_manager_hears_of_it_when_all_is_ready() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("notify");
+    let manager = std::os::unix::net::UnixDatagram::bind(&path)?;
+    manager.set_read_timeout(Some(PATIENCE))?;
+    let environment = [("NOTIFY_SOCKET", path.to_str().context("a path")?)];
+    let daemon = Daemon::start_in(directory, &["--socket", "DIR/mgmt.sock"], &environment)?;
+    let mut buffer = [0; 256];
+    let bytes = manager.recv(&mut buffer)?;
+    ensure!(buffer[..bytes].trim_ascii() == b"READY=1");
+    // It is the keeper's alone to speak to it.
+    let front = daemon.wait_role("front", None)?;
+    let environment = std::fs::read(format!("/proc/{front}/environ"))?;
+    ensure!(!String::from_utf8_lossy(&environment).contains("NOTIFY_SOCKET"));
+    ensure!(daemon.call::<Status>(Call::Status)?.answered_by == "core");
+    Ok(())
+}
+
+#[test]
+fn hundreds_of_vms_are_told_to_each_core_before_their_sessions() -> Result<()> {
+    const VMS: usize = 400;
+    let directory = tempfile::tempdir()?;
+    let mut text = String::new();
+    for number in 0..VMS {
+        let socket = directory.path().join(format!("{number}.sock"));
+        text += &format!("[[vm]]\nname = \"vm{number}\"\nsocket = {socket:?}\n");
+    }
+    let file = directory.path().join("vmgmtd.toml");
+    std::fs::write(&file, text)?;
+    let sockets: Vec<_> = (0..VMS)
+        .map(|number| directory.path().join(format!("{number}.sock")))
+        .collect();
+    let daemon = Daemon::start_in(directory, &["--config", file.to_str().context("a path")?], &[])?;
+    daemon.wait_line("vmgmtd: ready")?;
+    let devices = sockets
+        .iter()
+        .step_by(10)
+        .map(Device::connect_ready)
+        .collect::<Result<Vec<_>, _>>()?;
+    for life in 1..=2 {
+        daemon.wait_serving(life)?;
+        wait_until("all VMs and devices", PATIENCE, || {
+            let vms: Vms = daemon.call(Call::Vms)?;
+            let connected = vms.vms.iter().filter(|vm| vm.sessions.len() == 1).count();
+            Ok((vms.vms.len() == VMS && connected == devices.len()).then_some(()))
+        })?;
+        if life == 1 {
+            signal(daemon.wait_role("core", None)?, Signal::KILL)?;
+        }
+    }
     Ok(())
 }
 

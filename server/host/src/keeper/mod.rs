@@ -7,8 +7,10 @@
 //! means nothing; the event loop only tells when to look.
 
 mod child;
+mod comers;
 mod fallback;
 mod limits;
+mod lives;
 mod restart;
 mod role;
 mod sockets;
@@ -16,22 +18,18 @@ mod vms;
 
 pub use role::enter_role;
 
-use crate::channel::{Channel, ChannelError};
-use crate::config::{Config, CoreConfig, Identity, ListenerConfig, VmConfig};
+use crate::channel::ChannelError;
+use crate::config::{Config, CoreConfig, ListenerConfig};
 use crate::control::ControlServer;
 use crate::control::protocol::Status;
 use crate::messages::{CoreToKeeper, FrontToKeeper, KeeperToCore, KeeperToFront};
-use crate::words::{MappedWords, create_page};
 use anyhow::{Context, bail};
 use child::Child;
-use limits::{
-    END_DEADLINE, FIRST_DEATHS_MAX, HUB_STATE_BYTES, LOOK_AGAIN, NOTICES_MAX, PACKETS_PER_TURN,
-    SESSION_STATE_BYTES, START_AGAIN, START_DEADLINE, STOP_DEADLINE, VM_STATE_BYTES,
-};
+use limits::{HUB_STATE_BYTES, LOOK_AGAIN, NOTICES_MAX, PACKETS_PER_TURN, START_DEADLINE, STOP_DEADLINE};
+use lives::CoreLife;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
-use restart::{Death, Restarts};
-use rustix::event::{EventfdFlags, eventfd};
+use restart::Restarts;
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::io::Errno;
@@ -40,24 +38,11 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
-use vmgmt_device::page::{FrontPage, LifePage, TouchedPage};
-use vms::{Admission, Guest, Vms};
+use vms::{Guest, Vms};
 
 /// Where the fallback's tokens begin; all others only wake the loop.
 const CONTROL_TOKENS: usize = 16;
 const WAKE: Token = Token(0);
-
-/// One life of the core.
-struct CoreLife {
-    life: u64,
-    child: Child<KeeperToCore>,
-    page: LifePage<MappedWords>,
-    started: Instant,
-    /// In service since.
-    ready: Option<Instant>,
-    /// It has closed its channel or was killed, then.
-    dying: Option<Instant>,
-}
 
 struct Keeper {
     poll: Poll,
@@ -113,9 +98,9 @@ pub fn run(config: Config, arguments: Vec<String>) -> anyhow::Result<()> {
             _ => {}
         }
         if let Some(fallback) = &mut keeper.fallback {
-            events
-                .iter()
-                .for_each(|event| drop(fallback.handle_ready(event.token())));
+            for event in &events {
+                fallback.handle_ready(event.token());
+            }
         }
     }
 }
@@ -322,148 +307,6 @@ impl Keeper {
         true
     }
 
-    /// Is the core dead, or dead for guest memory, or late?
-    fn look_at_core(&mut self) -> anyhow::Result<()> {
-        let Some(core) = &mut self.core else { return Ok(()) };
-        let now = Instant::now();
-        if core.ready.is_none() && now.duration_since(core.started) > START_DEADLINE {
-            core.child.kill(Some("killed: it was not ready in time"));
-            core.dying.get_or_insert(now);
-        }
-        // Who closes the channel is about to end, and is let, so that how it did is known.
-        let late = core
-            .dying
-            .is_some_and(|since| now.duration_since(since) > END_DEADLINE);
-        if late || self.stop_at.is_some_and(|at| now >= at) {
-            core.child.kill(None);
-        }
-        let exit = core.child.ended();
-        if exit.is_none() && !core.child.is_dead_for_memory() {
-            return Ok(());
-        }
-        let Some(core) = self.core.take() else {
-            return Ok(());
-        };
-        self.front
-            .queue(KeeperToFront::CoreDead { life: core.life }, Vec::new());
-        let (text, by_itself) = exit
-            .as_ref()
-            .map_or(("killed, still in the kernel", false), |exit| {
-                (exit.text.as_str(), exit.by_itself)
-            });
-        if self.stop_at.is_some() {
-            if !exit.as_ref().is_some_and(|exit| exit.orderly) {
-                tracing::warn!("the core ended by {text} instead of in order");
-            }
-            return Ok(());
-        }
-        let served = core
-            .ready
-            .map_or(Duration::ZERO, |ready| now.duration_since(ready));
-        let blame = core.page.blame();
-        let death = Death {
-            at: now.duration_since(self.begin),
-            served,
-            by_itself,
-            blame,
-        };
-        let (wait, quarantined) = self.restarts.died(death);
-        let blamed = if blame == 0 {
-            String::new()
-        } else {
-            format!(", while it handled session {blame}")
-        };
-        self.notice(format!(
-            "core life {} died: {text}{blamed}; it had served {} s; the next starts in {} ms",
-            core.life,
-            served.as_secs(),
-            wait.as_millis()
-        ));
-        if let Some(session) = quarantined {
-            self.notice(format!(
-                "session {session} has killed the core twice: it is to be quarantined"
-            ));
-        }
-        if !self.announced && self.restarts.in_a_row() >= FIRST_DEATHS_MAX {
-            bail!(
-                "the core does not start ({text}): see the lines above; `vmgmtd --check` checks the configuration"
-            );
-        }
-        self.restart_at = now + wait;
-        if exit.is_none() {
-            self.undead.push(core.child);
-        }
-        Ok(())
-    }
-
-    fn bury_undead(&mut self) {
-        self.undead.retain_mut(|child| child.ended().is_none());
-    }
-
-    fn restart_core(&mut self) -> anyhow::Result<()> {
-        if self.stop_at.is_some() || self.core.is_some() || Instant::now() < self.restart_at {
-            return Ok(());
-        }
-        match self.start_core() {
-            Err(error) if self.announced => {
-                self.notice(format!("a core cannot be started now: {error:#}"));
-                self.restart_at = Instant::now() + START_AGAIN;
-                Ok(())
-            }
-            other => other,
-        }
-    }
-
-    fn start_core(&mut self) -> anyhow::Result<()> {
-        self.last_life += 1;
-        let life = self.last_life;
-        let (to_core, to_front) = Channel::pair()?;
-        let (touched, touched_ro) = create_page("vmgmt-touched", TouchedPage::<MappedWords>::WORDS)?;
-        let (page, page_ro) = create_page("vmgmt-life", LifePage::<MappedWords>::WORDS)?;
-        TouchedPage::new(MappedWords::writable(&touched)?).init();
-        LifePage::new(MappedWords::writable(&page)?).init();
-        let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        let (wake_core, wake_front) = (event()?, event()?);
-        let mut child = Child::start("core", &self.arguments)?;
-        watch(&self.poll, &child.pidfd)?;
-        watch(&self.poll, &child.channel)?;
-        let fds = vec![
-            to_front.into_fd(),
-            touched_ro,
-            page,
-            wake_core.try_clone()?,
-            wake_front.try_clone()?,
-            self.hub_state.try_clone()?,
-            self.control.fd.try_clone()?,
-        ];
-        child.queue(
-            KeeperToCore::Start {
-                life,
-                config: Box::new(self.core_config.clone()),
-            },
-            fds,
-        );
-        for vm in self.vms.iter() {
-            child.queue(KeeperToCore::Vm(vm.config.clone()), vec![vm.state.try_clone()?]);
-        }
-        for text in &self.notices {
-            child.queue(KeeperToCore::Notice { text: text.clone() }, Vec::new());
-        }
-        tracing::info!("core life {life} is process {}", child.pid());
-        let page = LifePage::new(MappedWords::read_only(&page_ro)?);
-        let fds = vec![to_core.into_fd(), touched, page_ro, wake_core, wake_front];
-        self.front.queue(KeeperToFront::Core { life }, fds);
-        self.core = Some(CoreLife {
-            life,
-            child,
-            page,
-            started: Instant::now(),
-            ready: None,
-            dying: None,
-        });
-        Ok(())
-    }
-
     fn announce(&mut self) {
         if self.announced || !self.front_ready || self.core.as_ref().is_none_or(|core| core.ready.is_none()) {
             return;
@@ -472,128 +315,6 @@ impl Keeper {
         eprintln!("vmgmtd: ready");
         if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
             tracing::warn!("the service manager cannot be told: {error}");
-        }
-    }
-
-    fn admit(&mut self, listener: u32, guest: Guest) {
-        let Guest { session, .. } = guest;
-        let Some((config, _)) = self.listeners.get(&listener) else {
-            let reason = "this socket was removed by the operator".into();
-            return self
-                .front
-                .queue(KeeperToFront::Refused { session, reason }, Vec::new());
-        };
-        let admission = self
-            .vms
-            .admit(guest, config, || state_memory("vmgmt-vm", VM_STATE_BYTES));
-        let maps_max = config.device.maps_max as usize;
-        let admitted = match admission {
-            Admission::Refused(reason) => Err(reason),
-            Admission::Admitted { vm, new } => self.admitted(vm, new, maps_max).map_err(|errno| {
-                self.session_gone(session);
-                format!("the host daemon has no memory or descriptors for another device: {errno}")
-            }),
-        };
-        match admitted {
-            Ok((vm, name, fds)) => self
-                .front
-                .queue(KeeperToFront::Admitted { session, vm, name }, fds),
-            Err(reason) => {
-                tracing::warn!("process {} (uid {}) is refused: {reason}", guest.pid, guest.uid);
-                self.front
-                    .queue(KeeperToFront::Refused { session, reason }, Vec::new());
-            }
-        }
-    }
-
-    /// What goes with an admission; a VM that is new is told to the core first.
-    fn admitted(
-        &mut self,
-        vm: u64,
-        new: bool,
-        maps_max: usize,
-    ) -> Result<(u64, String, Vec<OwnedFd>), Errno> {
-        let page = create_page("vmgmt-front", FrontPage::<MappedWords>::words_needed(maps_max))?;
-        let session_state = state_memory("vmgmt-session", SESSION_STATE_BYTES)?;
-        let entry = self.vms.get(vm).ok_or(Errno::NOENT)?;
-        let config = entry.config.clone();
-        let name = config.name.clone();
-        let state = rustix::io::fcntl_dupfd_cloexec(&entry.state, 3)?;
-        if new {
-            self.tell_core(KeeperToCore::Vm(config), vec![state]);
-        }
-        Ok((vm, name, vec![page.0, page.1, session_state]))
-    }
-
-    fn session_gone(&mut self, session: u64) {
-        self.restarts.session_gone(session);
-        if let Some(vm) = self.vms.session_gone(session) {
-            self.vm_gone(vm);
-        }
-    }
-
-    fn vm_gone(&mut self, vm: vms::Vm) {
-        self.tell_core(KeeperToCore::VmGone { vm: vm.config.vm }, Vec::new());
-        if let Some((life, request)) = vm.removal
-            && self.core.as_ref().is_some_and(|core| core.life == life)
-        {
-            self.tell_core(KeeperToCore::Done { request, error: None }, Vec::new());
-        }
-    }
-
-    fn add_vm(&mut self, vm: VmConfig, listener: ListenerConfig) -> anyhow::Result<()> {
-        if self.vms.named(&vm.name).is_some() {
-            bail!("there is a VM {:?} already", vm.name);
-        }
-        let socket = listen_on(&listener.path, listener.mode, listener.group.as_deref());
-        self.add_listener(
-            listener,
-            Some(vm),
-            socket.map_err(|mistake| anyhow::anyhow!("{mistake}"))?,
-        )
-    }
-
-    /// Gives a socket and its VM their numbers and makes them known: the VM to the core, then the socket to the front.
-    fn add_listener(
-        &mut self,
-        mut listener: ListenerConfig,
-        vm: Option<VmConfig>,
-        socket: Socket,
-    ) -> anyhow::Result<()> {
-        self.last_listener += 1;
-        listener.listener = self.last_listener;
-        let fd = socket.fd.try_clone()?;
-        if let Some(mut vm) = vm {
-            vm.vm = self.vms.next_number();
-            listener.identity = Identity::Vm { vm: vm.vm };
-            let state = state_memory("vmgmt-vm", VM_STATE_BYTES).context("memory for the VM's state")?;
-            let for_core = state.try_clone()?;
-            self.vms.insert(vm.clone(), state, listener.listener);
-            self.tell_core(KeeperToCore::Vm(vm), vec![for_core]);
-        }
-        self.front
-            .queue(KeeperToFront::Listen(listener.clone()), vec![fd]);
-        self.listeners.insert(listener.listener, (listener, socket));
-        Ok(())
-    }
-
-    /// Takes a VM out of service; it is gone, and the answer given, when its last session has ended.
-    fn remove_vm(&mut self, request: u64, name: &str) {
-        let life = self.last_life;
-        let Some(vm) = self.vms.named(name).filter(|vm| vm.removal.is_none()) else {
-            let error = Some(format!("no VM {name:?}"));
-            return self.tell_core(KeeperToCore::Done { request, error }, Vec::new());
-        };
-        vm.removal = Some((life, request));
-        let (number, listener, shared) = (vm.config.vm, vm.listener, vm.config.transient);
-        if shared {
-            self.front
-                .queue(KeeperToFront::CloseVm { vm: number }, Vec::new());
-        } else if self.listeners.remove(&listener).is_some() {
-            self.front.queue(KeeperToFront::Unlisten { listener }, Vec::new());
-        }
-        if let Some(vm) = self.vms.remove(number) {
-            self.vm_gone(vm);
         }
     }
 

@@ -1,0 +1,138 @@
+//! Sockets, VMs and sessions of the running daemon: what the register ([`Vms`](super::vms::Vms)) decides is carried out here.
+//! In: admissions, the operators' wishes. Out: messages to front and core, memory for their pages and state.
+
+use super::limits::{SESSION_STATE_BYTES, VM_STATE_BYTES};
+use super::sockets::{Socket, listen_on};
+use super::vms::{Admission, Guest, Vm};
+use super::{Keeper, state_memory};
+use crate::config::{Identity, ListenerConfig, VmConfig};
+use crate::messages::{KeeperToCore, KeeperToFront};
+use crate::words::{MappedWords, create_page};
+use anyhow::{Context, bail};
+use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+use vmgmt_device::page::FrontPage;
+
+impl Keeper {
+    pub(super) fn admit(&mut self, listener: u32, guest: Guest) {
+        let Guest { session, .. } = guest;
+        let Some((config, _)) = self.listeners.get(&listener) else {
+            let reason = "this socket was removed by the operator".into();
+            return self
+                .front
+                .queue(KeeperToFront::Refused { session, reason }, Vec::new());
+        };
+        let admission = self
+            .vms
+            .admit(guest, config, || state_memory("vmgmt-vm", VM_STATE_BYTES));
+        let maps_max = config.device.maps_max as usize;
+        let admitted = match admission {
+            Admission::Refused(reason) => Err(reason),
+            Admission::Admitted { vm, new } => self.admitted(vm, new, maps_max).map_err(|errno| {
+                self.session_gone(session);
+                format!("the host daemon has no memory or descriptors for another device: {errno}")
+            }),
+        };
+        match admitted {
+            Ok((vm, name, fds)) => self
+                .front
+                .queue(KeeperToFront::Admitted { session, vm, name }, fds),
+            Err(reason) => {
+                tracing::warn!("process {} (uid {}) is refused: {reason}", guest.pid, guest.uid);
+                self.front
+                    .queue(KeeperToFront::Refused { session, reason }, Vec::new());
+            }
+        }
+    }
+
+    /// What goes with an admission; a VM that is new is told to the core first.
+    fn admitted(
+        &mut self,
+        vm: u64,
+        new: bool,
+        maps_max: usize,
+    ) -> Result<(u64, String, Vec<OwnedFd>), Errno> {
+        let page = create_page("vmgmt-front", FrontPage::<MappedWords>::words_needed(maps_max))?;
+        let session_state = state_memory("vmgmt-session", SESSION_STATE_BYTES)?;
+        let entry = self.vms.get(vm).ok_or(Errno::NOENT)?;
+        let config = entry.config.clone();
+        let name = config.name.clone();
+        let state = rustix::io::fcntl_dupfd_cloexec(&entry.state, 3)?;
+        if new {
+            self.tell_core(KeeperToCore::Vm(config), vec![state]);
+        }
+        Ok((vm, name, vec![page.0, page.1, session_state]))
+    }
+
+    pub(super) fn session_gone(&mut self, session: u64) {
+        self.restarts.session_gone(session);
+        if let Some(vm) = self.vms.session_gone(session) {
+            self.vm_gone(vm);
+        }
+    }
+
+    fn vm_gone(&mut self, vm: Vm) {
+        self.tell_core(KeeperToCore::VmGone { vm: vm.config.vm }, Vec::new());
+        if let Some((life, request)) = vm.removal
+            && self.core.as_ref().is_some_and(|core| core.life == life)
+        {
+            self.tell_core(KeeperToCore::Done { request, error: None }, Vec::new());
+        }
+    }
+
+    pub(super) fn add_vm(&mut self, vm: VmConfig, listener: ListenerConfig) -> anyhow::Result<()> {
+        if self.vms.named(&vm.name).is_some() {
+            bail!("there is a VM {:?} already", vm.name);
+        }
+        let socket = listen_on(&listener.path, listener.mode, listener.group.as_deref());
+        self.add_listener(
+            listener,
+            Some(vm),
+            socket.map_err(|mistake| anyhow::anyhow!("{mistake}"))?,
+        )
+    }
+
+    /// Gives a socket and its VM their numbers and makes them known: the VM to the core, then the socket to the front.
+    pub(super) fn add_listener(
+        &mut self,
+        mut listener: ListenerConfig,
+        vm: Option<VmConfig>,
+        socket: Socket,
+    ) -> anyhow::Result<()> {
+        self.last_listener += 1;
+        listener.listener = self.last_listener;
+        let fd = socket.fd.try_clone()?;
+        if let Some(mut vm) = vm {
+            vm.vm = self.vms.next_number();
+            listener.identity = Identity::Vm { vm: vm.vm };
+            let state = state_memory("vmgmt-vm", VM_STATE_BYTES).context("memory for the VM's state")?;
+            let for_core = state.try_clone()?;
+            self.vms.insert(vm.clone(), state, listener.listener);
+            self.tell_core(KeeperToCore::Vm(vm), vec![for_core]);
+        }
+        self.front
+            .queue(KeeperToFront::Listen(listener.clone()), vec![fd]);
+        self.listeners.insert(listener.listener, (listener, socket));
+        Ok(())
+    }
+
+    /// Takes a VM out of service; it is gone, and the answer given, when its last session has ended.
+    pub(super) fn remove_vm(&mut self, request: u64, name: &str) {
+        let life = self.last_life;
+        let Some(vm) = self.vms.named(name).filter(|vm| vm.removal.is_none()) else {
+            let error = Some(format!("no VM {name:?}"));
+            return self.tell_core(KeeperToCore::Done { request, error }, Vec::new());
+        };
+        vm.removal = Some((life, request));
+        let (number, listener, shared) = (vm.config.vm, vm.listener, vm.config.transient);
+        if shared {
+            self.front
+                .queue(KeeperToFront::CloseVm { vm: number }, Vec::new());
+        } else if self.listeners.remove(&listener).is_some() {
+            self.front.queue(KeeperToFront::Unlisten { listener }, Vec::new());
+        }
+        if let Some(vm) = self.vms.remove(number) {
+            self.vm_gone(vm);
+        }
+    }
+}

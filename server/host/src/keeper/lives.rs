@@ -1,0 +1,177 @@
+//! The core's lives: start, death, restart. In: processes and their ends. Out: messages to the front, notices.
+
+use super::child::Child;
+use super::limits::{END_DEADLINE, FIRST_DEATHS_MAX, START_AGAIN, START_DEADLINE};
+use super::restart::Death;
+use super::{Keeper, watch};
+use crate::channel::Channel;
+use crate::messages::{KeeperToCore, KeeperToFront};
+use crate::words::{MappedWords, create_page};
+use anyhow::bail;
+use rustix::event::{EventfdFlags, eventfd};
+use std::time::{Duration, Instant};
+use vmgmt_device::page::{LifePage, TouchedPage};
+
+/// One life of the core.
+pub(super) struct CoreLife {
+    pub(super) life: u64,
+    pub(super) child: Child<KeeperToCore>,
+    pub(super) page: LifePage<MappedWords>,
+    pub(super) started: Instant,
+    /// In service since.
+    pub(super) ready: Option<Instant>,
+    /// It has closed its channel or was killed, then.
+    pub(super) dying: Option<Instant>,
+}
+
+impl Keeper {
+    /// Is the core dead, or dead for guest memory, or late?
+    pub(super) fn look_at_core(&mut self) -> anyhow::Result<()> {
+        let Some(core) = &mut self.core else { return Ok(()) };
+        let now = Instant::now();
+        if core.ready.is_none() && now.duration_since(core.started) > START_DEADLINE {
+            core.child.kill(Some("killed: it was not ready in time"));
+            core.dying.get_or_insert(now);
+        }
+        // Who closes the channel is about to end, and is let, so that how it did is known.
+        let late = core
+            .dying
+            .is_some_and(|since| now.duration_since(since) > END_DEADLINE);
+        if late || self.stop_at.is_some_and(|at| now >= at) {
+            core.child.kill(None);
+        }
+        let exit = core.child.ended();
+        if exit.is_none() && !core.child.is_dead_for_memory() {
+            return Ok(());
+        }
+        let Some(core) = self.core.take() else {
+            return Ok(());
+        };
+        self.front
+            .queue(KeeperToFront::CoreDead { life: core.life }, Vec::new());
+        let (text, by_itself) = match &exit {
+            Some(exit) => (exit.text.as_str(), exit.by_itself),
+            None => (
+                core.child.fault().unwrap_or("killed"),
+                core.child.fault().is_some(),
+            ),
+        };
+        if exit.is_none() {
+            tracing::warn!(
+                "process {} sleeps in the kernel; it can touch no guest memory any more",
+                core.child.pid()
+            );
+        }
+        if self.stop_at.is_some() {
+            if !exit.as_ref().is_some_and(|exit| exit.orderly) {
+                tracing::warn!("the core ended by {text} instead of in order");
+            }
+            return Ok(());
+        }
+        let served = core
+            .ready
+            .map_or(Duration::ZERO, |ready| now.duration_since(ready));
+        let blame = core.page.blame();
+        let death = Death {
+            at: now.duration_since(self.begin),
+            served,
+            by_itself,
+            blame,
+        };
+        let (wait, quarantined) = self.restarts.died(death);
+        let blamed = if blame == 0 {
+            String::new()
+        } else {
+            format!(", while it handled session {blame}")
+        };
+        self.notice(format!(
+            "core life {} died: {text}{blamed}; it had served {} s; the next starts in {} ms",
+            core.life,
+            served.as_secs(),
+            wait.as_millis()
+        ));
+        if let Some(session) = quarantined {
+            self.notice(format!(
+                "session {session} has killed the core twice: it is to be quarantined"
+            ));
+        }
+        if !self.announced && self.restarts.in_a_row() >= FIRST_DEATHS_MAX {
+            bail!(
+                "the core does not start ({text}): see the lines above; `vmgmtd --check` checks the configuration"
+            );
+        }
+        self.restart_at = now + wait;
+        if exit.is_none() {
+            self.undead.push(core.child);
+        }
+        Ok(())
+    }
+
+    pub(super) fn bury_undead(&mut self) {
+        self.undead.retain_mut(|child| child.ended().is_none());
+    }
+
+    pub(super) fn restart_core(&mut self) -> anyhow::Result<()> {
+        if self.stop_at.is_some() || self.core.is_some() || Instant::now() < self.restart_at {
+            return Ok(());
+        }
+        match self.start_core() {
+            Err(error) if self.announced => {
+                self.notice(format!("a core cannot be started now: {error:#}"));
+                self.restart_at = Instant::now() + START_AGAIN;
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    fn start_core(&mut self) -> anyhow::Result<()> {
+        self.last_life += 1;
+        let life = self.last_life;
+        let (to_core, to_front) = Channel::pair()?;
+        let (touched, touched_ro) = create_page("vmgmt-touched", TouchedPage::<MappedWords>::WORDS)?;
+        let (page, page_ro) = create_page("vmgmt-life", LifePage::<MappedWords>::WORDS)?;
+        TouchedPage::new(MappedWords::writable(&touched)?).init();
+        LifePage::new(MappedWords::writable(&page)?).init();
+        let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let (wake_core, wake_front) = (event()?, event()?);
+        let fds = vec![
+            to_front.into_fd(),
+            touched_ro,
+            page,
+            wake_core.try_clone()?,
+            wake_front.try_clone()?,
+            self.hub_state.try_clone()?,
+            self.control.fd.try_clone()?,
+        ];
+        let mut child = Child::start("core", &self.arguments)?;
+        watch(&self.poll, &child.pidfd)?;
+        watch(&self.poll, &child.channel)?;
+        child.queue(
+            KeeperToCore::Start {
+                life,
+                config: Box::new(self.core_config.clone()),
+            },
+            fds,
+        );
+        for vm in self.vms.iter() {
+            child.queue(KeeperToCore::Vm(vm.config.clone()), vec![vm.state.try_clone()?]);
+        }
+        for text in &self.notices {
+            child.queue(KeeperToCore::Notice { text: text.clone() }, Vec::new());
+        }
+        tracing::info!("core life {life} is process {}", child.pid());
+        let page = LifePage::new(MappedWords::read_only(&page_ro)?);
+        let fds = vec![to_core.into_fd(), touched, page_ro, wake_core, wake_front];
+        self.front.queue(KeeperToFront::Core { life }, fds);
+        self.core = Some(CoreLife {
+            life,
+            child,
+            page,
+            started: Instant::now(),
+            ready: None,
+            dying: None,
+        });
+        Ok(())
+    }
+}
