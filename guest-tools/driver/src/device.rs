@@ -193,6 +193,9 @@ impl Device {
         if interrupts.kind == InterruptKind::IntX {
             // The order of architecture.md, "Interrupts": acknowledge, enable again, look at the rings, sleep.
             self.backing.write32(registers::INTERRUPT_ACK, u32::MAX)?;
+            // The write is posted: only a read makes sure that it has arrived. Else it could acknowledge a completion that is
+            // published after the caller has looked at its ring, and nobody would wake the sleeper.
+            self.backing.read32(registers::INTERRUPT_PENDING)?;
         }
         self.backing.take_interrupt(vector)
     }

@@ -115,14 +115,22 @@ pub enum FrontToCore {
 /// Core to front: DMA for memory that is not shared, at most [`MESSAGE_DMA_BYTES_MAX`] each.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum CoreToFront {
+    /// `fence`: the front page's fence that the core had seen when it asked. A request from before the front's newest fence is answered
+    /// ECANCELED, unsent: what it was checked against may be gone.
     DmaRead {
         session: u64,
         request: u64,
+        fence: u64,
         iova: u64,
         bytes: u32,
     },
-    /// payload: the bytes.
-    DmaWrite { session: u64, request: u64, iova: u64 },
+    /// payload: the bytes. `fence`: as above.
+    DmaWrite {
+        session: u64,
+        request: u64,
+        fence: u64,
+        iova: u64,
+    },
 }
 
 /// Bytes of one message-DMA request: what QEMU's client takes with room to spare, and a packet holds.

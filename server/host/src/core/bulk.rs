@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use vmgmt_abi::Status;
 use vmgmt_core::effect::{BufferRange, EffectId, FailedAt, Outcome};
-use vmgmt_device::rings::Token;
+use vmgmt_device::rings::{Channel, Token};
 use vmgmt_device::{Direction, MemoryError};
 
 /// Bytes moved in one turn over all work, so that rings are looked at again within about a millisecond.
@@ -38,10 +38,26 @@ enum Place {
 
 #[derive(Debug)]
 enum Work {
-    Copy { from: End, into: End },
-    Fetch { from: End, data: Vec<u8> },
-    Read { file: Arc<OpenFile>, offset: u64, into: End, warm_tries: u32 },
-    Write { file: Arc<OpenFile>, offset: u64, from: End, crc32: Option<crc32fast::Hasher> },
+    Copy {
+        from: End,
+        into: End,
+    },
+    Fetch {
+        from: End,
+        data: Vec<u8>,
+    },
+    Read {
+        file: Arc<OpenFile>,
+        offset: u64,
+        into: End,
+        warm_tries: u32,
+    },
+    Write {
+        file: Arc<OpenFile>,
+        offset: u64,
+        from: End,
+        crc32: Option<crc32fast::Hasher>,
+    },
 }
 
 #[derive(Debug)]
@@ -101,18 +117,31 @@ impl Bulk {
     /// Sessions whose buffers the next step may touch.
     #[must_use]
     pub fn sessions(&self) -> BTreeSet<u64> {
-        self.ready.iter().filter_map(|id| self.tasks.get(id)).flat_map(|task| task.work.sessions()).collect()
+        self.ready
+            .iter()
+            .filter_map(|id| self.tasks.get(id))
+            .flat_map(|task| task.work.tokens())
+            .map(|token| token.session)
+            .collect()
     }
 
     /// Memory copy from buffer to buffer.
     ///
     /// # Errors
     /// The outcome at once, when a buffer is not there.
-    pub fn copy(&mut self, sessions: &mut Sessions, id: EffectId, from: BufferRange, into: BufferRange) -> Result<(), Outcome> {
+    pub fn copy(
+        &mut self,
+        sessions: &mut Sessions,
+        id: EffectId,
+        from: BufferRange,
+        into: BufferRange,
+    ) -> Result<(), Outcome> {
         let bytes = from.bytes.min(into.bytes);
         let owner = sessions.vm_of(from.token.session);
-        let from = End::new(sessions, from, Direction::FromGuest).map_err(|status| Outcome::failed(status, FailedAt::From))?;
-        let into = End::new(sessions, into, Direction::IntoGuest).map_err(|status| Outcome::failed(status, FailedAt::Into))?;
+        let from = End::new(sessions, from, Direction::FromGuest)
+            .map_err(|status| Outcome::failed(status, FailedAt::From))?;
+        let into = End::new(sessions, into, Direction::IntoGuest)
+            .map_err(|status| Outcome::failed(status, FailedAt::Into))?;
         self.begin(id, owner, bytes, Work::Copy { from, into });
         Ok(())
     }
@@ -124,8 +153,17 @@ impl Bulk {
     pub fn fetch(&mut self, sessions: &mut Sessions, id: EffectId, from: BufferRange) -> Result<(), Outcome> {
         let owner = sessions.vm_of(from.token.session);
         let bytes = from.bytes;
-        let from = End::new(sessions, from, Direction::FromGuest).map_err(|status| Outcome::failed(status, FailedAt::From))?;
-        self.begin(id, owner, bytes, Work::Fetch { from, data: Vec::new() });
+        let from = End::new(sessions, from, Direction::FromGuest)
+            .map_err(|status| Outcome::failed(status, FailedAt::From))?;
+        self.begin(
+            id,
+            owner,
+            bytes,
+            Work::Fetch {
+                from,
+                data: Vec::new(),
+            },
+        );
         Ok(())
     }
 
@@ -143,8 +181,19 @@ impl Bulk {
     ) -> Result<(), Outcome> {
         let owner = sessions.vm_of(into.token.session);
         let bytes = into.bytes;
-        let into = End::new(sessions, into, Direction::IntoGuest).map_err(|status| Outcome::failed(status, FailedAt::Into))?;
-        self.begin(id, owner, bytes, Work::Read { file, offset, into, warm_tries: 0 });
+        let into = End::new(sessions, into, Direction::IntoGuest)
+            .map_err(|status| Outcome::failed(status, FailedAt::Into))?;
+        self.begin(
+            id,
+            owner,
+            bytes,
+            Work::Read {
+                file,
+                offset,
+                into,
+                warm_tries: 0,
+            },
+        );
         Ok(())
     }
 
@@ -163,26 +212,39 @@ impl Bulk {
     ) -> Result<(), Outcome> {
         let owner = sessions.vm_of(from.token.session);
         let bytes = from.bytes;
-        let from = End::new(sessions, from, Direction::FromGuest).map_err(|status| Outcome::failed(status, FailedAt::From))?;
+        let from = End::new(sessions, from, Direction::FromGuest)
+            .map_err(|status| Outcome::failed(status, FailedAt::From))?;
         let crc32 = checksum.then(crc32fast::Hasher::new);
-        self.begin(id, owner, bytes, Work::Write { file, offset, from, crc32 });
+        self.begin(
+            id,
+            owner,
+            bytes,
+            Work::Write {
+                file,
+                offset,
+                from,
+                crc32,
+            },
+        );
         Ok(())
     }
 
     /// The submission is void: its work ends as soon as no worker has it. Its outcome still comes.
     pub fn void(&mut self, token: Token) {
         for (id, task) in &mut self.tasks {
-            if task.work.names(token) && !task.void {
+            if task.work.tokens().contains(&token) && !task.void {
                 task.void = true;
                 self.ready.push_back(*id);
             }
         }
     }
 
-    /// A session has ended.
-    pub fn void_session(&mut self, session: u64) {
+    /// A channel of a session was closed, or (`None`) the session was reset or has ended: all its submissions are void.
+    pub fn void_channel(&mut self, session: u64, channel: Option<Channel>) {
+        let is_void =
+            |token: Token| token.session == session && channel.is_none_or(|channel| token.channel == channel);
         for (id, task) in &mut self.tasks {
-            if task.work.sessions().contains(&session) && !task.void {
+            if !task.void && task.work.tokens().into_iter().any(is_void) {
                 task.void = true;
                 self.ready.push_back(*id);
             }
@@ -228,7 +290,9 @@ impl Bulk {
         let mut budget = TURN_BYTES_MAX;
         for _ in 0..self.ready.len() {
             let Some(id) = self.ready.pop_front() else { break };
-            let Some(task) = self.tasks.get_mut(&id) else { continue };
+            let Some(task) = self.tasks.get_mut(&id) else {
+                continue;
+            };
             match task.step(id, sessions, store) {
                 Step::Moved(bytes) => {
                     self.ready.push_back(id);
@@ -249,7 +313,17 @@ impl Bulk {
     }
 
     fn begin(&mut self, id: EffectId, owner: u64, bytes: u64, work: Work) {
-        self.tasks.insert(id, Task { owner, work, bytes, done: 0, scratch: Vec::new(), void: false });
+        self.tasks.insert(
+            id,
+            Task {
+                owner,
+                work,
+                bytes,
+                done: 0,
+                scratch: Vec::new(),
+                void: false,
+            },
+        );
         self.ready.push_back(id);
     }
 }
@@ -276,11 +350,17 @@ impl Task {
         match moved {
             Ok(bytes) => {
                 self.done += bytes as u64;
-                if self.done >= self.bytes { Step::Finished(self.outcome()) } else { Step::Moved(bytes) }
+                if self.done >= self.bytes {
+                    Step::Finished(self.outcome())
+                } else {
+                    Step::Moved(bytes)
+                }
             }
             Err(Fault::Waits) => Step::OnMemory,
             Err(Fault::Ends(outcome)) => Step::Finished(outcome),
-            Err(Fault::Revoked) => self.look_up_again(sessions).map_or_else(Step::Finished, |()| Step::Moved(0)),
+            Err(Fault::Revoked) => self
+                .look_up_again(sessions)
+                .map_or_else(Step::Finished, |()| Step::Moved(0)),
         }
     }
 
@@ -296,7 +376,9 @@ impl Task {
                 at(from, Direction::FromGuest, FailedAt::From)?;
                 at(into, Direction::IntoGuest, FailedAt::Into)
             }
-            Work::Fetch { from, .. } | Work::Write { from, .. } => at(from, Direction::FromGuest, FailedAt::From),
+            Work::Fetch { from, .. } | Work::Write { from, .. } => {
+                at(from, Direction::FromGuest, FailedAt::From)
+            }
             Work::Read { into, .. } => at(into, Direction::IntoGuest, FailedAt::Into),
         }
     }
@@ -305,26 +387,33 @@ impl Task {
         match &mut self.work {
             Work::Copy { .. } | Work::Read { .. } => Outcome::Bytes(self.done),
             Work::Fetch { data, .. } => Outcome::Data(std::mem::take(data)),
-            Work::Write { crc32, .. } => {
-                Outcome::Written { bytes: self.done, crc32: crc32.take().map(crc32fast::Hasher::finalize) }
-            }
+            Work::Write { crc32, .. } => Outcome::Written {
+                bytes: self.done,
+                crc32: crc32.take().map(crc32fast::Hasher::finalize),
+            },
         }
     }
 
     fn piece(&self) -> usize {
-        usize::try_from(self.bytes - self.done).unwrap_or(usize::MAX).min(PIECE_BYTES_MAX)
+        usize::try_from(self.bytes - self.done)
+            .unwrap_or(usize::MAX)
+            .min(PIECE_BYTES_MAX)
     }
 
     fn copy_piece(&mut self, sessions: &mut Sessions) -> Result<usize, Fault> {
         let (done, piece) = (self.done, self.piece());
-        let Work::Copy { from, into } = &mut self.work else { return Ok(0) };
+        let Work::Copy { from, into } = &mut self.work else {
+            return Ok(0);
+        };
         if let (Place::Guest(source), Place::Guest(target)) = (&from.place, &into.place)
             && !source.needs_messages()
             && !target.needs_messages()
         {
             return match target.copy_from(done, source, done, piece) {
                 Ok(()) => Ok(piece),
-                Err(BulkError::Guest { side: Side::Source, .. }) => Err(bad_address(FailedAt::From)),
+                Err(BulkError::Guest {
+                    side: Side::Source, ..
+                }) => Err(bad_address(FailedAt::From)),
                 Err(error) => Err(fault(error, FailedAt::Into)),
             };
         }
@@ -339,7 +428,9 @@ impl Task {
 
     fn fetch_piece(&mut self, sessions: &mut Sessions) -> Result<usize, Fault> {
         let (done, mut piece) = (self.done, self.piece());
-        let Work::Fetch { from, data } = &mut self.work else { return Ok(0) };
+        let Work::Fetch { from, data } = &mut self.work else {
+            return Ok(0);
+        };
         if from.is_slow() {
             piece = piece.min(MESSAGE_DMA_BYTES_MAX as usize);
         }
@@ -351,7 +442,15 @@ impl Task {
 
     fn read_piece(&mut self, id: EffectId, sessions: &mut Sessions, store: &Store) -> Step {
         let (done, piece) = (self.done, self.piece());
-        let Work::Read { file, offset, into, warm_tries } = &mut self.work else { return Step::OnWorker };
+        let Work::Read {
+            file,
+            offset,
+            into,
+            warm_tries,
+        } = &mut self.work
+        else {
+            return Step::OnWorker;
+        };
         let Some(position) = offset.checked_add(done) else {
             return Step::Finished(Outcome::failed(Status::BAD_ARGUMENT, FailedAt::File));
         };
@@ -366,7 +465,8 @@ impl Task {
                 Err(fault) => self.after(Err(fault), sessions),
             };
         }
-        let mut through_scratch = into.is_slow() || file.piecewise() == Piecewise::Scratch || *warm_tries >= WARM_TRIES_MAX;
+        let mut through_scratch =
+            into.is_slow() || file.piecewise() == Piecewise::Scratch || *warm_tries >= WARM_TRIES_MAX;
         if !through_scratch && let Place::Guest(pieces) = &into.place {
             match pieces.read_file(done, piece, file.fd(), position) {
                 Ok(0) => {
@@ -403,10 +503,20 @@ impl Task {
 
     fn write_piece(&mut self, id: EffectId, sessions: &mut Sessions, store: &Store) -> Step {
         let (done, piece) = (self.done, self.piece());
-        let Work::Write { file, offset, from, crc32 } = &mut self.work else { return Step::OnWorker };
-        let checksum = crc32.is_some();
-        let Some(position) = offset.checked_add(done).filter(|at| at.checked_add(piece as u64).is_some_and(|end| i64::try_from(end).is_ok()))
+        let Work::Write {
+            file,
+            offset,
+            from,
+            crc32,
+        } = &mut self.work
         else {
+            return Step::OnWorker;
+        };
+        let checksum = crc32.is_some();
+        let Some(position) = offset.checked_add(done).filter(|at| {
+            at.checked_add(piece as u64)
+                .is_some_and(|end| i64::try_from(end).is_ok())
+        }) else {
             return Step::Finished(Outcome::failed(Status::TOO_LARGE, FailedAt::File));
         };
         let writer = Arc::clone(file);
@@ -426,7 +536,8 @@ impl Task {
                 }
                 Box::new(move || {
                     store_piece(&writer, position, data.len(), checksum, |at| {
-                        rustix::io::pwrite(writer.fd(), &data[at..], position + at as u64).map_err(BulkError::File)
+                        rustix::io::pwrite(writer.fd(), &data[at..], position + at as u64)
+                            .map_err(BulkError::File)
                     })
                 })
             }
@@ -454,7 +565,9 @@ fn store_piece(
             Ok(written) => at += written,
             Err(BulkError::File(Errno::INTR)) => {}
             Err(BulkError::Revoked) => return Done::Revoked,
-            Err(BulkError::File(errno)) => return Done::Outcome(Outcome::failed(status_of(errno), FailedAt::File)),
+            Err(BulkError::File(errno)) => {
+                return Done::Outcome(Outcome::failed(status_of(errno), FailedAt::File));
+            }
             Err(_) => return Done::Outcome(Outcome::failed(Status::BAD_ADDRESS, FailedAt::From)),
         }
     }
@@ -464,25 +577,20 @@ fn store_piece(
         Some(Err(errno)) => return Done::Outcome(Outcome::failed(status_of(errno), FailedAt::File)),
         None => None,
     };
-    Done::Stored { bytes: bytes as u64, crc32 }
+    Done::Stored {
+        bytes: bytes as u64,
+        crc32,
+    }
 }
 
 impl Work {
-    /// Sessions of its ends (one may be there twice).
-    fn sessions(&self) -> [u64; 2] {
+    /// The submissions of its ends (one may be there twice).
+    fn tokens(&self) -> [Token; 2] {
         match self {
-            Self::Copy { from, into } => [from.range.token.session, into.range.token.session],
+            Self::Copy { from, into } => [from.range.token, into.range.token],
             Self::Fetch { from: end, .. } | Self::Write { from: end, .. } | Self::Read { into: end, .. } => {
-                [end.range.token.session; 2]
+                [end.range.token; 2]
             }
-        }
-    }
-
-    fn names(&self, token: Token) -> bool {
-        match self {
-            Self::Copy { from, into } => from.range.token == token || into.range.token == token,
-            Self::Fetch { from, .. } | Self::Write { from, .. } => from.range.token == token,
-            Self::Read { into, .. } => into.range.token == token,
         }
     }
 }
@@ -505,15 +613,21 @@ impl End {
 
     fn read(&self, sessions: &mut Sessions, at: u64, into: &mut [u8]) -> Result<(), Fault> {
         match &self.place {
-            Place::Guest(pieces) if !pieces.needs_messages() => {
-                pieces.read_bytes(at, into).map_err(|error| fault(error, FailedAt::From))
-            }
+            Place::Guest(pieces) if !pieces.needs_messages() => pieces
+                .read_bytes(at, into)
+                .map_err(|error| fault(error, FailedAt::From)),
             Place::Guest(pieces) => {
-                let memory = sessions.memory(self.range.token.session).ok_or(bad_address(FailedAt::From))?;
-                memory.read_pieces(pieces, at, into).map_err(|error| memory_fault(error, FailedAt::From))
+                let memory = sessions
+                    .memory(self.range.token.session)
+                    .ok_or(bad_address(FailedAt::From))?;
+                memory
+                    .read_pieces(pieces, at, into)
+                    .map_err(|error| memory_fault(error, FailedAt::From))
             }
             Place::Port => {
-                let data = sessions.port_input(self.range, at, into.len()).ok_or(bad_address(FailedAt::From))?;
+                let data = sessions
+                    .port_input(self.range, at, into.len())
+                    .ok_or(bad_address(FailedAt::From))?;
                 into.copy_from_slice(&data);
                 Ok(())
             }
@@ -522,15 +636,23 @@ impl End {
 
     fn write(&self, sessions: &mut Sessions, at: u64, from: &[u8]) -> Result<(), Fault> {
         match &self.place {
-            Place::Guest(pieces) if !pieces.needs_messages() => {
-                pieces.write_bytes(at, from).map_err(|error| fault(error, FailedAt::Into))
-            }
+            Place::Guest(pieces) if !pieces.needs_messages() => pieces
+                .write_bytes(at, from)
+                .map_err(|error| fault(error, FailedAt::Into)),
             Place::Guest(pieces) => {
-                let memory = sessions.memory(self.range.token.session).ok_or(bad_address(FailedAt::Into))?;
-                memory.write_pieces(pieces, at, from).map_err(|error| memory_fault(error, FailedAt::Into))
+                let memory = sessions
+                    .memory(self.range.token.session)
+                    .ok_or(bad_address(FailedAt::Into))?;
+                memory
+                    .write_pieces(pieces, at, from)
+                    .map_err(|error| memory_fault(error, FailedAt::Into))
             }
             Place::Port => {
-                if sessions.port_write(self.range, at, from) { Ok(()) } else { Err(bad_address(FailedAt::Into)) }
+                if sessions.port_write(self.range, at, from) {
+                    Ok(())
+                } else {
+                    Err(bad_address(FailedAt::Into))
+                }
             }
         }
     }
@@ -548,7 +670,9 @@ fn fault(error: BulkError, at: FailedAt) -> Fault {
             tracing::error!("a transfer left its buffer: a mistake of the core's");
             Fault::Ends(Outcome::failed(Status::IO_ERROR, at))
         }
-        BulkError::WouldWait | BulkError::NoNowait | BulkError::Guest { .. } | BulkError::ByMessage => bad_address(at),
+        BulkError::WouldWait | BulkError::NoNowait | BulkError::Guest { .. } | BulkError::ByMessage => {
+            bad_address(at)
+        }
     }
 }
 

@@ -28,8 +28,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vmgmt_abi::Status;
 use vmgmt_core::effect::{Effect, EffectId, FailedAt, Outcome};
-use vmgmt_core::{Hub, Saved};
 use vmgmt_core::interface::{self, ControlRequest};
+use vmgmt_core::{Hub, Saved};
 use vmgmt_device::Tick;
 use vmgmt_device::page::{LifePage, TouchedPage};
 use vmgmt_device::rings::{Input, Output};
@@ -93,7 +93,18 @@ impl EventLoop {
     /// A descriptor is missing or wrong, a share cannot be opened, the state cannot be read.
     pub fn new(keeper: Channel, life: u64, config: CoreConfig, fds: Vec<OwnedFd>) -> anyhow::Result<Self> {
         let count = fds.len();
-        let Ok([front, touched, life_page, core_wake, front_wake, hub_state, control]) = <[OwnedFd; 7]>::try_from(fds) else {
+        let Ok(
+            [
+                front,
+                touched,
+                life_page,
+                core_wake,
+                front_wake,
+                hub_state,
+                control,
+            ],
+        ) = <[OwnedFd; 7]>::try_from(fds)
+        else {
             bail!("Start came with {count} descriptors, 7 are needed");
         };
         let touched = TouchedPage::new(MappedWords::read_only(&touched).context("the touched page")?);
@@ -107,7 +118,11 @@ impl EventLoop {
         let poll = Poll::new().context("an event queue")?;
         let watch = |fd: i32, token, interest| poll.registry().register(&mut SourceFd(&fd), token, interest);
         watch(keeper.as_fd().as_raw_fd(), KEEPER, Interest::READABLE)?;
-        watch(front.as_fd().as_raw_fd(), FRONT, Interest::READABLE | Interest::WRITABLE)?;
+        watch(
+            front.as_fd().as_raw_fd(),
+            FRONT,
+            Interest::READABLE | Interest::WRITABLE,
+        )?;
         watch(wake.core_fd().as_raw_fd(), WAKE, Interest::READABLE)?;
         watch(store.wake_fd().as_raw_fd(), STORE, Interest::READABLE)?;
         let operators = Operators::new(control, poll.registry(), CONTROL).context("the control socket")?;
@@ -159,7 +174,11 @@ impl EventLoop {
             if worked && !look {
                 continue;
             }
-            let timeout = if worked { Some(Duration::ZERO) } else { self.sleep_time(now) };
+            let timeout = if worked {
+                Some(Duration::ZERO)
+            } else {
+                self.sleep_time(now)
+            };
             let sleeps = timeout != Some(Duration::ZERO) && self.wake.fall_asleep();
             let timeout = if sleeps { timeout } else { Some(Duration::ZERO) };
             match self.poll.poll(&mut events, timeout) {
@@ -256,12 +275,20 @@ impl EventLoop {
                 match Session::attach(session, slot as usize, vm, fds, limits) {
                     Ok(attached) => {
                         self.sessions.insert(session, attached);
-                        self.hub.handle(now(), interface::Input::SessionOpened { session, vm });
+                        self.hub
+                            .handle(now(), interface::Input::SessionOpened { session, vm });
                     }
-                    Err(error) => self.log(Some(vm), format!("session {session} cannot be taken over: {error}")),
+                    Err(error) => self.log(
+                        Some(vm),
+                        format!("session {session} cannot be taken over: {error}"),
+                    ),
                 }
             }
-            FrontToCore::Object { session, object, writable } => {
+            FrontToCore::Object {
+                session,
+                object,
+                writable,
+            } => {
                 if let (Some(memory), Some(fd)) = (self.sessions.memory(session), fds.into_iter().next()) {
                     memory.object(object, fd, writable);
                 }
@@ -281,7 +308,11 @@ impl EventLoop {
             }
             FrontToCore::SessionGone { session } => self.end_session(session),
             FrontToCore::Adopted => self.adopted = true,
-            FrontToCore::DmaAnswer { session, request, error } => {
+            FrontToCore::DmaAnswer {
+                session,
+                request,
+                error,
+            } => {
                 if let Some(memory) = self.sessions.memory(session) {
                     memory.handle_dma_answer(request, error, payload);
                 }
@@ -299,24 +330,35 @@ impl EventLoop {
     }
 
     fn end_session(&mut self, number: u64) {
-        let Some(session) = self.sessions.get_mut(number) else { return };
+        let Some(session) = self.sessions.get_mut(number) else {
+            return;
+        };
         session.ended = true;
         self.watched.insert(number);
         session.memory.cancel_leases();
-        self.bulk.void_session(number);
-        self.hub.handle(now(), interface::Input::SessionClosed { session: number });
+        self.bulk.void_channel(number, None);
+        self.hub
+            .handle(now(), interface::Input::SessionClosed { session: number });
     }
 
     fn memory_limits(&self) -> MemoryLimits {
         let device = DeviceConfig::default();
-        MemoryLimits { mapped_bytes_max: device.mapped_bytes_max, objects_max: device.objects_max as usize }
+        MemoryLimits {
+            mapped_bytes_max: device.mapped_bytes_max,
+            objects_max: device.objects_max as usize,
+        }
     }
 
     /// One turn; whether anything was done, so that it is worth going round at once.
     fn turn(&mut self, now: Tick) -> anyhow::Result<bool> {
         if now.since_ns(self.wall_told) >= WALL_CLOCK_NS {
             self.wall_told = now;
-            self.hub.handle(now, interface::Input::WallClock { now_ns: wall_clock_ns() });
+            self.hub.handle(
+                now,
+                interface::Input::WallClock {
+                    now_ns: wall_clock_ns(),
+                },
+            );
         }
         let mut worked = self.run_sessions(now);
         if self.hub.poll_timeout().is_some_and(|due| due <= now) {
@@ -331,7 +373,8 @@ impl EventLoop {
             let mut finished = Vec::new();
             self.bulk.step(&mut self.sessions, &self.store, &mut finished);
             for (effect, outcome) in finished {
-                self.hub.handle(now, interface::Input::Outcome { effect, outcome });
+                self.hub
+                    .handle(now, interface::Input::Outcome { effect, outcome });
             }
             self.carry(now)?;
         }
@@ -392,7 +435,9 @@ impl EventLoop {
             session.handle(now, Input::Touched);
         }
         if session.rings.poll_timeout().is_some_and(|due| due <= now) {
-            session.rings.handle_timeout(now, &session.front, &session.core, &mut session.memory);
+            session
+                .rings
+                .handle_timeout(now, &session.front, &session.core, &mut session.memory);
         }
         let turn = session.handle(now, Input::Poll { budget: POLL_BUDGET });
         if turn.progressed() || look {
@@ -412,17 +457,38 @@ impl EventLoop {
     /// Carries a session's outputs to the hub.
     fn route(&mut self, number: u64, now: Tick) {
         loop {
-            let Some(session) = self.sessions.get_mut(number) else { return };
-            let Some(output) = session.rings.poll_output() else { return };
+            let Some(session) = self.sessions.get_mut(number) else {
+                return;
+            };
+            let Some(output) = session.rings.poll_output() else {
+                return;
+            };
             let input = match output {
                 Output::Submission(fetched) => interface::Input::Submission(fetched),
-                Output::Cancel(token) => interface::Input::Cancel(token),
+                Output::Cancel(token) => {
+                    session.memory.forget_reads();
+                    interface::Input::Cancel(token)
+                }
                 Output::Void(token) => {
                     self.bulk.void(token);
                     interface::Input::Void(token)
                 }
-                Output::ChannelClosed { session, channel } => interface::Input::ChannelClosed { session, channel },
-                Output::Reset { session } => interface::Input::SessionReset { session },
+                Output::ChannelClosed {
+                    session: number,
+                    channel,
+                } => {
+                    self.bulk.void_channel(number, Some(channel));
+                    session.memory.forget_reads();
+                    interface::Input::ChannelClosed {
+                        session: number,
+                        channel,
+                    }
+                }
+                Output::Reset { session: number } => {
+                    self.bulk.void_channel(number, None);
+                    session.memory.forget_reads();
+                    interface::Input::SessionReset { session: number }
+                }
                 Output::Published { token, published } => interface::Input::Published { token, published },
                 Output::Signal { vector } => {
                     session.signal(vector as usize);
@@ -444,9 +510,22 @@ impl EventLoop {
         while let Some(output) = self.hub.poll_output() {
             worked = true;
             match output {
-                interface::Output::Complete { token, answer, payload, confirm } => {
+                interface::Output::Complete {
+                    token,
+                    answer,
+                    payload,
+                    confirm,
+                } => {
                     if let Some(session) = self.sessions.open(token.session, now) {
-                        let turn = session.handle(now, Input::Complete { token, answer, payload, confirm });
+                        let turn = session.handle(
+                            now,
+                            Input::Complete {
+                                token,
+                                answer,
+                                payload,
+                                confirm,
+                            },
+                        );
                         if turn.progressed() {
                             session.active_until = now.after_ns(self.config.poll_ns);
                             self.active.insert(token.session);
@@ -456,11 +535,17 @@ impl EventLoop {
                 }
                 interface::Output::Effect { id, effect } => {
                     if let Err(outcome) = self.begin_effect(id, effect, now) {
-                        self.hub.handle(now, interface::Input::Outcome { effect: id, outcome });
+                        self.hub
+                            .handle(now, interface::Input::Outcome { effect: id, outcome });
                     }
                 }
                 interface::Output::Journal(record) => self.write_record(&record)?,
-                interface::Output::Control { client, id, reply, last } => self.reply(client, id, reply, last),
+                interface::Output::Control {
+                    client,
+                    id,
+                    reply,
+                    last,
+                } => self.reply(client, id, reply, last),
                 interface::Output::Log { vm, text } => self.log(Some(vm), text),
             }
         }
@@ -469,7 +554,11 @@ impl EventLoop {
 
     /// Starts an effect.
     fn begin_effect(&mut self, id: EffectId, effect: Effect, now: Tick) -> Result<(), Outcome> {
-        let file = |store: &Store, slot| store.file(slot).ok_or(Outcome::failed(Status::STALE, FailedAt::File));
+        let file = |store: &Store, slot| {
+            store
+                .file(slot)
+                .ok_or(Outcome::failed(Status::STALE, FailedAt::File))
+        };
         match effect {
             Effect::Copy { from, into } => {
                 self.sessions.open(from.token.session, now);
@@ -482,11 +571,24 @@ impl EventLoop {
             }
             Effect::Read { slot, offset, into } => {
                 self.sessions.open(into.token.session, now);
-                self.bulk.read(&mut self.sessions, id, file(&self.store, slot)?, offset, into)
+                self.bulk
+                    .read(&mut self.sessions, id, file(&self.store, slot)?, offset, into)
             }
-            Effect::Write { slot, offset, from, checksum } => {
+            Effect::Write {
+                slot,
+                offset,
+                from,
+                checksum,
+            } => {
                 self.sessions.open(from.token.session, now);
-                self.bulk.write(&mut self.sessions, id, file(&self.store, slot)?, offset, from, checksum)
+                self.bulk.write(
+                    &mut self.sessions,
+                    id,
+                    file(&self.store, slot)?,
+                    offset,
+                    from,
+                    checksum,
+                )
             }
             effect => self.store.submit(self.hub.owner_of(id), id, effect),
         }
@@ -495,10 +597,14 @@ impl EventLoop {
     /// Ends the turns of the sessions that were opened: signals, `busy`, requests by message.
     fn close_sessions(&mut self, now: Tick) -> anyhow::Result<()> {
         for number in self.sessions.take_opened() {
-            let Some(session) = self.sessions.get_mut(number) else { continue };
+            let Some(session) = self.sessions.get_mut(number) else {
+                continue;
+            };
             session.handle(now, Input::TurnEnd);
             self.route(number, now);
-            let Some(session) = self.sessions.get_mut(number) else { continue };
+            let Some(session) = self.sessions.get_mut(number) else {
+                continue;
+            };
             session.is_open = false;
             session.memory.end_dma(now);
             while let Some(request) = session.memory.poll_output(now) {
@@ -515,7 +621,11 @@ impl EventLoop {
                 self.watched.insert(number);
             }
             let vm = session.vm;
-            while let Some(notice) = self.sessions.get_mut(number).and_then(|session| session.memory.poll_notice()) {
+            while let Some(notice) = self
+                .sessions
+                .get_mut(number)
+                .and_then(|session| session.memory.poll_notice())
+            {
                 self.log(Some(vm), notice.0);
             }
         }
@@ -552,13 +662,17 @@ impl EventLoop {
     fn sleep_time(&mut self, now: Tick) -> Option<Duration> {
         let mut due = self.hub.poll_timeout();
         for (_, session) in self.sessions.iter_mut() {
-            due = [due, session.rings.poll_timeout(), session.memory.poll_timeout()].into_iter().flatten().min();
+            due = [due, session.rings.poll_timeout(), session.memory.poll_timeout()]
+                .into_iter()
+                .flatten()
+                .min();
             if session.look && !session.ended {
                 self.scan = true;
                 due = Some(now);
             }
         }
-        due.filter(|due| *due != Tick::NEVER).map(|due| Duration::from_nanos(due.since_ns(now)))
+        due.filter(|due| *due != Tick::NEVER)
+            .map(|due| Duration::from_nanos(due.since_ns(now)))
     }
 
     fn take_finished(&mut self) {
@@ -566,15 +680,18 @@ impl EventLoop {
         for finished in self.store.take_finished() {
             let effect = finished.effect;
             let outcome = match finished.done {
-                Done::Opened { file, stat, identity } => {
-                    Some(Outcome::Opened { slot: self.store.insert(Arc::new(*file)), stat, identity })
-                }
+                Done::Opened { file, stat, identity } => Some(Outcome::Opened {
+                    slot: self.store.insert(Arc::new(*file)),
+                    stat,
+                    identity,
+                }),
                 done if self.bulk.has(effect) => self.bulk.handle_worker(effect, done),
                 Done::Outcome(outcome) => Some(outcome),
                 Done::Warm | Done::Scratch(_) | Done::Stored { .. } | Done::Revoked => None,
             };
             if let Some(outcome) = outcome {
-                self.hub.handle(now, interface::Input::Outcome { effect, outcome });
+                self.hub
+                    .handle(now, interface::Input::Outcome { effect, outcome });
             }
         }
     }
@@ -582,21 +699,72 @@ impl EventLoop {
     fn take_operators(&mut self) {
         let now = now();
         loop {
-            let status = || status(self.life, self.started, self.vms.len(), self.sessions.len(), &self.lines);
-            let books = Books { config: &self.config, vms: &self.vms, lines: &self.lines, status: &status };
-            let Some(ask) = self.operators.poll(&books) else { break };
+            let status = || {
+                status(
+                    self.life,
+                    self.started,
+                    self.vms.len(),
+                    self.sessions.len(),
+                    &self.lines,
+                )
+            };
+            let books = Books {
+                config: &self.config,
+                vms: &self.vms,
+                lines: &self.lines,
+                status: &status,
+            };
+            let Some(ask) = self.operators.poll(&books) else {
+                break;
+            };
             match ask {
-                Ask::Hub { client, id, request } => self.hub.handle(now, interface::Input::Control { client, id, request }),
-                Ask::Transfer { client, id, fd, transfer } => {
+                Ask::Hub { client, id, request } => self
+                    .hub
+                    .handle(now, interface::Input::Control { client, id, request }),
+                Ask::Transfer {
+                    client,
+                    id,
+                    fd,
+                    transfer,
+                } => {
                     let file = self.store.adopt(fd);
                     let request = match transfer {
-                        Transfer::Push { target, size, name, wait_ns } => ControlRequest::Push { target, file, size, name, wait_ns },
-                        Transfer::Pull { source, path, wait_ns } => ControlRequest::Pull { source, path, file, wait_ns },
+                        Transfer::Push {
+                            target,
+                            size,
+                            name,
+                            wait_ns,
+                        } => ControlRequest::Push {
+                            target,
+                            file,
+                            size,
+                            name,
+                            wait_ns,
+                        },
+                        Transfer::Pull {
+                            source,
+                            path,
+                            wait_ns,
+                        } => ControlRequest::Pull {
+                            source,
+                            path,
+                            file,
+                            wait_ns,
+                        },
                     };
-                    self.hub.handle(now, interface::Input::Control { client, id, request });
+                    self.hub
+                        .handle(now, interface::Input::Control { client, id, request });
                 }
-                Ask::AddVm { request, vm, listener } => {
-                    if let Err(error) = self.tell_keeper(&CoreToKeeper::AddVm { request, vm: *vm, listener: *listener }) {
+                Ask::AddVm {
+                    request,
+                    vm,
+                    listener,
+                } => {
+                    if let Err(error) = self.tell_keeper(&CoreToKeeper::AddVm {
+                        request,
+                        vm: *vm,
+                        listener: *listener,
+                    }) {
                         self.operators.handle_keeper(request, Some(error.to_string()));
                     }
                 }
@@ -612,13 +780,28 @@ impl EventLoop {
     }
 
     fn reply(&mut self, client: u64, id: u64, reply: interface::ControlReply, last: bool) {
-        let status = || status(self.life, self.started, self.vms.len(), self.sessions.len(), &self.lines);
-        let books = Books { config: &self.config, vms: &self.vms, lines: &self.lines, status: &status };
+        let status = || {
+            status(
+                self.life,
+                self.started,
+                self.vms.len(),
+                self.sessions.len(),
+                &self.lines,
+            )
+        };
+        let books = Books {
+            config: &self.config,
+            vms: &self.vms,
+            lines: &self.lines,
+            status: &status,
+        };
         self.operators.handle_reply(client, id, reply, last, &books);
     }
 
     fn tell_keeper(&self, message: &CoreToKeeper) -> anyhow::Result<()> {
-        self.keeper.send(message, &[], &[]).map_err(|error| anyhow!("the keeper does not take messages: {error}"))
+        self.keeper
+            .send(message, &[], &[])
+            .map_err(|error| anyhow!("the keeper does not take messages: {error}"))
     }
 
     /// Sends what waits for the front, as far as there is room.
@@ -641,7 +824,11 @@ impl EventLoop {
 
     fn log(&mut self, vm: Option<u64>, text: String) {
         let vm = vm.and_then(|vm| self.vms.get(&vm)).map(|vm| vm.name.clone());
-        self.lines.push(Line { time_ns: wall_clock_ns(), vm, text });
+        self.lines.push(Line {
+            time_ns: wall_clock_ns(),
+            vm,
+            text,
+        });
         self.operators.tell_followers(&self.lines);
     }
 
@@ -661,7 +848,9 @@ impl EventLoop {
     fn take_snapshot(&mut self) -> anyhow::Result<()> {
         let snapshot = self.hub.save().to_bytes();
         self.snapshot_bytes = snapshot.len();
-        self.journal.snapshot(&snapshot).context("the hub's state does not fit its memory: lower the mailbox limits")
+        self.journal
+            .snapshot(&snapshot)
+            .context("the hub's state does not fit its memory: lower the mailbox limits")
     }
 
     /// An ordered end: what the rings have published is signalled; what is in flight stays in the tables for the next life.
@@ -674,7 +863,11 @@ impl EventLoop {
 /// The hub as an earlier life left it.
 fn recover(journal: &Journal<MappedWords>, life: u64) -> anyhow::Result<Hub> {
     let recovered = journal.recover().context("the hub's state")?;
-    let saved = recovered.snapshot.map(|bytes| Saved::from_bytes(&bytes)).transpose().context("the hub's state")?;
+    let saved = recovered
+        .snapshot
+        .map(|bytes| Saved::from_bytes(&bytes))
+        .transpose()
+        .context("the hub's state")?;
     let mut records = Vec::with_capacity(recovered.records.len());
     for bytes in &recovered.records {
         records.push(ciborium::from_reader(bytes.as_slice()).context("a record of the hub's state")?);
@@ -692,7 +885,12 @@ fn status(life: u64, started: Instant, vms: usize, sessions: usize, lines: &Line
         uptime_seconds: started.elapsed().as_secs(),
         vms: vms as u64,
         sessions: sessions as u64,
-        notices: lines.since(0).0.filter(|line| line.vm.is_none()).map(|line| line.text.clone()).collect(),
+        notices: lines
+            .since(0)
+            .0
+            .filter(|line| line.vm.is_none())
+            .map(|line| line.text.clone())
+            .collect(),
         counters: BTreeMap::new(),
     }
 }
@@ -700,10 +898,17 @@ fn status(life: u64, started: Instant, vms: usize, sessions: usize, lines: &Line
 /// Time since boot, suspended time included: the same clock in every process and life.
 fn now() -> Tick {
     let time = clock_gettime(ClockId::Boottime);
-    Tick((time.tv_sec as u64).saturating_mul(1_000_000_000).saturating_add(time.tv_nsec as u64))
+    Tick(
+        (time.tv_sec as u64)
+            .saturating_mul(1_000_000_000)
+            .saturating_add(time.tv_nsec as u64),
+    )
 }
 
 fn wall_clock_ns() -> u64 {
     let time = clock_gettime(ClockId::Realtime);
-    u64::try_from(time.tv_sec).unwrap_or(0).saturating_mul(1_000_000_000).saturating_add(time.tv_nsec as u64)
+    u64::try_from(time.tv_sec)
+        .unwrap_or(0)
+        .saturating_mul(1_000_000_000)
+        .saturating_add(time.tv_nsec as u64)
 }

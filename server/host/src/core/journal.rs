@@ -73,7 +73,9 @@ impl<W: Words> Journal<W> {
     /// # Errors
     /// Corrupt: somebody else wrote into it.
     pub fn recover(&self) -> Result<Recovered, JournalError> {
-        let Some(half) = self.half_in_force() else { return Ok(Recovered::default()) };
+        let Some(half) = self.half_in_force() else {
+            return Ok(Recovered::default());
+        };
         let bytes = self.words.load(half + SNAPSHOT_BYTES) as usize;
         if bytes.div_ceil(8) + CONTENTS > self.half_words {
             return Err(JournalError::Corrupt("the length of a snapshot"));
@@ -103,7 +105,10 @@ impl<W: Words> Journal<W> {
             records.push(record);
             position += 1 + bytes.div_ceil(8);
         }
-        Ok(Recovered { snapshot: Some(snapshot), records })
+        Ok(Recovered {
+            snapshot: Some(snapshot),
+            records,
+        })
     }
 
     /// Appends a record. When it returns, the record is there for whoever comes after.
@@ -112,7 +117,9 @@ impl<W: Words> Journal<W> {
     /// Full: take a snapshot first. (Also when there is no snapshot yet.)
     pub fn append(&mut self, record: &[u8]) -> Result<(), JournalError> {
         let full = JournalError::Full { bytes: record.len() };
-        let Some(half) = self.half_in_force() else { return Err(full) };
+        let Some(half) = self.half_in_force() else {
+            return Err(full);
+        };
         let tail = self.words.load(half + TAIL) as usize;
         let next = tail + 1 + record.len().div_ceil(8);
         if next > self.half_words || record.len() > u32::MAX as usize {
@@ -131,14 +138,18 @@ impl<W: Words> Journal<W> {
     /// Full: the state in force stays as it is.
     pub fn snapshot(&mut self, snapshot: &[u8]) -> Result<(), JournalError> {
         if CONTENTS + snapshot.len().div_ceil(8) > self.half_words {
-            return Err(JournalError::Full { bytes: snapshot.len() });
+            return Err(JournalError::Full {
+                bytes: snapshot.len(),
+            });
         }
         let number = self.words.load(COMMIT) + 1;
         let half = self.half(number);
         self.words.store(half + SNAPSHOT_BYTES, snapshot.len() as u64);
-        self.words.store(half + SNAPSHOT_CRC, u64::from(crc32fast::hash(snapshot)));
+        self.words
+            .store(half + SNAPSHOT_CRC, u64::from(crc32fast::hash(snapshot)));
         self.words.write_bytes(half + CONTENTS, snapshot);
-        self.words.store(half + TAIL, (CONTENTS + snapshot.len().div_ceil(8)) as u64);
+        self.words
+            .store(half + TAIL, (CONTENTS + snapshot.len().div_ceil(8)) as u64);
         self.words.store(COMMIT, number);
         Ok(())
     }
@@ -184,7 +195,9 @@ mod tests {
             self.0.load(index)
         }
         fn store(&self, index: usize, value: u64) {
-            let lives = self.1.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
+            let lives = self
+                .1
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
             if lives.is_ok() {
                 self.0.store(index, value);
             }
@@ -199,7 +212,10 @@ mod tests {
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
         let bytes = || proptest::collection::vec(any::<u8>(), 0..40);
-        proptest::collection::vec(prop_oneof![3 => bytes().prop_map(Step::Append), 1 => bytes().prop_map(Step::Snapshot)], 1..20)
+        proptest::collection::vec(
+            prop_oneof![3 => bytes().prop_map(Step::Append), 1 => bytes().prop_map(Step::Snapshot)],
+            1..20,
+        )
     }
 
     proptest! {
@@ -245,9 +261,15 @@ mod tests {
         journal.snapshot(b"0123456789").unwrap();
         journal.append(&[7; 32]).unwrap();
         assert!(matches!(journal.append(b"x"), Err(JournalError::Full { .. })));
-        assert!(matches!(journal.snapshot(&[0; 100]), Err(JournalError::Full { .. })));
+        assert!(matches!(
+            journal.snapshot(&[0; 100]),
+            Err(JournalError::Full { .. })
+        ));
         assert_eq!(journal.journal_bytes(), 40);
-        let expected = Recovered { snapshot: Some(b"0123456789".to_vec()), records: vec![vec![7; 32]] };
+        let expected = Recovered {
+            snapshot: Some(b"0123456789".to_vec()),
+            records: vec![vec![7; 32]],
+        };
         assert_eq!(journal.recover().unwrap(), expected);
     }
 

@@ -52,13 +52,20 @@ mod tests {
     #[test]
     fn a_follower_gets_each_line_once() {
         let mut lines = Lines::default();
-        let line = |number: usize| Line { time_ns: 0, vm: None, text: number.to_string() };
+        let line = |number: usize| Line {
+            time_ns: 0,
+            vm: None,
+            text: number.to_string(),
+        };
         (0..3).for_each(|number| lines.push(line(number)));
         let next = lines.since(0).1;
         (3..LINES_MAX + 5).for_each(|number| lines.push(line(number)));
         let texts: Vec<_> = lines.since(next).0.map(|line| line.text.clone()).collect();
         // The first five have gone; what is still there comes once.
-        assert_eq!((texts.first().map(String::as_str), texts.len()), (Some("5"), LINES_MAX));
+        assert_eq!(
+            (texts.first().map(String::as_str), texts.len()),
+            (Some("5"), LINES_MAX)
+        );
         let next = lines.since(next).1;
         assert_eq!(lines.since(next).0.count(), 0);
     }

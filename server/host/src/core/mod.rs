@@ -27,8 +27,15 @@ use rustix::fd::{AsFd, OwnedFd};
 /// What makes it impossible to serve: the keeper then logs it and starts another.
 pub fn run(keeper: OwnedFd) -> anyhow::Result<()> {
     let keeper = Channel::from_fd(keeper);
-    let Some(packet) = first_packet(&keeper)? else { return Ok(()) };
-    let Packet { header: KeeperToCore::Start { life, config }, fds, .. } = packet else {
+    let Some(packet) = first_packet(&keeper)? else {
+        return Ok(());
+    };
+    let Packet {
+        header: KeeperToCore::Start { life, config },
+        fds,
+        ..
+    } = packet
+    else {
         bail!("the keeper's first packet is not Start");
     };
     event_loop::EventLoop::new(keeper, life, *config, fds)?.run()

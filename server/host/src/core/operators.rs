@@ -6,7 +6,8 @@
 use super::lines::Lines;
 use crate::config::{Access, CoreConfig, ListenerConfig, ShareGrant, VmConfig, added_vm};
 use crate::control::protocol::{
-    self, Call, Done, ErrorCode, Event, Failure, Hello, LogLine, Message, Peers, Progress, Received, Sent, Shares, Transferred, Vm, Vms,
+    self, Call, Done, ErrorCode, Event, Failure, Hello, LogLine, Message, Peers, Progress, Received, Sent,
+    Shares, Transferred, Vm, Vms,
 };
 use crate::control::{Asked, ClientId, ControlServer, Incoming};
 use base64::Engine;
@@ -21,21 +22,48 @@ use vmgmt_core::interface::{ControlReply, ControlRequest, VmStatus};
 #[derive(Debug)]
 pub enum Ask {
     /// A question for the hub.
-    Hub { client: u64, id: u64, request: ControlRequest },
+    Hub {
+        client: u64,
+        id: u64,
+        request: ControlRequest,
+    },
     /// A transfer: the loop adopts the file, then asks the hub. `read`: push.
-    Transfer { client: u64, id: u64, fd: OwnedFd, transfer: Transfer },
+    Transfer {
+        client: u64,
+        id: u64,
+        fd: OwnedFd,
+        transfer: Transfer,
+    },
     /// A VM for the keeper.
-    AddVm { request: u64, vm: Box<VmConfig>, listener: Box<ListenerConfig> },
-    RemoveVm { request: u64, name: String },
+    AddVm {
+        request: u64,
+        vm: Box<VmConfig>,
+        listener: Box<ListenerConfig>,
+    },
+    RemoveVm {
+        request: u64,
+        name: String,
+    },
     /// The connection is gone.
-    Closed { client: u64 },
+    Closed {
+        client: u64,
+    },
 }
 
 /// A push or a pull.
 #[derive(Debug)]
 pub enum Transfer {
-    Push { target: String, size: u64, name: String, wait_ns: u64 },
-    Pull { source: String, path: String, wait_ns: u64 },
+    Push {
+        target: String,
+        size: u64,
+        name: String,
+        wait_ns: u64,
+    },
+    Pull {
+        source: String,
+        path: String,
+        wait_ns: u64,
+    },
 }
 
 /// What the core knows beside the hub.
@@ -105,7 +133,9 @@ impl Operators {
                 Incoming::Gone { client } => {
                     self.followers.retain(|(follower, _), _| *follower != client);
                     self.asked.retain(|(asker, _), _| *asker != client.to_number());
-                    return Some(Ask::Closed { client: client.to_number() });
+                    return Some(Ask::Closed {
+                        client: client.to_number(),
+                    });
                 }
                 Incoming::Room { .. } => self.tell_followers(books.lines),
             }
@@ -122,11 +152,18 @@ impl Operators {
     /// The hub answers.
     pub fn handle_reply(&mut self, client: u64, id: u64, reply: ControlReply, last: bool, books: &Books<'_>) {
         let key = (client, id);
-        let Some(expected) = self.asked.get_mut(&key) else { return };
+        let Some(expected) = self.asked.get_mut(&key) else {
+            return;
+        };
         let client = ClientId::from_number(client);
         let expected_now = *expected;
         match reply {
-            ControlReply::Message { source, sequence, accepted_ns, message } => {
+            ControlReply::Message {
+                source,
+                sequence,
+                accepted_ns,
+                message,
+            } => {
                 if let Expected::Messages(count) = expected {
                     *count += 1;
                 }
@@ -134,7 +171,13 @@ impl Operators {
                     Ok(text) => (Some(text), None),
                     Err(bytes) => (None, Some(BASE64.encode(bytes.as_bytes()))),
                 };
-                let event = Event::Message(Message { from: source, sequence, accepted_ns, text, base64 });
+                let event = Event::Message(Message {
+                    from: source,
+                    sequence,
+                    accepted_ns,
+                    text,
+                    base64,
+                });
                 // Its socket takes all that a client with one request can have outstanding; one that never reads is cut off by the server.
                 let _ = self.server.event(client, id, event);
                 if let (true, Expected::Messages(count)) = (last, expected_now) {
@@ -142,7 +185,11 @@ impl Operators {
                 }
             }
             ControlReply::NoMessage => {
-                let messages = if let Expected::Messages(count) = expected_now { count } else { 0 };
+                let messages = if let Expected::Messages(count) = expected_now {
+                    count
+                } else {
+                    0
+                };
                 self.server.reply(client, id, &Received { messages });
             }
             ControlReply::Vms(vms) if expected_now == Expected::Peers => {
@@ -157,12 +204,23 @@ impl Operators {
             ControlReply::Progress { bytes, total } => {
                 let total = (total != u64::MAX).then_some(total);
                 // A client that does not read misses steps of progress, no more.
-                let _ = self.server.event(client, id, Event::Progress(Progress { bytes, total }));
+                let _ = self
+                    .server
+                    .event(client, id, Event::Progress(Progress { bytes, total }));
             }
             ControlReply::Transferred { bytes, crc32 } => {
-                self.server.reply(client, id, &Transferred { bytes, crc32: format!("{crc32:08x}") });
+                self.server.reply(
+                    client,
+                    id,
+                    &Transferred {
+                        bytes,
+                        crc32: format!("{crc32:08x}"),
+                    },
+                );
             }
-            ControlReply::Failed { status, text } => self.server.fail(client, id, failure(Status(status), text)),
+            ControlReply::Failed { status, text } => {
+                self.server.fail(client, id, failure(Status(status), text))
+            }
         }
         if last {
             self.asked.remove(&key);
@@ -171,25 +229,39 @@ impl Operators {
 
     /// The keeper answers.
     pub fn handle_keeper(&mut self, request: u64, error: Option<String>) {
-        let Some((client, id)) = self.at_keeper.remove(&request) else { return };
+        let Some((client, id)) = self.at_keeper.remove(&request) else {
+            return;
+        };
         match error {
             None => self.server.reply(client, id, &Done {}),
-            Some(error) => self.server.fail(client, id, Failure::new(ErrorCode::Failed, error, "")),
+            Some(error) => self
+                .server
+                .fail(client, id, Failure::new(ErrorCode::Failed, error, "")),
         }
     }
 
     /// Ends a request that could not be begun.
     pub fn fail(&mut self, client: u64, id: u64, status: Status, text: String) {
         self.asked.remove(&(client, id));
-        self.server.fail(ClientId::from_number(client), id, failure(status, text));
+        self.server
+            .fail(ClientId::from_number(client), id, failure(status, text));
     }
 
     fn begin(&mut self, asked: Asked, books: &Books<'_>) -> Result<Option<Ask>, Failure> {
-        let Asked { client, id, call, fds } = asked;
+        let Asked {
+            client,
+            id,
+            call,
+            fds,
+        } = asked;
         let number = client.to_number();
         let mut ask = |expected, request| {
             self.asked.insert((number, id), expected);
-            Ok(Some(Ask::Hub { client: number, id, request }))
+            Ok(Some(Ask::Hub {
+                client: number,
+                id,
+                request,
+            }))
         };
         match call {
             Call::Hello => self.server.reply(client, id, &Hello::of_this_version()),
@@ -202,34 +274,69 @@ impl Operators {
             Call::Peers => return ask(Expected::Peers, ControlRequest::Peers),
             Call::Send(send) => {
                 let message = message_of(send.text, send.base64)?;
-                return ask(Expected::Sent, ControlRequest::Send { target: send.to, message });
+                return ask(
+                    Expected::Sent,
+                    ControlRequest::Send {
+                        target: send.to,
+                        message,
+                    },
+                );
             }
             Call::Recv(receive) => {
-                let request = ControlRequest::Receive { follow: receive.follow, wait_ns: ns(receive.wait_ms) };
+                let request = ControlRequest::Receive {
+                    follow: receive.follow,
+                    wait_ns: ns(receive.wait_ms),
+                };
                 return ask(Expected::Messages(0), request);
             }
             Call::Push(push) => {
                 let fd = only_fd(fds)?;
                 let size = regular_size(&fd)?;
-                let transfer = Transfer::Push { target: push.to, size, name: push.name, wait_ns: ns(push.wait_ms) };
+                let transfer = Transfer::Push {
+                    target: push.to,
+                    size,
+                    name: push.name,
+                    wait_ns: ns(push.wait_ms),
+                };
                 self.asked.insert((number, id), Expected::Transfer);
-                return Ok(Some(Ask::Transfer { client: number, id, fd, transfer }));
+                return Ok(Some(Ask::Transfer {
+                    client: number,
+                    id,
+                    fd,
+                    transfer,
+                }));
             }
             Call::Pull(pull) => {
                 let fd = only_fd(fds)?;
                 regular_size(&fd)?;
-                let transfer = Transfer::Pull { source: pull.from, path: pull.path, wait_ns: ns(pull.wait_ms) };
+                let transfer = Transfer::Pull {
+                    source: pull.from,
+                    path: pull.path,
+                    wait_ns: ns(pull.wait_ms),
+                };
                 self.asked.insert((number, id), Expected::Transfer);
-                return Ok(Some(Ask::Transfer { client: number, id, fd, transfer }));
+                return Ok(Some(Ask::Transfer {
+                    client: number,
+                    id,
+                    fd,
+                    transfer,
+                }));
             }
             Call::AddVm(add) => {
                 let (vm, listener) = added_vm(&add, books.config)?;
                 let request = self.to_keeper(client, id);
-                return Ok(Some(Ask::AddVm { request, vm: Box::new(vm), listener: Box::new(listener) }));
+                return Ok(Some(Ask::AddVm {
+                    request,
+                    vm: Box::new(vm),
+                    listener: Box::new(listener),
+                }));
             }
             Call::RemoveVm(remove) => {
                 let request = self.to_keeper(client, id);
-                return Ok(Some(Ask::RemoveVm { request, name: remove.name }));
+                return Ok(Some(Ask::RemoveVm {
+                    request,
+                    name: remove.name,
+                }));
             }
             Call::Log(log) => {
                 let next = tell_lines(&mut self.server, client, id, books.lines, 0);
@@ -256,7 +363,11 @@ fn tell_lines(server: &mut ControlServer, client: ClientId, id: u64, lines: &Lin
     let new: Vec<_> = new.cloned().collect();
     let mut next = end - new.len() as u64;
     for line in new {
-        let event = Event::Log(LogLine { time_ns: line.time_ns, vm: line.vm, text: line.text });
+        let event = Event::Log(LogLine {
+            time_ns: line.time_ns,
+            vm: line.vm,
+            text: line.text,
+        });
         if !server.event(client, id, event) {
             return next;
         }
@@ -273,9 +384,17 @@ fn message_of(text: Option<String>, base64: Option<String>) -> Result<Vec<u8>, F
     match (text, base64) {
         (Some(text), None) => Ok(text.into_bytes()),
         (None, Some(encoded)) => BASE64.decode(encoded).map_err(|error| {
-            Failure::new(ErrorCode::BadRequest, format!("the member \"base64\" is not base64: {error}"), "use the standard alphabet, with padding")
+            Failure::new(
+                ErrorCode::BadRequest,
+                format!("the member \"base64\" is not base64: {error}"),
+                "use the standard alphabet, with padding",
+            )
         }),
-        _ => Err(Failure::new(ErrorCode::BadRequest, "a message has either \"text\" or \"base64\"", "give exactly one of both")),
+        _ => Err(Failure::new(
+            ErrorCode::BadRequest,
+            "a message has either \"text\" or \"base64\"",
+            "give exactly one of both",
+        )),
     }
 }
 
@@ -291,16 +410,33 @@ fn only_fd(mut fds: Vec<OwnedFd>) -> Result<OwnedFd, Failure> {
 }
 
 fn regular_size(fd: &OwnedFd) -> Result<u64, Failure> {
-    let stat = rustix::fs::fstat(fd)
-        .map_err(|errno| Failure::new(ErrorCode::BadRequest, format!("the file cannot be looked at: {errno}"), ""))?;
+    let stat = rustix::fs::fstat(fd).map_err(|errno| {
+        Failure::new(
+            ErrorCode::BadRequest,
+            format!("the file cannot be looked at: {errno}"),
+            "",
+        )
+    })?;
     if rustix::fs::FileType::from_raw_mode(stat.st_mode) != rustix::fs::FileType::RegularFile {
-        return Err(Failure::new(ErrorCode::BadRequest, "that is no regular file", "copy a pipe or device into a file first"));
+        return Err(Failure::new(
+            ErrorCode::BadRequest,
+            "that is no regular file",
+            "copy a pipe or device into a file first",
+        ));
     }
     Ok(u64::try_from(stat.st_size).unwrap_or(0))
 }
 
 fn grant_text(grant: &ShareGrant) -> String {
-    format!("{}:{}", grant.share, if grant.access == Access::ReadOnly { "ro" } else { "rw" })
+    format!(
+        "{}:{}",
+        grant.share,
+        if grant.access == Access::ReadOnly {
+            "ro"
+        } else {
+            "rw"
+        }
+    )
 }
 
 fn shares(books: &Books<'_>) -> Shares {
@@ -312,11 +448,28 @@ fn shares(books: &Books<'_>) -> Shares {
         granted: books
             .vms
             .values()
-            .filter_map(|vm| vm.shares.iter().find(|grant| grant.share == share.name).map(|grant| (vm, grant)))
-            .map(|(vm, grant)| format!("{}:{}", vm.name, if grant.access == Access::ReadOnly { "ro" } else { "rw" }))
+            .filter_map(|vm| {
+                vm.shares
+                    .iter()
+                    .find(|grant| grant.share == share.name)
+                    .map(|grant| (vm, grant))
+            })
+            .map(|(vm, grant)| {
+                format!(
+                    "{}:{}",
+                    vm.name,
+                    if grant.access == Access::ReadOnly {
+                        "ro"
+                    } else {
+                        "rw"
+                    }
+                )
+            })
             .collect(),
     });
-    Shares { shares: shares.collect() }
+    Shares {
+        shares: shares.collect(),
+    }
 }
 
 fn peer(vm: &VmStatus) -> protocol::Peer {
@@ -352,13 +505,18 @@ fn vm_of(vm: &VmStatus, books: &Books<'_>) -> Vm {
             .iter()
             .find(|(name, _)| name.as_deref() == Some(vm.name.as_str()))
             .map(|(_, path)| path.display().to_string()),
-        shares: config.map(|config| config.shares.iter().map(grant_text).collect()).unwrap_or_default(),
+        shares: config
+            .map(|config| config.shares.iter().map(grant_text).collect())
+            .unwrap_or_default(),
         published: vm.published,
         description: vm.description.clone(),
         listening: vm.receives_posted > 0,
         mailbox_messages: vm.mailbox_messages,
         mailbox_bytes: vm.mailbox_bytes,
-        counters: counters.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+        counters: counters
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect(),
     }
 }
 

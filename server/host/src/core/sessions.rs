@@ -42,6 +42,8 @@ pub struct Session {
     pub look: bool,
     /// It is to be polled until then.
     pub active_until: Tick,
+    /// The `fence` word up to which the rings have looked at the page.
+    fence_handled: u64,
     /// The `fenced` word that the front was last kicked for.
     fenced_told: u64,
     /// Within this turn of the loop.
@@ -63,7 +65,13 @@ impl Session {
     ///
     /// # Errors
     /// See [`SessionError`].
-    pub fn attach(session: u64, slot: usize, vm: u64, fds: Vec<OwnedFd>, limits: MemoryLimits) -> Result<Self, SessionError> {
+    pub fn attach(
+        session: u64,
+        slot: usize,
+        vm: u64,
+        fds: Vec<OwnedFd>,
+        limits: MemoryLimits,
+    ) -> Result<Self, SessionError> {
         let count = fds.len();
         let Ok([front, core, state]) = <[OwnedFd; 3]>::try_from(fds) else {
             return Err(SessionError::Descriptors(count));
@@ -74,7 +82,15 @@ impl Session {
         if !front.is_valid() || !core.is_valid() || front.session() != session || core.session() != session {
             return Err(SessionError::Page);
         }
-        let rings = Rings::attach(Settings { session, modes: Modes::default() }, state, &front, &core)?;
+        let rings = Rings::attach(
+            Settings {
+                session,
+                modes: Modes::default(),
+            },
+            state,
+            &front,
+            &core,
+        )?;
         let memory = SessionMemory::new(session, front.clone(), core.clone(), limits);
         Ok(Self {
             slot,
@@ -87,6 +103,7 @@ impl Session {
             touched: 0,
             look: true,
             active_until: Tick(0),
+            fence_handled: 0,
             fenced_told: 0,
             is_open: false,
             ended: false,
@@ -95,7 +112,8 @@ impl Session {
 
     /// Hands an input to the rings. The session must be open.
     pub fn handle(&mut self, now: Tick, input: Input) -> Turn {
-        self.rings.handle(now, &self.front, &self.core, &mut self.memory, input)
+        self.rings
+            .handle(now, &self.front, &self.core, &mut self.memory, input)
     }
 
     /// Whether `fenced` has moved since this was last asked.
@@ -108,7 +126,11 @@ impl Session {
     pub fn set_vectors(&mut self, present: u32, fds: Vec<OwnedFd>) {
         let mut fds = fds.into_iter();
         for (vector, slot) in self.vectors.iter_mut().enumerate() {
-            *slot = if present & (1 << vector) != 0 { fds.next() } else { None };
+            *slot = if present & (1 << vector) != 0 {
+                fds.next()
+            } else {
+                None
+            };
         }
         for vector in 0..VECTORS_MAX {
             self.signal(vector);
@@ -135,7 +157,9 @@ impl Sessions {
         self.sessions.get_mut(&number)
     }
     pub fn iter_mut(&mut self) -> impl Iterator<Item = (u64, &mut Session)> {
-        self.sessions.iter_mut().map(|(number, session)| (*number, session))
+        self.sessions
+            .iter_mut()
+            .map(|(number, session)| (*number, session))
     }
     #[must_use]
     pub fn len(&self) -> usize {
@@ -158,6 +182,11 @@ impl Sessions {
             session.is_open = true;
             session.memory.begin_dma(now);
             self.opened.push(number);
+            // A fence may have passed just now: what the rings still believe of the time before must not lead to DMA after it.
+            let fence = session.front.fence();
+            if std::mem::replace(&mut session.fence_handled, fence) != fence {
+                session.handle(now, Input::Touched);
+            }
         }
         Some(session)
     }
@@ -174,30 +203,41 @@ impl Sessions {
     pub fn resolve(&mut self, range: BufferRange, direction: Direction) -> Result<Option<Pieces>, Status> {
         let session = self.sessions.get_mut(&range.token.session).ok_or(Status::STALE)?;
         debug_assert!(session.is_open, "a buffer is looked up within its session's turn");
-        let end = range.offset.checked_add(range.bytes).ok_or(Status::BAD_ARGUMENT)?;
+        let end = range
+            .offset
+            .checked_add(range.bytes)
+            .ok_or(Status::BAD_ARGUMENT)?;
         let segments = match session.rings.buffer(range.token).ok_or(Status::STALE)? {
             Buffer::Guest { segments, bytes } if end <= bytes => part_of(segments, range.offset, range.bytes),
             Buffer::Guest { .. } => return Err(Status::BAD_ARGUMENT),
             Buffer::Port { .. } => return Ok(None),
         };
-        session.memory.resolve(&segments, direction).map(Some).map_err(|error| match error {
-            MemoryError::Quiet => Status::NOT_READY,
-            MemoryError::Pending => Status::BUSY,
-            _ => Status::BAD_ADDRESS,
-        })
+        session
+            .memory
+            .resolve(&segments, direction)
+            .map(Some)
+            .map_err(|error| match error {
+                MemoryError::Quiet => Status::NOT_READY,
+                MemoryError::Pending => Status::BUSY,
+                _ => Status::BAD_ADDRESS,
+            })
     }
 
     /// Bytes that the port window's user wrote, from `at` in the range on.
     pub fn port_input(&mut self, range: BufferRange, at: u64, bytes: usize) -> Option<Vec<u8>> {
         let session = self.sessions.get_mut(&range.token.session)?;
-        let Buffer::Port { input, .. } = session.rings.buffer(range.token)? else { return None };
+        let Buffer::Port { input, .. } = session.rings.buffer(range.token)? else {
+            return None;
+        };
         let begin = usize::try_from(range.offset.checked_add(at)?).ok()?;
         input.get(begin..begin.checked_add(bytes)?).map(<[u8]>::to_vec)
     }
 
     /// Output for the port window's user; false: there is no room, or no such submission.
     pub fn port_write(&mut self, range: BufferRange, at: u64, bytes: &[u8]) -> bool {
-        let Some(offset) = range.offset.checked_add(at) else { return false };
+        let Some(offset) = range.offset.checked_add(at) else {
+            return false;
+        };
         self.sessions
             .get_mut(&range.token.session)
             .is_some_and(|session| session.rings.port_write(range.token, offset, bytes))
@@ -206,7 +246,9 @@ impl Sessions {
     /// Whether a submission is still in flight.
     #[must_use]
     pub fn is_in_flight(&self, token: Token) -> bool {
-        self.sessions.get(&token.session).is_some_and(|session| session.rings.buffer(token).is_some())
+        self.sessions
+            .get(&token.session)
+            .is_some_and(|session| session.rings.buffer(token).is_some())
     }
 }
 
@@ -235,7 +277,11 @@ mod tests {
 
     #[test]
     fn a_part_of_a_buffer_is_the_right_bytes() {
-        let segments = [Segment { iova: 100, bytes: 10 }, Segment { iova: 200, bytes: 5 }, Segment { iova: 300, bytes: 20 }];
+        let segments = [
+            Segment { iova: 100, bytes: 10 },
+            Segment { iova: 200, bytes: 5 },
+            Segment { iova: 300, bytes: 20 },
+        ];
         assert_eq!(part_of(&segments, 0, 35), vec![(100, 10), (200, 5), (300, 20)]);
         assert_eq!(part_of(&segments, 9, 7), vec![(109, 1), (200, 5), (300, 1)]);
         assert_eq!(part_of(&segments, 10, 5), vec![(200, 5)]);

@@ -22,8 +22,20 @@ pub struct Wake {
 
 impl Wake {
     #[must_use]
-    pub const fn new(touched: TouchedPage<MappedWords>, life: LifePage<MappedWords>, core: OwnedFd, front: OwnedFd) -> Self {
-        Self { touched, life, core, front, seen: u64::MAX, kicked: false }
+    pub const fn new(
+        touched: TouchedPage<MappedWords>,
+        life: LifePage<MappedWords>,
+        core: OwnedFd,
+        front: OwnedFd,
+    ) -> Self {
+        Self {
+            touched,
+            life,
+            core,
+            front,
+            seen: u64::MAX,
+            kicked: false,
+        }
     }
 
     /// The eventfd by which the front wakes the core.

@@ -106,12 +106,21 @@ impl MessageDma {
         connection.abandon_dma(|_| true);
         let waiting = self.waiting.drain(..).map(|(life, request, _)| (life, request));
         let under_way = std::mem::take(&mut self.under_way).into_values();
-        let dropped = |(life, request)| Answer {
+        under_way
+            .chain(waiting)
+            .map(|(life, request)| Answer::again(life, request))
+            .collect()
+    }
+}
+
+impl Answer {
+    /// Not sent, or not waited for: ask again, if it is still wanted.
+    pub const fn again(life: u64, request: u64) -> Self {
+        Self {
             life,
             request,
             data: Vec::new(),
             error: Errno::EAGAIN,
-        };
-        under_way.chain(waiting).map(dropped).collect()
+        }
     }
 }

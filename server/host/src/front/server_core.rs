@@ -89,20 +89,23 @@ impl Front {
     }
 
     fn core_packet(&mut self, packet: Packet<CoreToFront>) {
-        let (number, request, ask) = match packet.header {
+        let (number, request, fence, ask) = match packet.header {
             CoreToFront::DmaRead {
                 session,
                 request,
+                fence,
                 iova,
                 bytes,
-            } => (session, request, Ask::Read { iova, bytes }),
+            } => (session, request, fence, Ask::Read { iova, bytes }),
             CoreToFront::DmaWrite {
                 session,
                 request,
+                fence,
                 iova,
             } => (
                 session,
                 request,
+                fence,
                 Ask::Write {
                     iova,
                     data: packet.payload,
@@ -117,7 +120,7 @@ impl Front {
         });
         match live {
             Some(slot) => self.serve(slot, |session, outside| {
-                session.message_dma(outside, request, ask)
+                session.message_dma(outside, request, fence, ask)
             }),
             None => {
                 let error = vmgmt_wire::Errno::ENODEV.0;

@@ -174,11 +174,19 @@ impl Session {
     }
 
     /// The core asks for guest memory by messages.
-    pub fn message_dma(&mut self, outside: &mut Outside<'_>, request: u64, ask: Ask) {
+    ///
+    /// `fence`: the one that it had seen. After a newer one (it was answered while this was on its way) nothing is sent: what the request
+    /// was checked against may be gone. The core looks again, and asks again.
+    pub fn message_dma(&mut self, outside: &mut Outside<'_>, request: u64, fence: u64, ask: Ask) {
         let Some(life) = self.told_life.filter(|_| self.socket.is_some()) else {
             return;
         };
-        let answers = self.dma.ask(&mut self.connection, life, request, ask);
+        let newest = self.device.as_ref().map_or(0, |device| device.function.fence());
+        let answers = if fence < newest {
+            vec![Answer::again(life, request)]
+        } else {
+            self.dma.ask(&mut self.connection, life, request, ask)
+        };
         self.tell_answers(outside, answers);
         self.flush(outside);
     }

@@ -202,7 +202,7 @@ impl MessageQueue {
     }
 
     /// The next request for the front.
-    pub fn poll_output(&mut self, session: u64, now: Tick) -> Option<DmaRequest> {
+    pub fn poll_output(&mut self, session: u64, fence: u64, now: Tick) -> Option<DmaRequest> {
         if self.outstanding.len() >= MESSAGE_DMA_OUTSTANDING_MAX {
             return None;
         }
@@ -227,6 +227,7 @@ impl MessageQueue {
                 message: CoreToFront::DmaRead {
                     session,
                     request,
+                    fence,
                     iova: *iova,
                     bytes: *bytes,
                 },
@@ -236,6 +237,7 @@ impl MessageQueue {
                 message: CoreToFront::DmaWrite {
                     session,
                     request,
+                    fence,
                     iova: write.iova,
                 },
                 // Kept here too, in case the front drops it unsent at a fence.

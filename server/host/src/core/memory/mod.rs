@@ -225,7 +225,7 @@ impl SessionMemory {
             // What waits is looked at again in the next turn: it may be void.
             return None;
         }
-        self.messages.poll_output(self.session, now)
+        self.messages.poll_output(self.session, self.fences.seen(), now)
     }
 
     /// An answer of the front ([`crate::messages::FrontToCore::DmaAnswer`]). Run a turn of the session after it. `error` EAGAIN:

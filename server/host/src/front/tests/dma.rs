@@ -154,6 +154,7 @@ fn guest_memory_by_messages() {
         &CoreToFront::DmaRead {
             session,
             request: 5,
+            fence: u64::MAX,
             iova: 0x100,
             bytes: 14,
         },
@@ -163,6 +164,7 @@ fn guest_memory_by_messages() {
         &CoreToFront::DmaWrite {
             session,
             request: 6,
+            fence: u64::MAX,
             iova: 0x200,
         },
         b"to the guest",
@@ -194,6 +196,7 @@ fn guest_memory_by_messages() {
         &CoreToFront::DmaRead {
             session,
             request: 7,
+            fence: u64::MAX,
             iova: 0,
             bytes: 1 << 20,
         },
@@ -205,6 +208,7 @@ fn guest_memory_by_messages() {
         &CoreToFront::DmaRead {
             session: 1,
             request: 8,
+            fence: u64::MAX,
             iova: 0,
             bytes: 1,
         },
@@ -228,6 +232,7 @@ fn a_fence_voids_message_dma_and_no_reply_waits_for_it() {
             &CoreToFront::DmaRead {
                 session: admitted.session,
                 request,
+                fence: u64::MAX,
                 iova: 0,
                 bytes: 8,
             },
@@ -254,6 +259,7 @@ fn a_fence_voids_message_dma_and_no_reply_waits_for_it() {
         &CoreToFront::DmaRead {
             session: admitted.session,
             request: 9,
+            fence: u64::MAX,
             iova: 0,
             bytes: 8,
         },

@@ -136,6 +136,7 @@ impl Session {
                 request,
                 iova,
                 bytes,
+                ..
             } => {
                 assert_eq!(session, 1);
                 let data = ram.read(iova, bytes as usize);
@@ -145,6 +146,7 @@ impl Session {
                 session,
                 request: number,
                 iova,
+                ..
             } => {
                 assert_eq!(session, 1);
                 ram.write(iova, &request.payload);

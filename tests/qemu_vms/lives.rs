@@ -1,0 +1,139 @@
+//! VMs, devices, drivers and cores that end and begin again while others go on.
+
+use crate::site::{LONG, SHORT, checksum, host_checksum, site};
+use anyhow::{Context, Result, ensure};
+use std::thread;
+use vmgmt_testkit::process::wait_until;
+use vmgmt_testkit::vm::Vm;
+
+fn both(site: &crate::site::Site) -> Result<(Vm, Vm)> {
+    thread::scope(|scope| {
+        let second = scope.spawn(|| site.vm("vm2"));
+        let first = site.vm("vm1")?;
+        Ok((first, second.join().ok().context("a thread died")??))
+    })
+}
+
+/// A loop of transfers in a VM that ends when /tmp/enough is there, and fails with the first transfer that fails.
+const TRANSFERS: &str = "while [ ! -e /tmp/enough ]; do vmgmt get data/big.bin /tmp/big.bin || exit 1; echo moved; done; rm /tmp/big.bin";
+
+#[test]
+fn the_core_is_killed_and_the_guest_does_nothing_about_it() -> Result<()> {
+    let Some(site) = site(1)? else { return Ok(()) };
+    let vm = site.vm("vm1")?;
+    site.check(&[&vm], || {
+        site.fill("in.bin", 1_000_000)?;
+        vm.ok_for("vmgmt get data/in.bin /tmp/in.bin", LONG)?;
+        for _ in 0..3 {
+            let old = site.daemon.kill_role("core")?;
+            // Registers are the front's: they answer whether there is a core or not.
+            vm.ok("vmgmt info")?;
+            site.daemon.wait_for_new("core", old, SHORT)?;
+            vm.ok_for("vmgmt selftest", LONG)?;
+            vm.ok_for("vmgmt get data/in.bin /tmp/in.bin", LONG)?;
+            ensure!(checksum(&vm, "/tmp/in.bin")? == host_checksum(&site.shared("in.bin"))?);
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_receive_that_waits_outlives_the_core() -> Result<()> {
+    let Some(site) = site(1)? else { return Ok(()) };
+    let vm = site.vm("vm1")?;
+    site.check(&[&vm], || {
+        let receive = vm.spawn("vmgmt recv --count 1 --timeout 60")?;
+        wait_until("vm1 waits for a message", SHORT, || {
+            Ok(site
+                .operator(&["--json", "vms"])?
+                .contains("\"listening\":true")
+                .then_some(()))
+        })?;
+        let old = site.daemon.kill_role("core")?;
+        site.daemon.wait_for_new("core", old, SHORT)?;
+        wait_until("the new core serves", SHORT, || {
+            Ok(site.operator(&["send", "vm1", "after the crash"]).ok())
+        })?;
+        ensure!(receive.wait(SHORT)?.ok()?.contains("after the crash"));
+        Ok(())
+    })
+}
+
+#[test]
+fn a_guest_reboots_during_a_transfer() -> Result<()> {
+    let Some(site) = site(1)? else { return Ok(()) };
+    let vm = site.vm("vm1")?;
+    site.check(&[&vm], || {
+        site.fill("big.bin", 32 << 20)?;
+        let mut transfers = vm.spawn(TRANSFERS)?;
+        transfers.wait_for("moved", LONG)?;
+        vm.reset()?;
+        drop(transfers);
+        vm.ok_for("vmgmt selftest && vmgmt get data/big.bin /tmp/big.bin", LONG)?;
+        ensure!(checksum(&vm, "/tmp/big.bin")? == host_checksum(&site.shared("big.bin"))?);
+        Ok(())
+    })
+}
+
+#[test]
+fn one_qemu_is_killed_during_a_transfer_and_the_other_goes_on() -> Result<()> {
+    let Some(site) = site(2)? else { return Ok(()) };
+    let (vm1, vm2) = both(&site)?;
+    site.check(&[&vm1, &vm2], || {
+        site.fill("big.bin", 16 << 20)?;
+        let mut dying = vm1.spawn(TRANSFERS)?;
+        let mut living = vm2.spawn(TRANSFERS)?;
+        dying.wait_for("moved", LONG)?;
+        living.wait_for("moved", LONG)?;
+        vm1.kill();
+        vm2.ok("touch /tmp/enough")?;
+        living
+            .wait(LONG)?
+            .ok()
+            .context("the neighbour's transfer failed")?;
+        // Its socket takes the VM again.
+        let again = site.vm("vm1")?;
+        again.ok_for("vmgmt selftest", LONG)?;
+        Ok(())
+    })
+}
+
+#[test]
+fn a_device_is_unplugged_and_plugged_again() -> Result<()> {
+    let Some(site) = site(2)? else { return Ok(()) };
+    let socket = site.daemon.path("vm1.sock");
+    let vm1 = vmgmt_testkit::vm::VmBuilder::new(&site.tools, "vm1")
+        .driver(vmgmt_testkit::vm::Driver::Uio)
+        .ports(1)
+        .start()?;
+    site.check(&[&vm1], || {
+        for _ in 0..2 {
+            vm1.plug(&socket, "mgmt", 0)?;
+            wait_until("the guest sees the device", SHORT, || {
+                Ok((vm1.run("grep -q 0x10f0 /sys/bus/pci/devices/*/device")?.status == 0).then_some(()))
+            })?;
+            vm1.ok_for("vmgmt bind --driver uio && vmgmt selftest", LONG)?;
+            vm1.unplug("mgmt")?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn the_guests_driver_is_unloaded_and_loaded_again() -> Result<()> {
+    let Some(site) = site(1)? else { return Ok(()) };
+    let vm = site.vm("vm1")?;
+    site.check(&[&vm], || {
+        vm.ok("vmgmt send vm1 'before the reload'")?;
+        for _ in 0..3 {
+            vm.ok("vmgmt bind --driver none && rmmod uio_pci_generic")?;
+            vm.ok_for("vmgmt bind --driver uio && vmgmt selftest", LONG)?;
+        }
+        // Killed while it holds the device.
+        let mut receive = vm.spawn("vmgmt recv --count 2 --timeout 60")?;
+        receive.wait_for("before the reload", SHORT)?;
+        receive.signal("KILL")?;
+        vm.ok_for("vmgmt selftest", LONG)?;
+        Ok(())
+    })
+}
