@@ -141,7 +141,7 @@ impl Hub {
             .ledger
             .vms
             .keys()
-            .filter_map(|vm| self.vm_status(*vm))
+            .filter_map(|vm| self.vm_status(vm))
             .collect()
     }
 

@@ -7,6 +7,7 @@ use crate::journal::{Message, Presence, Record};
 use crate::limits::KEYS_PER_SOURCE_MAX;
 use crate::modes::mailbox::{Mailbox, SavedMailbox};
 use crate::policy::VmConfig;
+use crate::table::Table;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -65,7 +66,7 @@ pub struct Origin {
 /// The state that survives.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Ledger {
-    pub(crate) vms: BTreeMap<u64, Account>,
+    pub(crate) vms: Table<Account>,
     pub(crate) host: Mailbox,
     pub(crate) host_sequence: u64,
     pub(crate) delivering: BTreeMap<Token, Delivering>,
@@ -176,7 +177,7 @@ impl Ledger {
         self.vms
             .iter()
             .find(|(_, account)| account.presence.as_ref().is_some_and(by))
-            .map(|(vm, _)| *vm)
+            .map(|(vm, _)| vm)
     }
 
     /// What a repeated send was answered.
@@ -472,7 +473,7 @@ impl Ledger {
             account
                 .mailbox
                 .iter()
-                .filter_map(|(position, held)| Some((held.bound?, (*vm, position))))
+                .filter_map(move |(position, held)| Some((held.bound?, (vm, position))))
         });
         self.bound = places.collect();
         Ok(())

@@ -24,6 +24,7 @@ pub mod refusal;
 mod saved;
 mod sessions;
 mod state;
+mod table;
 
 pub use effect::{BufferRange, Effect, EffectId, FailedAt, FileSlot, Identity, Outcome};
 pub use hub::Hub;

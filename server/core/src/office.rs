@@ -12,6 +12,7 @@ use crate::ledger::Ledger;
 use crate::limits::CLOCK_JUMP_NS_MAX;
 use crate::policy::VmLimits;
 use crate::refusal::Refusal;
+use crate::table::Table;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use vmgmt_abi::chat::PEER_HOST;
@@ -149,8 +150,8 @@ pub struct Office {
     pub now: Tick,
     pub wall: Wall,
     pub ledger: Ledger,
-    pub vms: BTreeMap<u64, Vm>,
-    pub sessions: BTreeMap<u64, Session>,
+    pub vms: Table<Vm>,
+    pub sessions: Table<Session>,
     pub flights: BTreeMap<Token, Flight>,
     pub timers: Timers,
     pub effects: Effects,
@@ -186,6 +187,21 @@ impl Office {
 
     pub fn vm_mut(&mut self, vm: u64) -> Option<&mut Vm> {
         self.vms.get_mut(&vm)
+    }
+
+    /// A VM's limits; the VM is made when it is new.
+    pub fn set_limits(&mut self, vm: u64, limits: VmLimits) {
+        if let Some(entry) = self.vms.get_mut(&vm) {
+            entry.limits = limits;
+        } else {
+            self.vms.insert(
+                vm,
+                Vm {
+                    limits,
+                    ..Vm::default()
+                },
+            );
+        }
     }
 
     /// Logs a refusal, once in a while, and counts it.
@@ -338,8 +354,8 @@ impl Office {
 
     /// Works out anew who may reach whom; after a change of the VM table.
     pub fn refresh_reach(&mut self) {
-        for (vm, account) in &self.ledger.vms {
-            let Some(entry) = self.vms.get_mut(vm) else {
+        for (vm, account) in self.ledger.vms.iter() {
+            let Some(entry) = self.vms.get_mut(&vm) else {
                 continue;
             };
             let reach = &account.config.reach;

@@ -33,7 +33,7 @@ impl Hub {
                 .timers
                 .arm(self.office.now.after_ns(SWEEP_INTERVAL_NS), Timer::Sweep);
         }
-        self.office.vms.entry(vm).or_default().limits = limits;
+        self.office.set_limits(vm, limits);
         self.office.refresh_reach();
     }
 

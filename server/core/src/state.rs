@@ -160,10 +160,10 @@ impl Hub {
             now: *now,
             wall: *wall,
             ledger: ledger.save(),
-            vms: vms.iter().map(|(vm, entry)| save_vm(*vm, entry)).collect(),
+            vms: vms.iter().map(|(vm, entry)| save_vm(vm, entry)).collect(),
             sessions: sessions
                 .iter()
-                .map(|(session, Session { vm, handles: _ })| (*session, *vm))
+                .map(|(session, Session { vm, handles: _ })| (session, *vm))
                 .collect(),
             flights: flights.iter().map(|(token, flight)| (*token, *flight)).collect(),
             timers: timers.iter().copied().collect(),
@@ -296,15 +296,22 @@ impl Hub {
         for record in records {
             hub.office.ledger.apply(&record);
         }
-        for (vm, account) in &hub.office.ledger.vms {
-            hub.office.vms.entry(*vm).or_default().limits = account.config.limits.clone();
+        let limits: Vec<_> = hub
+            .office
+            .ledger
+            .vms
+            .iter()
+            .map(|(vm, account)| (vm, account.config.limits.clone()))
+            .collect();
+        for (vm, limits) in limits {
+            hub.office.set_limits(vm, limits);
         }
         if !hub.office.vms.is_empty() {
             let at = hub.office.now.after_ns(crate::limits::SWEEP_INTERVAL_NS);
             hub.office.timers.arm(at, Timer::Sweep);
         }
         hub.office.refresh_reach();
-        for vm in hub.office.vms.keys().copied().collect::<Vec<_>>() {
+        for vm in hub.office.vms.keys().collect::<Vec<_>>() {
             crate::modes::delivery::arm_expiry(&mut hub.office, vm);
         }
         Ok(hub)

@@ -254,7 +254,7 @@ impl Chat {
                 .vms
                 .iter()
                 .filter(|(_, account)| account.presence.is_some());
-            let numbers: Vec<u64> = published.map(|(vm, _)| *vm).collect();
+            let numbers: Vec<u64> = published.map(|(vm, _)| vm).collect();
             Targets::Many(
                 numbers
                     .into_iter()
@@ -404,7 +404,7 @@ impl Chat {
                 return Err(Refusal::BufferSmall);
             }
         }
-        for (&number, account) in office.ledger.vms.range(fetched.offset.saturating_sub(1)..) {
+        for (number, account) in office.ledger.vms.from(fetched.offset.saturating_sub(1)) {
             if number == vm || office.reach(vm, number).is_err() {
                 continue;
             }
@@ -548,7 +548,7 @@ fn all_targets(office: &Office, vm: u64, bytes: u64) -> Result<Targets, Refusal>
         .vms
         .iter()
         .filter(|(_, account)| account.presence.is_some());
-    let numbers = published.map(|(number, _)| *number).filter(|number| {
+    let numbers = published.map(|(number, _)| number).filter(|number| {
         *number != vm && office.reach(vm, *number).is_ok() && has_room(office, *number, bytes).is_ok()
     });
     Ok(Targets::Many(numbers.collect()))
