@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -47,7 +47,9 @@ impl Daemon {
         let into = Arc::clone(&lines);
         std::thread::spawn(move || {
             for line in stderr.lines().map_while(Result::ok) {
-                into.lock().unwrap().push_str(&(line + "\n"));
+                into.lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .push_str(&(line + "\n"));
             }
         });
         Ok(Self {
@@ -67,7 +69,7 @@ impl Daemon {
         self.directory.path().join(name)
     }
     fn lines(&self) -> String {
-        self.lines.lock().unwrap().clone()
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
     fn wait_line(&self, text: &str) -> Result<()> {
         wait_until(text, PATIENCE, || Ok(self.lines().contains(text).then_some(())))
@@ -427,6 +429,99 @@ fn children_that_do_not_end_are_ended() -> Result<()> {
     ensure!(daemon.wait_end()?.code() == Some(0), "{}", daemon.lines());
     daemon.wait_line("instead of in order")?;
     wait_dead(&[core])
+}
+
+#[test]
+fn vmgmtctl_tells_by_words_json_and_exit_code() -> Result<()> {
+    let daemon = Daemon::start_ready(&["--socket", "DIR/mgmt.sock", "--share", "pub=DIR/pub"])?;
+    let control = daemon.path("control.sock");
+    let file = daemon.path("pub/file");
+    std::fs::write(&file, "contents")?;
+    let (file, socket) = (file.to_str().context("a path")?, daemon.path("web.sock"));
+    let socket = socket.to_str().context("a path")?;
+    let run = |arguments: &[&str]| -> Result<(i32, String, String)> {
+        let output = Command::new(env!("CARGO_BIN_EXE_vmgmtctl"))
+            .env("VMGMT_CONTROL", &control)
+            .args(arguments)
+            .output()?;
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        Ok((
+            output.status.code().context("a code")?,
+            text(output.stdout),
+            text(output.stderr),
+        ))
+    };
+    let expected: [(&[&str], i32, &str, &str); 17] = [
+        (&["status"], 0, "is serving", ""),
+        (&["status", "--json"], 0, "{\"answered_by\":\"core\"", ""),
+        (&["shares"], 0, "pub ", ""),
+        (
+            &["add-vm", "web", "--socket", socket, "--share", "pub:ro"],
+            0,
+            "",
+            "",
+        ),
+        (
+            &["add-vm", "x", "--socket", socket],
+            1,
+            "",
+            "somebody listens on it already",
+        ),
+        (
+            &["add-vm", "x", "--socket", "/x", "--share", "nothing"],
+            2,
+            "",
+            "there are: pub",
+        ),
+        (&["vms"], 0, "web ", ""),
+        (&["peers"], 0, "NAME", ""),
+        (&["log"], 0, "", ""),
+        (&["send", "nobody", "hello"], 4, "", "nobody"),
+        (&["recv"], 5, "", "--follow"),
+        (&["recv", "--wait", "-1"], 2, "", "error"),
+        (&["push", "/nowhere", "web"], 1, "", "/nowhere: No such file"),
+        (&["push", file, "nobody:x"], 4, "", "nobody"),
+        (&["pull", "web", "x"], 2, "", "VM:PATH"),
+        (
+            &["--json", "remove-vm", "nobody"],
+            1,
+            "",
+            "{\"error\":{\"code\":\"failed\"",
+        ),
+        (
+            &["--control", "/nowhere.sock", "status"],
+            7,
+            "",
+            "is vmgmtd running?",
+        ),
+    ];
+    for (arguments, code, out, error) in expected {
+        let (found, stdout, stderr) = run(arguments)?;
+        let fits = found == code && stdout.contains(out) && stderr.contains(error);
+        ensure!(
+            fits && (code == 0) == stderr.is_empty(),
+            "{arguments:?}: {found}\n{stdout}\n{stderr}"
+        );
+    }
+    // A pull that fails leaves nothing behind.
+    let target = daemon.path("pulled");
+    let (code, ..) = run(&["pull", "nobody:x", target.to_str().context("a path")?])?;
+    ensure!(code == 4);
+    let names: Vec<_> = std::fs::read_dir(daemon.directory.path())?
+        .flatten()
+        .map(|entry| entry.file_name())
+        .collect();
+    ensure!(
+        !names.iter().any(|name| name.to_string_lossy().contains("pulled")),
+        "{names:?}"
+    );
+    let (code, out, _) = run(&["doctor", "--socket", socket])?;
+    ensure!(
+        out.contains(&format!("{socket}: you may connect")) || out.contains("libvirt-qemu"),
+        "{out}"
+    );
+    ensure!((code == 1) == out.contains("FAIL"), "{out}");
+    Ok(())
 }
 
 #[test]
