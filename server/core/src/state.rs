@@ -382,6 +382,12 @@ impl Hub {
     }
 
     fn restore_files(&mut self) -> Result<(), RestoreError> {
+        for put in self.files.puts.puts.values() {
+            let bytes = put.commit.as_ref().map_or(0, |commit| commit.bytes);
+            if !put.coverage.is_sound() || bytes > crate::limits::FILE_OFFSET_MAX {
+                return Err("a put has ranges that no file has".into());
+            }
+        }
         let office = &mut self.office;
         let files = self
             .files
@@ -462,13 +468,18 @@ impl Hub {
             }
         }
         for (id, stream) in streams.iter() {
-            if stream
+            let pieces = || stream.writes.iter().chain(&stream.reads);
+            if pieces().any(|piece| piece.done > piece.bytes) {
+                return Err("more of a stream is moved than there was".into());
+            }
+            let to_come = stream
                 .writes
                 .iter()
-                .chain(&stream.reads)
-                .any(|piece| piece.done > piece.bytes)
-            {
-                return Err("more of a stream is moved than there was".into());
+                .map(|piece| u128::from(piece.bytes - piece.done))
+                .sum::<u128>();
+            let pushed = matches!(stream.source, Party::Host(_));
+            if u128::from(stream.taken) < to_come || (pushed && stream.moved > stream.size) {
+                return Err("a stream has more to come than it took".into());
             }
             for (side, party) in [(Side::Source, stream.source), (Side::Target, stream.target)] {
                 if let Party::Vm {

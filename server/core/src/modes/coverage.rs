@@ -22,6 +22,20 @@ pub fn combine(first: u32, second: u32, second_bytes: u64) -> u32 {
 }
 
 impl Coverage {
+    /// Whether the ranges are as this type makes them: for what was saved.
+    #[must_use]
+    pub fn is_sound(&self) -> bool {
+        let mut end = 0;
+        self.ranges
+            .iter()
+            .enumerate()
+            .all(|(index, (start, (bytes, _)))| {
+                let apart = index == 0 || *start > end;
+                end = start.saturating_add(*bytes);
+                apart && *bytes > 0 && end <= crate::limits::FILE_OFFSET_MAX
+            })
+    }
+
     /// Bytes from `start` are about to change: nothing is known of them any more.
     pub fn forget(&mut self, start: u64, bytes: u64) {
         let end = start.saturating_add(bytes);

@@ -130,6 +130,9 @@ pub struct House {
     pub repack: bool,
     /// After each input the journal is replayed on an empty hub.
     pub replay: bool,
+    /// A snapshot of a while ago, with the records there were then.
+    snapshot: Option<(Saved, usize)>,
+    inputs: u64,
 }
 
 impl House {
@@ -162,6 +165,8 @@ impl House {
             failing: false,
             repack: true,
             replay: true,
+            snapshot: None,
+            inputs: 0,
         };
         house.input(Input::WallClock {
             now_ns: 1_700_000_000_000_000_000,
@@ -238,6 +243,20 @@ impl House {
                 "the journal tells another story: {}",
                 difference(&replayed, &hub)
             );
+        }
+        self.inputs += 1;
+        if self.replay {
+            if let Some((snapshot, records)) = &self.snapshot {
+                let since = self.journal[*records..].iter().cloned();
+                let replayed = Hub::replay(2, Some(snapshot.clone()), since).unwrap().surviving();
+                assert!(
+                    replayed == self.hub.surviving(),
+                    "snapshot and journal tell another story"
+                );
+            }
+            if self.inputs.is_multiple_of(16) {
+                self.snapshot = Some((self.hub.save(), self.journal.len()));
+            }
         }
         if !self.manual {
             self.settle();
