@@ -162,6 +162,8 @@ fn it_starts_serves_and_stops_in_order_leaving_nothing() -> Result<()> {
         ensure!(status.pid == daemon.process.id(), "{status:?}");
         let device = Device::connect_ready(daemon.path("mgmt.sock"))?;
         let children = [daemon.wait_role("front", None)?, daemon.wait_role("core", None)?];
+        // Twice, as `timeout` and some service managers do.
+        signal(daemon.pid(), number)?;
         signal(daemon.pid(), number)?;
         ensure!(daemon.wait_end()?.code() == Some(0), "{}", daemon.lines());
         ensure!(daemon.lines().contains("stopped"), "{}", daemon.lines());

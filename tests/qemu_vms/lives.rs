@@ -15,7 +15,7 @@ fn both(site: &crate::site::Site) -> Result<(Vm, Vm)> {
 }
 
 /// A loop of transfers in a VM that ends when /tmp/enough is there, and fails with the first transfer that fails.
-const TRANSFERS: &str = "while [ ! -e /tmp/enough ]; do vmgmt get data/big.bin /tmp/big.bin || exit 1; echo moved; done; rm /tmp/big.bin";
+const TRANSFERS: &str = "while [ ! -e /tmp/enough ]; do vmgmt get --force data/big.bin /tmp/big.bin || exit 1; echo moved; done; rm /tmp/big.bin";
 
 #[test]
 fn the_core_is_killed_and_the_guest_does_nothing_about_it() -> Result<()> {
@@ -30,7 +30,7 @@ fn the_core_is_killed_and_the_guest_does_nothing_about_it() -> Result<()> {
             vm.ok("vmgmt info")?;
             site.daemon.wait_for_new("core", old, SHORT)?;
             vm.ok_for("vmgmt selftest", LONG)?;
-            vm.ok_for("vmgmt get data/in.bin /tmp/in.bin", LONG)?;
+            vm.ok_for("vmgmt get --force data/in.bin /tmp/in.bin", LONG)?;
             ensure!(checksum(&vm, "/tmp/in.bin")? == host_checksum(&site.shared("in.bin"))?);
         }
         Ok(())

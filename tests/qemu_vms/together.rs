@@ -89,7 +89,12 @@ fn a_shared_socket_serves_vms_that_nobody_named() -> Result<()> {
             vm.ok_for("vmgmt get data/in.bin /tmp/in.bin", LONG)?;
         }
         let name = |vm: &Vm| -> Result<String> {
-            let info: serde_json::Value = serde_json::from_str(&vm.ok("vmgmt --json info")?)?;
+            let said = vm.ok("vmgmt --json info")?;
+            let line = said
+                .lines()
+                .find(|line| line.starts_with('{'))
+                .context("info gives no object")?;
+            let info: serde_json::Value = serde_json::from_str(line).with_context(|| said.clone())?;
             Ok(info["name"].as_str().context("info has no name")?.to_owned())
         };
         let (one, two) = (name(&first)?, name(&second)?);

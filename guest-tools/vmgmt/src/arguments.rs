@@ -217,6 +217,21 @@ pub enum Command {
         /// A directory in memory for get and put to a file
         #[arg(long, default_value = "/dev/shm")]
         tmpfs: PathBuf,
+        /// No figures of the device alone
+        #[arg(long)]
+        skip_rings: bool,
+        /// Message round trips with this VM (which runs vmgmt bench --answer), or with host; --spin-us 0 sleeps, anything else polls
+        #[arg(long, value_name = "NAME")]
+        partner: Option<String>,
+        /// Measure nothing: send every message back until the partner is done
+        #[arg(long, conflicts_with_all = ["share", "partner", "peer_directory", "peer_port"])]
+        answer: bool,
+        /// To compare: the same get and put with a file in this directory (a mounted virtiofs)
+        #[arg(long, value_name = "DIR")]
+        peer_directory: Option<PathBuf>,
+        /// To compare: the same through this character device (cargo xtask bench is at its other end)
+        #[arg(long, value_name = "DEVICE")]
+        peer_port: Option<PathBuf>,
     },
 }
 

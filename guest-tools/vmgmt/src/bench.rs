@@ -1,16 +1,18 @@
-//! `vmgmt bench`: figures, one JSON document each with `--json`. Every figure is measured on the real device.
+//! `vmgmt bench`: figures, one JSON document each with `--json`. Every figure is measured on the real device, or, for what
+//! is compared with it, on the other way that was named.
+//!
+//! Comes in: what to measure. Goes out: figures. Never: a figure of bytes that were not looked at.
 
-use std::fs::OpenOptions;
-use std::io::Seek;
-use std::os::fd::AsFd;
+mod files;
+mod messages;
+mod peers;
+
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde_json::json;
-use vmgmt_driver::abi::file::existing;
 use vmgmt_driver::channel::Request;
-use vmgmt_driver::transfer::{Descriptor, Discard};
 use vmgmt_driver::{Client, Mode, Opcode};
 
 use crate::session::Session;
@@ -21,6 +23,16 @@ pub struct BenchOrder<'a> {
     pub mib: u32,
     pub count: u32,
     pub tmpfs: &'a Path,
+    /// No figures of the device alone.
+    pub skip_rings: bool,
+    /// Who sends messages back.
+    pub partner: Option<&'a str>,
+    /// Only send messages back.
+    pub answer: bool,
+    /// A directory of another file system, to compare with.
+    pub peer_directory: Option<&'a Path>,
+    /// A character device with [`peers`]' protocol at its other end.
+    pub peer_port: Option<&'a Path>,
 }
 
 fn figure(session: &Session, name: &str, unit: &str, value: f64, more: serde_json::Value) {
@@ -35,7 +47,7 @@ fn figure(session: &Session, name: &str, unit: &str, value: f64, more: serde_jso
                 .map(|(key, value)| format!(" {key}={value}"))
                 .collect::<String>()
         });
-        println!("{name:<34} {value:>12.1} {unit}{more}");
+        println!("{name:<44} {value:>12.1} {unit}{more}");
     }
 }
 
@@ -62,8 +74,31 @@ fn latency(session: &Session, name: &str, count: u32, mut once: impl FnMut() -> 
     Ok(())
 }
 
-/// Measures everything.
+/// Measures what was asked for.
 pub fn bench(session: &Session, order: &BenchOrder<'_>) -> Result<()> {
+    if order.answer {
+        return messages::answer(session);
+    }
+    if !order.skip_rings {
+        rings(session, order)?;
+    }
+    if let Some(partner) = order.partner {
+        messages::round_trips(session, order, partner)?;
+    }
+    if let Some(share) = order.share {
+        files::files(session, order, share)?;
+    }
+    if let Some(directory) = order.peer_directory {
+        peers::directory(session, order, directory)?;
+    }
+    match order.peer_port {
+        Some(port) => peers::port(session, order, port),
+        None => Ok(()),
+    }
+}
+
+/// The device alone.
+fn rings(session: &Session, order: &BenchOrder<'_>) -> Result<()> {
     let spin = Duration::from_micros(session.general.spin_us);
     {
         let mut client = session.port(Mode::COMMON)?;
@@ -85,10 +120,7 @@ pub fn bench(session: &Session, order: &BenchOrder<'_>) -> Result<()> {
         })?;
         rate(session, &mut client, order.count.saturating_mul(10))?;
     }
-    match order.share {
-        Some(share) => files(session, order, share),
-        None => Ok(()),
-    }
+    Ok(())
 }
 
 /// Submissions a second with a full ring.
@@ -121,103 +153,5 @@ fn rate(session: &Session, client: &mut Client, count: u32) -> Result<()> {
         f64::from(count) / seconds,
         json!({"count": count, "doorbells": after.doorbells - before.doorbells, "sleeps": after.sleeps - before.sleeps}),
     );
-    Ok(())
-}
-
-/// Get and put, to memory, to nowhere and to a file in memory.
-fn files(session: &Session, order: &BenchOrder<'_>, share: &str) -> Result<()> {
-    let bytes = u64::from(order.mib) << 20;
-    let path = format!(
-        "{}/vmgmt-bench-{}",
-        share.trim_end_matches('/'),
-        std::process::id()
-    );
-    let mut client = session.client(Mode::FILE)?;
-    let measured = measure_files(session, order, &mut client, &path, bytes);
-    // Also when a figure failed.
-    let removed = client.remove(&path);
-    measured?;
-    removed.context(path)
-}
-
-fn measure_files(
-    session: &Session,
-    order: &BenchOrder<'_>,
-    client: &mut Client,
-    path: &str,
-    bytes: u64,
-) -> Result<()> {
-    let size = usize::try_from(bytes).context("--mib")?;
-    let megabytes = bytes as f64 / 1e6;
-    let detail =
-        json!({"mib": order.mib, "depth": session.general.depth, "chunk_kib": session.general.chunk_kib});
-    let told = |name: &str, started: Instant| {
-        figure(
-            session,
-            name,
-            "MB/s",
-            megabytes / started.elapsed().as_secs_f64(),
-            detail.clone(),
-        );
-    };
-    for check in [true, false] {
-        let options = session.transfer(check);
-        let how = if check { "with crc32" } else { "no check" };
-        let memory = client.allocate(size)?;
-        for start in (0..size).step_by(4096) {
-            memory.store64(start, start as u64 ^ 0x9e37_79b9_7f4a_7c15)?;
-        }
-        let started = Instant::now();
-        client.put_from_memory(path, &memory, size, existing::REPLACE, &options)?;
-        told(&format!("put from memory, {how}"), started);
-        drop(memory);
-        let started = Instant::now();
-        let (memory, done) = client.get_to_memory(path, &options)?;
-        told(&format!("get to memory, {how}"), started);
-        let last = (size - 1) / 4096 * 4096;
-        let right = memory.load64(last)? == last as u64 ^ 0x9e37_79b9_7f4a_7c15;
-        anyhow::ensure!(done.bytes == bytes && right, "what came back is not what was put");
-        drop(memory);
-
-        let file = client.open_for_reading(path)?;
-        let started = Instant::now();
-        client.get(file.handle, 0, file.size, &mut Discard, &options, &mut |_| {})?;
-        told(&format!("get to nowhere, {how}"), started);
-
-        let local = order.tmpfs.join(format!("vmgmt-bench-{}", std::process::id()));
-        let shown = local.display().to_string();
-        let mut target = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&local)
-            .with_context(|| shown.clone())?;
-        // It lives as long as it is open.
-        std::fs::remove_file(&local).with_context(|| shown.clone())?;
-        let started = Instant::now();
-        client.get(
-            file.handle,
-            0,
-            file.size,
-            &mut Descriptor::new(target.as_fd(), &shown),
-            &options,
-            &mut |_| {},
-        )?;
-        told(&format!("get to tmpfs, {how}"), started);
-        client.close(file.handle)?;
-
-        target.rewind().with_context(|| shown.clone())?;
-        let started = Instant::now();
-        let put = client.put(path, bytes, existing::REPLACE)?;
-        let done = client.write_all(
-            put.handle,
-            None,
-            &mut Descriptor::new(target.as_fd(), &shown),
-            &options,
-            &mut |_| {},
-        )?;
-        client.commit(put.handle, done.bytes, done.checksum, false)?;
-        told(&format!("put from tmpfs, {how}"), started);
-    }
     Ok(())
 }

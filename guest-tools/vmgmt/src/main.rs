@@ -127,12 +127,22 @@ fn run(general: &General, command: Command) -> Result<()> {
             mib,
             count,
             tmpfs,
+            skip_rings,
+            partner,
+            answer,
+            peer_directory,
+            peer_port,
         } => {
             let order = bench::BenchOrder {
                 share: share.as_deref(),
                 mib,
                 count,
                 tmpfs: &tmpfs,
+                skip_rings,
+                partner: partner.as_deref(),
+                answer,
+                peer_directory: peer_directory.as_deref(),
+                peer_port: peer_port.as_deref(),
             };
             bench::bench(&session, &order)
         }

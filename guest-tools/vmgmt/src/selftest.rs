@@ -133,7 +133,10 @@ fn rings(session: &Session, device: &Arc<Device>, report: &mut Report) -> Result
                 entries_most = entries_most.max(2 * 4096 / piece);
             }
         }
-        ensure!(entries_most >= 256, "only lists of {entries_most} entries are possible");
+        ensure!(
+            entries_most >= 256,
+            "only lists of {entries_most} entries are possible"
+        );
         Ok(format!("lists of 2 to {entries_most} entries"))
     })?;
     report.check("ring: a full ring", || {
@@ -170,7 +173,10 @@ fn rings(session: &Session, device: &Arc<Device>, report: &mut Report) -> Result
 }
 
 fn is_too_scattered(error: &anyhow::Error) -> bool {
-    matches!(error.downcast_ref(), Some(vmgmt_driver::DriverError::TooScattered { .. }))
+    matches!(
+        error.downcast_ref(),
+        Some(vmgmt_driver::DriverError::TooScattered { .. })
+    )
 }
 
 /// Echoes `bytes` bytes at a place in a buffer and looks at what is behind them, and at what must not have changed.

@@ -54,10 +54,7 @@ fn arguments(socket: &str, options: &Options) -> Vec<String> {
         format!("memory-backend-memfd,id=ram,size={memory}M,share=on"),
     ];
     if options.iommu {
-        arguments.extend([
-            "-device".to_owned(),
-            "intel-iommu,caching-mode=on".to_owned(),
-        ]);
+        arguments.extend(["-device".to_owned(), "intel-iommu,caching-mode=on".to_owned()]);
     }
     arguments.extend(["-device".to_owned(), device.to_string()]);
     arguments

@@ -81,8 +81,8 @@ pub enum CoreToKeeper {
     /// The operator adds a VM with a socket of its own at run time (the keeper gives it its number).
     AddVm {
         request: u64,
-        vm: VmConfig,
-        listener: ListenerConfig,
+        vm: Box<VmConfig>,
+        listener: Box<ListenerConfig>,
     },
     /// The operator removes one.
     RemoveVm { request: u64, name: String },

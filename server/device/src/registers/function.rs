@@ -188,7 +188,7 @@ impl<W: Words> Function<W> {
             Input::CoreBegins { life, page } => self.core_begins(life, page),
             Input::CoreDead { life } => self.cores.detach(life),
             Input::Kicked => self.take_port_result(),
-            Input::UnmaskSignalled => self.interrupts.intx_masked = false,
+            Input::UnmaskSignalled => self.interrupts.unmask_intx(),
             Input::Freeze(frozen) => {
                 self.frozen = frozen;
                 self.publish_control();
@@ -383,9 +383,14 @@ impl<W: Words> Function<W> {
         Ok(())
     }
 
-    /// STATUS bit 3: INTx would be asserted, were it allowed.
-    pub(super) fn intx_status(&self) -> bool {
+    /// Something is pending that INTx is enabled for.
+    fn intx_level(&self) -> bool {
         self.pending() & self.interrupt_enable != 0
+    }
+
+    /// STATUS bit 3: INTx would be asserted, were it allowed, or the client still holds the line up.
+    pub(super) fn intx_status(&self) -> bool {
+        self.intx_level() || self.interrupts.intx_signalled()
     }
 
     /// Signals INTx when its level is up and nothing hinders; then it is masked until the client unmasks it.
@@ -393,9 +398,9 @@ impl<W: Words> Function<W> {
         if self.interrupts.intx_masked || self.interrupts.kind() != Kind::Intx {
             return;
         }
-        if self.config.may_assert_intx() && self.intx_status() {
-            self.output.extend(self.interrupts.intx().map(Output::Signal));
-            self.interrupts.intx_masked = true;
+        if self.config.may_assert_intx() && self.intx_level() {
+            let signal = self.interrupts.signal_intx();
+            self.output.extend(signal.map(Output::Signal));
         }
     }
 

@@ -15,6 +15,8 @@ pub struct Interrupts {
     message_index: u32,
     /// INTx is masked: by the client, or by itself when it was signalled (AUTOMASKED).
     pub intx_masked: bool,
+    /// INTx was signalled and the client has not unmasked it since: its line to the guest is up, or will be as soon as it reads the eventfd.
+    intx_signalled: bool,
     intx: Vec<Option<FdSlot>>,
     /// An eventfd of the client's by which INTx is unmasked.
     intx_unmask: Vec<Option<FdSlot>>,
@@ -27,6 +29,8 @@ pub struct Interrupts {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct SavedInterrupts {
     pub intx_masked: bool,
+    #[serde(default)]
+    pub intx_signalled: bool,
     pub intx: Option<FdSlot>,
     pub intx_unmask: Option<FdSlot>,
     pub message: Vec<Option<FdSlot>>,
@@ -57,6 +61,7 @@ impl Interrupts {
         Self {
             message_index,
             intx_masked: false,
+            intx_signalled: false,
             intx: vec![None],
             intx_unmask: vec![None],
             message: vec![None; usize::from(vectors)],
@@ -97,6 +102,28 @@ impl Interrupts {
     /// INTx's eventfd.
     pub fn intx(&self) -> Option<FdSlot> {
         self.intx.first().copied().flatten()
+    }
+
+    /// Whether the client's line to the guest is up, or about to be.
+    ///
+    /// An acknowledgement can overtake the eventfd: the guest acknowledges, then the client reads the eventfd and raises the line with
+    /// nothing pending behind it. The line stays up until the guest's next access, so STATUS must own up to it until then: else no
+    /// driver feels meant, and Linux disables the line after 100,000 interrupts that nobody cared for.
+    pub fn intx_signalled(&self) -> bool {
+        self.intx_signalled
+    }
+
+    /// INTx goes out: it is masked until the client unmasks it. Gives its eventfd.
+    pub fn signal_intx(&mut self) -> Option<FdSlot> {
+        self.intx_masked = true;
+        self.intx_signalled = self.intx().is_some();
+        self.intx()
+    }
+
+    /// The client has taken the line down and wants the next one.
+    pub fn unmask_intx(&mut self) {
+        self.intx_masked = false;
+        self.intx_signalled = false;
     }
 
     /// The eventfd by which the client unmasks INTx.
@@ -180,6 +207,7 @@ impl Interrupts {
         let Self {
             message_index: _,
             intx_masked,
+            intx_signalled,
             intx,
             intx_unmask,
             message,
@@ -189,6 +217,7 @@ impl Interrupts {
         let first = |list: &Vec<Option<FdSlot>>| list.first().copied().flatten();
         SavedInterrupts {
             intx_masked: *intx_masked,
+            intx_signalled: *intx_signalled,
             intx: first(intx),
             intx_unmask: first(intx_unmask),
             message: message.clone(),
@@ -204,6 +233,7 @@ impl Interrupts {
     pub fn restore(mut self, saved: &SavedInterrupts) -> Result<Self, &'static str> {
         let SavedInterrupts {
             intx_masked,
+            intx_signalled,
             intx,
             intx_unmask,
             message,
@@ -214,6 +244,7 @@ impl Interrupts {
             return Err("another number of interrupt vectors");
         }
         self.intx_masked = *intx_masked;
+        self.intx_signalled = *intx_signalled;
         self.intx = vec![*intx];
         self.intx_unmask = vec![*intx_unmask];
         self.message.clone_from(message);
@@ -261,7 +292,9 @@ impl Interrupts {
         if index == VFIO_PCI_INTX_IRQ_INDEX {
             effects.unmask_changed |= action == IrqAction::Unmask;
             // A line that is set up anew starts unmasked.
-            self.intx_masked &= action != IrqAction::Trigger;
+            if action == IrqAction::Trigger {
+                self.unmask_intx();
+            }
         }
         Ok(())
     }
@@ -278,7 +311,7 @@ impl Interrupts {
             effects.unmask_changed |= changed && action == IrqAction::Unmask;
         }
         if index == VFIO_PCI_INTX_IRQ_INDEX {
-            self.intx_masked = false;
+            self.unmask_intx();
         }
     }
 
@@ -296,7 +329,7 @@ impl Interrupts {
                 effects.signal.extend(places.iter().copied().flatten());
             }
             (VFIO_PCI_INTX_IRQ_INDEX, IrqAction::Mask) => self.intx_masked = true,
-            (VFIO_PCI_INTX_IRQ_INDEX, IrqAction::Unmask) => self.intx_masked = false,
+            (VFIO_PCI_INTX_IRQ_INDEX, IrqAction::Unmask) => self.unmask_intx(),
             _ => return Err(Errno::EOPNOTSUPP),
         }
         Ok(())

@@ -324,7 +324,7 @@ impl Operators {
             }
             Call::AddVm(add) => {
                 let (vm, listener) = added_vm(&add, books.config)?;
-                let request = self.to_keeper(client, id);
+                let request = self.ask_keeper(client, id);
                 return Ok(Some(Ask::AddVm {
                     request,
                     vm: Box::new(vm),
@@ -332,7 +332,7 @@ impl Operators {
                 }));
             }
             Call::RemoveVm(remove) => {
-                let request = self.to_keeper(client, id);
+                let request = self.ask_keeper(client, id);
                 return Ok(Some(Ask::RemoveVm {
                     request,
                     name: remove.name,
@@ -350,7 +350,7 @@ impl Operators {
         Ok(None)
     }
 
-    fn to_keeper(&mut self, client: ClientId, id: u64) -> u64 {
+    fn ask_keeper(&mut self, client: ClientId, id: u64) -> u64 {
         self.keeper_requests += 1;
         self.at_keeper.insert(self.keeper_requests, (client, id));
         self.keeper_requests
@@ -361,17 +361,16 @@ impl Operators {
 fn tell_lines(server: &mut ControlServer, client: ClientId, id: u64, lines: &Lines, next: u64) -> u64 {
     let (new, end) = lines.since(next);
     let new: Vec<_> = new.cloned().collect();
-    let mut next = end - new.len() as u64;
-    for line in new {
+    let first = end - new.len() as u64;
+    for (number, line) in (first..).zip(new) {
         let event = Event::Log(LogLine {
             time_ns: line.time_ns,
             vm: line.vm,
             text: line.text,
         });
         if !server.event(client, id, event) {
-            return next;
+            return number;
         }
-        next += 1;
     }
     end
 }

@@ -162,7 +162,7 @@ impl Sessions {
             .map(|(number, session)| (*number, session))
     }
     #[must_use]
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.sessions.len()
     }
     /// The VM of a session; 0: no such session.

@@ -36,3 +36,7 @@ pub(super) const BACKLOG: i32 = 1024;
 pub(super) const END_DEADLINE: Duration = Duration::from_millis(200);
 /// When the start of a core is tried again for which memory or descriptors were missing.
 pub(super) const START_AGAIN: Duration = Duration::from_secs(1);
+/// A signal to stop that comes this long after the first means: at once.
+pub(super) const IMPATIENCE: Duration = Duration::from_secs(1);
+
+const _: () = assert!(IMPATIENCE.as_nanos() < STOP_DEADLINE.as_nanos());

@@ -25,7 +25,9 @@ use crate::control::protocol::Status;
 use crate::messages::{CoreToKeeper, FrontToKeeper, KeeperToCore, KeeperToFront};
 use anyhow::{Context, bail};
 use child::Child;
-use limits::{HUB_STATE_BYTES, LOOK_AGAIN, NOTICES_MAX, PACKETS_PER_TURN, START_DEADLINE, STOP_DEADLINE};
+use limits::{
+    HUB_STATE_BYTES, IMPATIENCE, LOOK_AGAIN, NOTICES_MAX, PACKETS_PER_TURN, START_DEADLINE, STOP_DEADLINE,
+};
 use lives::CoreLife;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
@@ -173,7 +175,7 @@ impl Keeper {
 
     /// Looks at everything once: (there is more to do at once, all is over).
     fn turn(&mut self) -> anyhow::Result<(bool, bool)> {
-        self.take_signals()?;
+        self.take_signals();
         let more = self.take_from_front()? | self.take_from_core();
         self.bury_undead();
         self.look_at_core()?;
@@ -209,21 +211,25 @@ impl Keeper {
         .min()
     }
 
-    fn take_signals(&mut self) -> anyhow::Result<()> {
+    fn take_signals(&mut self) {
         let mut buffer = [0; 64];
         if !matches!((&self.signals).read(&mut buffer), Ok(1..)) {
-            return Ok(());
+            return;
         }
-        if self.stop_at.is_some() {
-            bail!("a second signal: ended at once");
+        let now = Instant::now();
+        if let Some(at) = self.stop_at {
+            // Some send a signal to the process and to its group: only one that comes later is somebody's impatience.
+            if at.saturating_duration_since(now) < STOP_DEADLINE - IMPATIENCE {
+                self.stop_at = Some(now);
+            }
+            return;
         }
         tracing::info!("stopping: all devices end");
-        self.stop_at = Some(Instant::now() + STOP_DEADLINE);
+        self.stop_at = Some(now + STOP_DEADLINE);
         if let Some(core) = &mut self.core {
             core.child.queue(KeeperToCore::Stop, Vec::new());
         }
         self.front.queue(KeeperToFront::Stop, Vec::new());
-        Ok(())
     }
 
     fn take_from_front(&mut self) -> anyhow::Result<bool> {
@@ -289,7 +295,10 @@ impl Keeper {
                         vm,
                         listener,
                     } => {
-                        let error = self.add_vm(vm, listener).err().map(|error| format!("{error:#}"));
+                        let error = self
+                            .add_vm(*vm, *listener)
+                            .err()
+                            .map(|error| format!("{error:#}"));
                         self.tell_core(KeeperToCore::Done { request, error }, Vec::new());
                     }
                     CoreToKeeper::RemoveVm { request, name } => self.remove_vm(request, &name),

@@ -44,7 +44,7 @@ impl Bench {
                 rustix::event::PollFlags::IN,
             )];
             rustix::event::poll(&mut fds, None).unwrap();
-            for finished in self.store.take_finished() {
+            if let Some(finished) = self.store.take_finished().pop() {
                 assert_eq!(finished.effect, id);
                 return match finished.done {
                     Done::Outcome(outcome) => outcome,

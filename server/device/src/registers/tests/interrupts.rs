@@ -81,6 +81,35 @@ fn intx_waits_for_enable_and_for_the_command_bit() {
 }
 
 #[test]
+fn status_owns_up_to_a_line_that_an_acknowledgement_overtook() {
+    let (mut bench, core) = intx();
+    core.set_raise(2, 1);
+    bench.input(Input::Kicked);
+    assert_eq!(bench.signals(), [FdSlot(9)]);
+    // The guest polled, saw the work and acknowledges; the client reads the eventfd only now and raises the line.
+    bench.set(0, abi::INTERRUPT_ACK, 4);
+    assert_eq!(bench.get(0, abi::INTERRUPT_PENDING), 0);
+    assert_eq!(
+        bench.get(VFIO_PCI_CONFIG_REGION_INDEX, 4) >> 16 & 8,
+        8,
+        "else nobody cares for this interrupt"
+    );
+    set(&mut bench, VFIO_PCI_INTX_IRQ_INDEX, act(IrqAction::Unmask));
+    assert_eq!(bench.get(VFIO_PCI_CONFIG_REGION_INDEX, 4) >> 16 & 8, 0);
+    assert_eq!(bench.signals(), [], "and it is not signalled again");
+    // Set up anew while it was up: the line begins low.
+    core.set_raise(2, 2);
+    bench.input(Input::Kicked);
+    bench.set(0, abi::INTERRUPT_ACK, 4);
+    set(&mut bench, VFIO_PCI_INTX_IRQ_INDEX, IrqOperation::DisableAll);
+    assert_eq!(bench.get(VFIO_PCI_CONFIG_REGION_INDEX, 4) >> 16 & 8, 0);
+    // Masked by the client is not signalled.
+    let (mut bench, _core) = intx();
+    set(&mut bench, VFIO_PCI_INTX_IRQ_INDEX, act(IrqAction::Mask));
+    assert_eq!(bench.get(VFIO_PCI_CONFIG_REGION_INDEX, 4) >> 16 & 8, 0);
+}
+
+#[test]
 fn message_vectors_come_in_chunks_and_go() {
     let mut bench = Bench::new();
     set(&mut bench, VFIO_PCI_MSI_IRQ_INDEX, assign(0, 0..2));

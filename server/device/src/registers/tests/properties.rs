@@ -210,7 +210,7 @@ impl Driver {
                     },
                 );
             }
-            4 => core.set_port_result(front.port_sequence(), &vec![choice; 64]),
+            4 => core.set_port_result(front.port_sequence(), &[choice; 64]),
             _ => core.set_raise(usize::from(choice >> 4), u64::from(choice) + 1000),
         }
     }

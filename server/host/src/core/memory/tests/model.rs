@@ -92,6 +92,9 @@ struct Model {
     objects: BTreeMap<u64, Vec<u8>>,
 }
 
+/// Pieces, and what they cover.
+type Held = (Pieces, Vec<(u64, usize, u64)>);
+
 impl Model {
     fn overlaps(&self, iova: u64, bytes: u64) -> bool {
         self.maps
@@ -140,7 +143,7 @@ fn run(steps: Vec<Step>, sealed: bool) {
         model.objects.insert(number, vec![0; OBJECT as usize]);
         fds.insert(number, fd);
     }
-    let mut held: Option<(Pieces, Vec<(u64, usize, u64)>)> = None;
+    let mut held: Option<Held> = None;
     for step in steps {
         match step {
             Step::Map {

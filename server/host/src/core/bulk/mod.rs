@@ -1,0 +1,257 @@
+//! Bulk work: bytes between files and guests' buffers, and from buffer to buffer, piece by piece, nobody held up by another's.
+//!
+//! In: effects that name buffers; results of workers. Out: one outcome each. Must never know what a transfer is for.
+//!
+//! A piece is at most [`PIECE_BYTES_MAX`]; after each, the next one's turn comes. Reads go straight from the page cache into guest
+//! memory on the loop (never waiting for a disk); a range that is not cached is read on a worker first. Writes go straight from
+//! guest memory into the file, on a worker, under a lease. Memory that is not shared goes through scratch and messages.
+
+mod task;
+
+use crate::core::memory::PIECE_BYTES_MAX;
+use crate::core::sessions::Sessions;
+use crate::store::{Done, OpenFile, Store};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use task::{End, Step, Task, Work};
+use vmgmt_core::effect::{BufferRange, EffectId, FailedAt, Outcome};
+use vmgmt_device::Direction;
+use vmgmt_device::rings::{Channel, Token};
+
+/// Bytes moved in one turn over all work, so that rings are looked at again within about a millisecond.
+const TURN_BYTES_MAX: usize = 4 * PIECE_BYTES_MAX;
+
+/// All bulk work of this core life.
+#[derive(Debug, Default)]
+pub struct Bulk {
+    tasks: BTreeMap<EffectId, Task>,
+    ready: VecDeque<EffectId>,
+    waiting_for_memory: Vec<EffectId>,
+}
+
+impl Bulk {
+    /// Whether there is something to do now.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
+    /// Whether an effect is bulk work that has not ended.
+    #[must_use]
+    pub fn has(&self, id: EffectId) -> bool {
+        self.tasks.contains_key(&id)
+    }
+
+    /// Sessions whose buffers the next step may touch.
+    #[must_use]
+    pub fn sessions(&self) -> BTreeSet<u64> {
+        self.ready
+            .iter()
+            .filter_map(|id| self.tasks.get(id))
+            .flat_map(|task| task.work.tokens())
+            .map(|token| token.session)
+            .collect()
+    }
+
+    /// Memory copy from buffer to buffer.
+    ///
+    /// # Errors
+    /// The outcome at once, when a buffer is not there.
+    pub fn copy(
+        &mut self,
+        sessions: &mut Sessions,
+        id: EffectId,
+        from: BufferRange,
+        into: BufferRange,
+    ) -> Result<(), Outcome> {
+        let bytes = from.bytes.min(into.bytes);
+        let owner = sessions.vm_of(from.token.session);
+        let from = End::new(sessions, from, Direction::FromGuest)
+            .map_err(|status| Outcome::failed(status, FailedAt::From))?;
+        let into = End::new(sessions, into, Direction::IntoGuest)
+            .map_err(|status| Outcome::failed(status, FailedAt::Into))?;
+        self.begin(id, owner, bytes, Work::Copy { from, into });
+        Ok(())
+    }
+
+    /// A buffer into private memory.
+    ///
+    /// # Errors
+    /// As [`Bulk::copy`].
+    pub fn fetch(&mut self, sessions: &mut Sessions, id: EffectId, from: BufferRange) -> Result<(), Outcome> {
+        let owner = sessions.vm_of(from.token.session);
+        let bytes = from.bytes;
+        let from = End::new(sessions, from, Direction::FromGuest)
+            .map_err(|status| Outcome::failed(status, FailedAt::From))?;
+        self.begin(
+            id,
+            owner,
+            bytes,
+            Work::Fetch {
+                from,
+                data: Vec::new(),
+            },
+        );
+        Ok(())
+    }
+
+    /// File into a buffer.
+    ///
+    /// # Errors
+    /// As [`Bulk::copy`].
+    pub fn read(
+        &mut self,
+        sessions: &mut Sessions,
+        id: EffectId,
+        file: Arc<OpenFile>,
+        offset: u64,
+        into: BufferRange,
+    ) -> Result<(), Outcome> {
+        let owner = sessions.vm_of(into.token.session);
+        let bytes = into.bytes;
+        let into = End::new(sessions, into, Direction::IntoGuest)
+            .map_err(|status| Outcome::failed(status, FailedAt::Into))?;
+        self.begin(
+            id,
+            owner,
+            bytes,
+            Work::Read {
+                file,
+                offset,
+                into,
+                warm_tries: 0,
+            },
+        );
+        Ok(())
+    }
+
+    /// Buffer into a file.
+    ///
+    /// # Errors
+    /// As [`Bulk::copy`].
+    pub fn write(
+        &mut self,
+        sessions: &mut Sessions,
+        id: EffectId,
+        file: Arc<OpenFile>,
+        offset: u64,
+        from: BufferRange,
+        checksum: bool,
+    ) -> Result<(), Outcome> {
+        let owner = sessions.vm_of(from.token.session);
+        let bytes = from.bytes;
+        let from = End::new(sessions, from, Direction::FromGuest)
+            .map_err(|status| Outcome::failed(status, FailedAt::From))?;
+        let crc32 = checksum.then(crc32fast::Hasher::new);
+        self.begin(
+            id,
+            owner,
+            bytes,
+            Work::Write {
+                file,
+                offset,
+                from,
+                crc32,
+            },
+        );
+        Ok(())
+    }
+
+    /// The submission is void: its work ends as soon as no worker has it. Its outcome still comes.
+    pub fn void(&mut self, token: Token) {
+        for (id, task) in &mut self.tasks {
+            if task.work.tokens().contains(&token) && !task.void {
+                task.void = true;
+                self.ready.push_back(*id);
+            }
+        }
+    }
+
+    /// A channel of a session was closed, or (`None`) the session was reset or has ended: all its submissions are void.
+    pub fn void_channel(&mut self, session: u64, channel: Option<Channel>) {
+        let is_void =
+            |token: Token| token.session == session && channel.is_none_or(|channel| token.channel == channel);
+        for (id, task) in &mut self.tasks {
+            if !task.void && task.work.tokens().into_iter().any(is_void) {
+                task.void = true;
+                self.ready.push_back(*id);
+            }
+        }
+    }
+
+    /// An answer by message came: those who wait try again.
+    pub fn handle_memory(&mut self) {
+        self.ready.extend(self.waiting_for_memory.drain(..));
+    }
+
+    /// A worker is back. `None`: there is no such work, or it goes on.
+    pub fn handle_worker(&mut self, id: EffectId, done: Done) -> Option<Outcome> {
+        let task = self.tasks.get_mut(&id)?;
+        match done {
+            Done::Outcome(outcome) => {
+                self.tasks.remove(&id);
+                return Some(outcome);
+            }
+            Done::Stored { bytes, crc32 } => {
+                task.scratch.clear();
+                task.done += bytes;
+                if let (Work::Write { crc32: Some(sum), .. }, Some(crc32)) = (&mut task.work, crc32) {
+                    sum.combine(&crc32fast::Hasher::new_with_initial_len(crc32, bytes));
+                }
+            }
+            Done::Scratch(data) => {
+                if data.is_empty() {
+                    // The file ends here.
+                    task.bytes = task.done;
+                }
+                task.scratch = data;
+            }
+            // The next step looks the buffers up again.
+            Done::Warm | Done::Revoked | Done::Opened { .. } => {}
+        }
+        self.ready.push_back(id);
+        None
+    }
+
+    /// Does at most one turn's worth of work; ended effects go to `finished`.
+    pub fn step(&mut self, sessions: &mut Sessions, store: &Store, finished: &mut Vec<(EffectId, Outcome)>) {
+        let mut budget = TURN_BYTES_MAX;
+        for _ in 0..self.ready.len() {
+            let Some(id) = self.ready.pop_front() else { break };
+            let Some(task) = self.tasks.get_mut(&id) else {
+                continue;
+            };
+            match task.step(id, sessions, store) {
+                Step::Moved(bytes) => {
+                    self.ready.push_back(id);
+                    budget = budget.saturating_sub(bytes);
+                }
+                Step::Finished(outcome) => {
+                    budget = budget.saturating_sub(PIECE_BYTES_MAX.min(task.done as usize));
+                    self.tasks.remove(&id);
+                    finished.push((id, outcome));
+                }
+                Step::OnWorker => {}
+                Step::OnMemory => self.waiting_for_memory.push(id),
+            }
+            if budget == 0 {
+                break;
+            }
+        }
+    }
+
+    fn begin(&mut self, id: EffectId, owner: u64, bytes: u64, work: Work) {
+        self.tasks.insert(
+            id,
+            Task {
+                owner,
+                work,
+                bytes,
+                done: 0,
+                scratch: Vec::new(),
+                void: false,
+            },
+        );
+        self.ready.push_back(id);
+    }
+}

@@ -1,0 +1,277 @@
+//! What comes into the core: packets of the keeper and of the front, operators' requests, results of workers.
+//!
+//! In: descriptors that are ready. Out: inputs for the rooms. The keeper's packets go before the front's: a session names a VM.
+
+use super::*;
+
+impl EventLoop {
+    pub(super) fn handle_events(&mut self, events: &Events) -> anyhow::Result<()> {
+        let mut store = false;
+        for event in events {
+            match event.token() {
+                WAKE => self.wake.drain(),
+                STORE => store = true,
+                // The keeper's channel is emptied before the front's, whatever order they come in: a session names a VM.
+                KEEPER | FRONT => {}
+                token => {
+                    self.operators.handle_ready(token);
+                }
+            }
+        }
+        self.take_in_everything()?;
+        if store {
+            self.take_finished();
+        }
+        self.take_operators();
+        Ok(())
+    }
+
+    /// Keeper first, then front.
+    pub(super) fn take_in_everything(&mut self) -> anyhow::Result<()> {
+        for _ in 0..PACKETS_MAX {
+            match self.keeper.receive::<KeeperToCore>() {
+                Ok(Some(packet)) => self.handle_keeper(packet)?,
+                Ok(None) => break,
+                Err(ChannelError::Closed) => {
+                    self.stopping = true;
+                    break;
+                }
+                Err(error) => return Err(error).context("the keeper's channel"),
+            }
+        }
+        self.send_to_front()?;
+        for _ in 0..PACKETS_MAX {
+            match self.front.receive::<FrontToCore>() {
+                Ok(Some(packet)) => self.handle_front(packet),
+                Ok(None) => {
+                    for (_, session) in self.sessions.iter_mut() {
+                        session.memory.drained();
+                    }
+                    break;
+                }
+                Err(ChannelError::Closed) => {
+                    self.stopping = true;
+                    break;
+                }
+                Err(error) => return Err(error).context("the front's channel"),
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn handle_keeper(&mut self, packet: Packet<KeeperToCore>) -> anyhow::Result<()> {
+        match packet.header {
+            KeeperToCore::Start { .. } => bail!("the keeper said Start twice"),
+            KeeperToCore::Vm(vm) => {
+                self.vms.insert(vm.vm, vm.clone());
+                self.hub.handle(now(), interface::Input::Vm(vm));
+            }
+            KeeperToCore::VmGone { vm } => {
+                self.vms.remove(&vm);
+                self.hub.handle(now(), interface::Input::VmGone { vm });
+            }
+            KeeperToCore::Done { request, error } => self.operators.handle_keeper(request, error),
+            KeeperToCore::Notice { text } => self.log(None, text),
+            KeeperToCore::Stop => self.stopping = true,
+        }
+        Ok(())
+    }
+
+    pub(super) fn handle_front(&mut self, packet: Packet<FrontToCore>) {
+        let Packet { header, payload, fds } = packet;
+        match header {
+            FrontToCore::Session { session, slot, vm } => {
+                let limits = self.memory_limits();
+                match Session::attach(session, slot as usize, vm, fds, limits) {
+                    Ok(attached) => {
+                        self.sessions.insert(session, attached);
+                        self.hub
+                            .handle(now(), interface::Input::SessionOpened { session, vm });
+                    }
+                    Err(error) => self.log(
+                        Some(vm),
+                        format!("session {session} cannot be taken over: {error}"),
+                    ),
+                }
+            }
+            FrontToCore::Object {
+                session,
+                object,
+                writable,
+            } => {
+                if let (Some(memory), Some(fd)) = (self.sessions.memory(session), fds.into_iter().next()) {
+                    memory.object(object, fd, writable);
+                }
+                self.look_again(session);
+            }
+            FrontToCore::ObjectGone { session, object } => {
+                if let Some(memory) = self.sessions.memory(session) {
+                    memory.object_gone(object);
+                }
+            }
+            FrontToCore::Vectors { session, present } => {
+                if let Some(session) = self.sessions.get_mut(session) {
+                    session.set_vectors(present, fds);
+                    session.look = true;
+                    self.scan = true;
+                }
+            }
+            FrontToCore::SessionGone { session } => self.end_session(session),
+            FrontToCore::Adopted => self.finish_adoption(),
+            FrontToCore::DmaAnswer {
+                session,
+                request,
+                error,
+            } => {
+                if let Some(memory) = self.sessions.memory(session) {
+                    memory.handle_dma_answer(request, error, payload);
+                }
+                self.bulk.handle_memory();
+                self.look_again(session);
+            }
+        }
+    }
+
+    /// All sessions that are still there have been told. What the hub still expects to hear of others' completions it will not hear.
+    fn finish_adoption(&mut self) {
+        self.adopted = true;
+        for token in self.hub.unresolved() {
+            if self.sessions.get_mut(token.session).is_none() {
+                let session = token.session;
+                self.hub
+                    .handle(now(), interface::Input::SessionClosed { session });
+            }
+        }
+    }
+
+    pub(super) fn look_again(&mut self, session: u64) {
+        if let Some(session) = self.sessions.get_mut(session) {
+            session.look = true;
+            self.scan = true;
+        }
+    }
+
+    pub(super) fn end_session(&mut self, number: u64) {
+        let Some(session) = self.sessions.get_mut(number) else {
+            return;
+        };
+        session.ended = true;
+        self.watched.insert(number);
+        session.memory.cancel_leases();
+        self.bulk.void_channel(number, None);
+        self.hub
+            .handle(now(), interface::Input::SessionClosed { session: number });
+    }
+
+    pub(super) fn memory_limits(&self) -> MemoryLimits {
+        let device = DeviceConfig::default();
+        MemoryLimits {
+            mapped_bytes_max: device.mapped_bytes_max,
+            objects_max: device.objects_max as usize,
+        }
+    }
+
+    pub(super) fn take_finished(&mut self) {
+        let now = now();
+        for finished in self.store.take_finished() {
+            let effect = finished.effect;
+            let outcome = match finished.done {
+                Done::Opened { file, stat, identity } => Some(Outcome::Opened {
+                    slot: self.store.insert(Arc::new(*file)),
+                    stat,
+                    identity,
+                }),
+                done if self.bulk.has(effect) => self.bulk.handle_worker(effect, done),
+                Done::Outcome(outcome) => Some(outcome),
+                Done::Warm | Done::Scratch(_) | Done::Stored { .. } | Done::Revoked => None,
+            };
+            if let Some(outcome) = outcome {
+                self.hub
+                    .handle(now, interface::Input::Outcome { effect, outcome });
+            }
+        }
+    }
+
+    pub(super) fn take_operators(&mut self) {
+        let now = now();
+        loop {
+            let status = || {
+                status(
+                    self.life,
+                    self.started,
+                    self.vms.len(),
+                    self.sessions.count(),
+                    &self.lines,
+                )
+            };
+            let books = Books {
+                config: &self.config,
+                vms: &self.vms,
+                lines: &self.lines,
+                status: &status,
+            };
+            let Some(ask) = self.operators.poll(&books) else {
+                break;
+            };
+            match ask {
+                Ask::Hub { client, id, request } => self
+                    .hub
+                    .handle(now, interface::Input::Control { client, id, request }),
+                Ask::Transfer {
+                    client,
+                    id,
+                    fd,
+                    transfer,
+                } => {
+                    let file = self.store.adopt(fd);
+                    let request = match transfer {
+                        Transfer::Push {
+                            target,
+                            size,
+                            name,
+                            wait_ns,
+                        } => ControlRequest::Push {
+                            target,
+                            file,
+                            size,
+                            name,
+                            wait_ns,
+                        },
+                        Transfer::Pull {
+                            source,
+                            path,
+                            wait_ns,
+                        } => ControlRequest::Pull {
+                            source,
+                            path,
+                            file,
+                            wait_ns,
+                        },
+                    };
+                    self.hub
+                        .handle(now, interface::Input::Control { client, id, request });
+                }
+                Ask::AddVm {
+                    request,
+                    vm,
+                    listener,
+                } => {
+                    if let Err(error) = self.tell_keeper(&CoreToKeeper::AddVm {
+                        request,
+                        vm,
+                        listener,
+                    }) {
+                        self.operators.handle_keeper(request, Some(error.to_string()));
+                    }
+                }
+                Ask::RemoveVm { request, name } => {
+                    if let Err(error) = self.tell_keeper(&CoreToKeeper::RemoveVm { request, name }) {
+                        self.operators.handle_keeper(request, Some(error.to_string()));
+                    }
+                }
+                Ask::Closed { client } => self.hub.handle(now, interface::Input::ControlClosed { client }),
+            }
+        }
+        self.operators.tell_followers(&self.lines);
+    }
+}

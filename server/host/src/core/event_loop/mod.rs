@@ -1,0 +1,406 @@
+//! The core's event loop: the one file that moves values between the rooms.
+//!
+//! A turn: take in what came (keeper, front, operators, workers), run the sessions that were touched or are polled, carry
+//! what comes out to the hub and back until nothing comes any more, move bulk bytes for about a millisecond, end the sessions'
+//! turns (interrupts go out), and sleep if there was nothing to do.
+
+mod carry;
+mod intake;
+
+use crate::channel::{Channel, ChannelError, Packet};
+use crate::config::{CoreConfig, DeviceConfig, VmConfig};
+use crate::control::limits::TOKENS as CONTROL_TOKENS;
+use crate::control::protocol;
+use crate::core::bulk::Bulk;
+use crate::core::journal::{Journal, JournalError};
+use crate::core::lines::{Line, Lines};
+use crate::core::memory::MemoryLimits;
+use crate::core::operators::{Ask, Books, Operators, Transfer};
+use crate::core::sessions::{Session, Sessions};
+use crate::core::wake::Wake;
+use crate::messages::{CoreToFront, CoreToKeeper, FrontToCore, KeeperToCore};
+use crate::store::{Done, Store};
+use crate::words::MappedWords;
+use anyhow::{Context, anyhow, bail};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
+use rustix::time::{ClockId, clock_gettime};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use vmgmt_abi::Status;
+use vmgmt_core::effect::{Effect, EffectId, FailedAt, Outcome};
+use vmgmt_core::interface::{self, ControlRequest};
+use vmgmt_core::{Hub, Saved};
+use vmgmt_device::Tick;
+use vmgmt_device::page::{LifePage, TouchedPage};
+use vmgmt_device::rings::{Input, Output};
+
+const KEEPER: Token = Token(0);
+const FRONT: Token = Token(1);
+const WAKE: Token = Token(2);
+const STORE: Token = Token(3);
+const CONTROL: usize = 16;
+const _: () = assert!(CONTROL_TOKENS < usize::MAX - CONTROL);
+
+/// Submissions fetched per session and turn: a batch of the rings, so that neighbours wait for no more than that.
+const POLL_BUDGET: u32 = 64;
+/// While rings are polled, descriptors are looked at no more often than this.
+const LOOK_NS: u64 = 50_000;
+/// The hub is told the wall time when it is older than this.
+const WALL_CLOCK_NS: u64 = 1_000_000;
+/// A journal longer than this and four times its snapshot is worth a new snapshot.
+const JOURNAL_BYTES_MIN: usize = 1 << 20;
+/// Packets taken from a channel in one turn, so that nobody's flood holds up the rings.
+const PACKETS_MAX: usize = 64;
+
+/// The core's process.
+pub struct EventLoop {
+    poll: Poll,
+    keeper: Channel,
+    front: Channel,
+    /// Packets for the front that found no room.
+    to_front: VecDeque<(CoreToFront, Vec<u8>)>,
+    wake: Wake,
+    life: u64,
+    config: CoreConfig,
+    vms: BTreeMap<u64, VmConfig>,
+    sessions: Sessions,
+    hub: Hub,
+    journal: Journal<MappedWords>,
+    snapshot_bytes: usize,
+    store: Store,
+    bulk: Bulk,
+    operators: Operators,
+    lines: Lines,
+    started: Instant,
+    /// Whole until all sessions of before have been told.
+    adopted: bool,
+    ready: bool,
+    stopping: bool,
+    wall_told: Tick,
+    looked: Tick,
+    /// Sessions whose rings are polled.
+    active: BTreeSet<u64>,
+    /// Sessions with a fence that waits, or that have ended.
+    watched: BTreeSet<u64>,
+    /// All sessions are to be looked at for something due.
+    scan: bool,
+}
+
+impl EventLoop {
+    /// Sets the process up from the keeper's first packet.
+    ///
+    /// # Errors
+    /// A descriptor is missing or wrong, a share cannot be opened, the state cannot be read.
+    pub fn new(keeper: Channel, life: u64, config: CoreConfig, fds: Vec<OwnedFd>) -> anyhow::Result<Self> {
+        let count = fds.len();
+        let Ok(
+            [
+                front,
+                touched,
+                life_page,
+                core_wake,
+                front_wake,
+                hub_state,
+                control,
+            ],
+        ) = <[OwnedFd; 7]>::try_from(fds)
+        else {
+            bail!("Start came with {count} descriptors, 7 are needed");
+        };
+        let touched = TouchedPage::new(MappedWords::read_only(&touched).context("the touched page")?);
+        let life_page = LifePage::new(MappedWords::writable(&life_page).context("the life page")?);
+        if !touched.is_valid() || !life_page.is_valid() {
+            bail!("the pages of this core life are not of this version");
+        }
+        let front = Channel::from_fd(front);
+        let wake = Wake::new(touched, life_page, core_wake, front_wake);
+        let store = Store::new(&config.shares, config.workers as usize)?;
+        let poll = Poll::new().context("an event queue")?;
+        let watch = |fd: i32, token, interest| poll.registry().register(&mut SourceFd(&fd), token, interest);
+        watch(keeper.as_fd().as_raw_fd(), KEEPER, Interest::READABLE)?;
+        watch(
+            front.as_fd().as_raw_fd(),
+            FRONT,
+            Interest::READABLE | Interest::WRITABLE,
+        )?;
+        watch(wake.core_fd().as_raw_fd(), WAKE, Interest::READABLE)?;
+        watch(store.wake_fd().as_raw_fd(), STORE, Interest::READABLE)?;
+        let operators = Operators::new(control, poll.registry(), CONTROL).context("the control socket")?;
+        let journal = Journal::open(MappedWords::writable(&hub_state).context("the hub's state")?)?;
+        let hub = recover(&journal, life)?;
+        let mut this = Self {
+            poll,
+            keeper,
+            front,
+            to_front: VecDeque::new(),
+            wake,
+            life,
+            config,
+            vms: BTreeMap::new(),
+            sessions: Sessions::default(),
+            hub,
+            journal,
+            snapshot_bytes: 0,
+            store,
+            bulk: Bulk::default(),
+            operators,
+            lines: Lines::default(),
+            started: Instant::now(),
+            adopted: false,
+            ready: false,
+            stopping: false,
+            wall_told: Tick(0),
+            looked: Tick(0),
+            active: BTreeSet::new(),
+            watched: BTreeSet::new(),
+            scan: true,
+        };
+        this.take_snapshot()?;
+        Ok(this)
+    }
+
+    /// Serves until the keeper says stop or is gone.
+    ///
+    /// # Errors
+    /// What makes it impossible to go on.
+    pub fn run(mut self) -> anyhow::Result<()> {
+        let mut events = Events::with_capacity(256);
+        self.take_in_everything()?;
+        while !self.stopping {
+            let now = now();
+            self.wake.beat();
+            let worked = self.turn(now)?;
+            let look = now.since_ns(self.looked) >= LOOK_NS;
+            if worked && !look {
+                continue;
+            }
+            let timeout = if worked {
+                Some(Duration::ZERO)
+            } else {
+                self.sleep_time(now)
+            };
+            let sleeps = timeout != Some(Duration::ZERO) && self.wake.fall_asleep();
+            let timeout = if sleeps { timeout } else { Some(Duration::ZERO) };
+            match self.poll.poll(&mut events, timeout) {
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                polled => polled.context("waiting for events")?,
+            }
+            if sleeps {
+                self.wake.wake_up();
+            }
+            self.looked = self::now();
+            self.scan = true;
+            self.handle_events(&events)?;
+        }
+        self.end()
+    }
+
+    /// One turn; whether anything was done, so that it is worth going round at once.
+    fn turn(&mut self, now: Tick) -> anyhow::Result<bool> {
+        if now.since_ns(self.wall_told) >= WALL_CLOCK_NS {
+            self.wall_told = now;
+            self.hub.handle(
+                now,
+                interface::Input::WallClock {
+                    now_ns: wall_clock_ns(),
+                },
+            );
+        }
+        let mut worked = self.run_sessions(now);
+        if self.hub.poll_timeout().is_some_and(|due| due <= now) {
+            self.hub.handle_timeout(now);
+        }
+        worked |= self.carry(now)?;
+        if self.bulk.is_ready() {
+            worked = true;
+            for session in self.bulk.sessions() {
+                self.sessions.open(session, now);
+            }
+            let mut finished = Vec::new();
+            self.bulk.step(&mut self.sessions, &self.store, &mut finished);
+            for (effect, outcome) in finished {
+                self.hub
+                    .handle(now, interface::Input::Outcome { effect, outcome });
+            }
+            self.carry(now)?;
+        }
+        self.close_sessions(now)?;
+        self.run_fences(now);
+        self.wake.tell();
+        if self.adopted && !self.ready {
+            self.ready = true;
+            self.tell_keeper(&CoreToKeeper::Ready { life: self.life })?;
+        }
+        Ok(worked)
+    }
+
+    /// Lets the rings of touched and of polled sessions run.
+    fn run_sessions(&mut self, now: Tick) -> bool {
+        self.note_touched(now);
+        let mut worked = false;
+        for number in self.active.iter().copied().collect::<Vec<_>>() {
+            self.wake.blame(number);
+            worked |= self.run_session(number, now);
+            self.route(number, now);
+            self.wake.blame(0);
+        }
+        worked
+    }
+
+    /// Adds the sessions that the front touched, or that have something due, to the active ones.
+    fn note_touched(&mut self, now: Tick) {
+        let touched = self.wake.is_touched();
+        if !touched && !self.scan {
+            return;
+        }
+        self.scan = false;
+        for (number, session) in self.sessions.iter_mut() {
+            let count = self.wake.touched(session.slot);
+            if count != session.touched {
+                session.touched = count;
+                session.look = true;
+            }
+            let due = |due: Option<Tick>| due.is_some_and(|due| due <= now);
+            if session.ended || due(session.memory.poll_timeout()) {
+                self.watched.insert(number);
+            }
+            if !session.ended && (session.look || due(session.rings.poll_timeout())) {
+                self.active.insert(number);
+            }
+        }
+    }
+
+    /// Runs one session's rings; whether going round again is worth it.
+    fn run_session(&mut self, number: u64, now: Tick) -> bool {
+        let Some(session) = self.sessions.open(number, now) else {
+            self.active.remove(&number);
+            return false;
+        };
+        let look = std::mem::take(&mut session.look);
+        if look {
+            session.handle(now, Input::Touched);
+        }
+        if session.rings.poll_timeout().is_some_and(|due| due <= now) {
+            session
+                .rings
+                .handle_timeout(now, &session.front, &session.core, &mut session.memory);
+        }
+        let turn = session.handle(now, Input::Poll { budget: POLL_BUDGET });
+        if turn.progressed() || look {
+            session.active_until = now.after_ns(self.config.poll_ns);
+        }
+        if turn.more || now < session.active_until {
+            return true;
+        }
+        // The guest may have published just before it could see the event word armed: then once more.
+        if session.rings.arm(&session.front, &mut session.memory) {
+            return true;
+        }
+        self.active.remove(&number);
+        false
+    }
+
+    /// Lets fences pass that wait, and lets sessions go that have ended and whose memory nobody holds any more.
+    fn run_fences(&mut self, now: Tick) {
+        for number in self.watched.iter().copied().collect::<Vec<_>>() {
+            let Some(session) = self.sessions.get_mut(number) else {
+                self.watched.remove(&number);
+                continue;
+            };
+            if session.memory.poll_timeout().is_some_and(|due| due <= now) {
+                session.memory.handle_timeout(now);
+            } else {
+                session.memory.poll_fences(now);
+            }
+            if session.tell_fenced() {
+                self.wake.kick(session.slot);
+            }
+            let waits = session.memory.is_fence_waiting();
+            if !waits && (!session.ended || session.memory.leases() == 0) {
+                self.watched.remove(&number);
+                if session.ended {
+                    self.sessions.remove(number);
+                }
+            }
+        }
+    }
+
+    /// How long the loop may sleep; zero: not at all.
+    fn sleep_time(&mut self, now: Tick) -> Option<Duration> {
+        let mut due = self.hub.poll_timeout();
+        for (_, session) in self.sessions.iter_mut() {
+            due = [due, session.rings.poll_timeout(), session.memory.poll_timeout()]
+                .into_iter()
+                .flatten()
+                .min();
+            if session.look && !session.ended {
+                self.scan = true;
+                due = Some(now);
+            }
+        }
+        due.filter(|due| *due != Tick::NEVER)
+            .map(|due| Duration::from_nanos(due.since_ns(now)))
+    }
+
+    /// An ordered end: what the rings have published is signalled; what is in flight stays in the tables for the next life.
+    fn end(mut self) -> anyhow::Result<()> {
+        self.close_sessions(now())?;
+        self.take_snapshot()
+    }
+}
+
+/// The hub as an earlier life left it.
+fn recover(journal: &Journal<MappedWords>, life: u64) -> anyhow::Result<Hub> {
+    let recovered = journal.recover().context("the hub's state")?;
+    let saved = recovered
+        .snapshot
+        .map(|bytes| Saved::from_bytes(&bytes))
+        .transpose()
+        .context("the hub's state")?;
+    let mut records = Vec::with_capacity(recovered.records.len());
+    for bytes in &recovered.records {
+        records.push(ciborium::from_reader(bytes.as_slice()).context("a record of the hub's state")?);
+    }
+    Hub::replay(life, saved, records).context("the hub's state")
+}
+
+fn status(life: u64, started: Instant, vms: usize, sessions: usize, lines: &Lines) -> protocol::Status {
+    protocol::Status {
+        state: "serving".into(),
+        answered_by: "core".into(),
+        version: env!("CARGO_PKG_VERSION").into(),
+        pid: rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get() as u32),
+        life,
+        uptime_seconds: started.elapsed().as_secs(),
+        vms: vms as u64,
+        sessions: sessions as u64,
+        notices: lines
+            .since(0)
+            .0
+            .filter(|line| line.vm.is_none())
+            .map(|line| line.text.clone())
+            .collect(),
+        counters: BTreeMap::new(),
+    }
+}
+
+/// Time since boot, suspended time included: the same clock in every process and life.
+fn now() -> Tick {
+    let time = clock_gettime(ClockId::Boottime);
+    Tick(
+        (time.tv_sec as u64)
+            .saturating_mul(1_000_000_000)
+            .saturating_add(time.tv_nsec as u64),
+    )
+}
+
+fn wall_clock_ns() -> u64 {
+    let time = clock_gettime(ClockId::Realtime);
+    u64::try_from(time.tv_sec)
+        .unwrap_or(0)
+        .saturating_mul(1_000_000_000)
+        .saturating_add(time.tv_nsec as u64)
+}
