@@ -24,13 +24,25 @@ fn eventfds(count: usize) -> Result<Vec<OwnedFd>> {
     Ok((0..count).map(|_| eventfd()).collect::<Result<_, _>>()?)
 }
 
-/// Which of them are signalled when the client triggers `start..start + count`.
-fn triggered(client: &mut Client, fds: &[OwnedFd], start: u32, count: u32) -> Result<Vec<usize>> {
-    emptied(fds);
-    client.set_irqs(irq::MSI, irq::DATA_NONE | irq::TRIGGER, start, count, &[], &[])?;
-    Ok((0..fds.len())
-        .filter(|n| fds.get(*n).is_some_and(|fd| taken(fd) > 0))
-        .collect())
+/// Waits until exactly the eventfds `expected` are signalled when the client triggers `start..start + count`. Not at the first look:
+/// whoever takes an eventfd over signals it once, and the core takes them over when it comes to it.
+fn expect_triggered(
+    client: &mut Client,
+    fds: &[OwnedFd],
+    start: u32,
+    count: u32,
+    expected: &[usize],
+) -> Result<()> {
+    let mut seen = Vec::new();
+    let outcome = wait_until("the interrupts expected", PATIENCE, || {
+        emptied(fds);
+        client.set_irqs(irq::MSI, irq::DATA_NONE | irq::TRIGGER, start, count, &[], &[])?;
+        seen = (0..fds.len())
+            .filter(|n| fds.get(*n).is_some_and(|fd| taken(fd) > 0))
+            .collect();
+        Ok((seen == expected).then_some(()))
+    });
+    outcome.with_context(|| format!("expected {expected:?}, seen {seen:?}"))
 }
 
 #[test]
@@ -41,8 +53,8 @@ fn vectors_are_assigned_in_chunks_and_triggered_by_range() -> Result<()> {
     let (first, rest) = fds.split_at(5);
     client.assign_irqs(irq::MSI, 0, first)?;
     client.assign_irqs(irq::MSI, 5, rest)?;
-    ensure!(triggered(&mut client, &fds, 0, 16)? == (0..16).collect::<Vec<_>>());
-    ensure!(triggered(&mut client, &fds, 3, 4)? == [3, 4, 5, 6]);
+    expect_triggered(&mut client, &fds, 0, 16, &(0..16).collect::<Vec<_>>())?;
+    expect_triggered(&mut client, &fds, 3, 4, &[3, 4, 5, 6])?;
     // By bools: only those that are set.
     emptied(&fds);
     client.set_irqs(
@@ -66,13 +78,13 @@ fn eventfds_are_replaced_and_removed() -> Result<()> {
     client.assign_irqs(irq::MSI, 0, &old)?;
     client.assign_irqs(irq::MSI, 1, &new)?;
     emptied(&new);
-    ensure!(triggered(&mut client, &old, 0, 4)? == [0, 3]);
-    ensure!(taken(&new[0]) == 1 && taken(&new[1]) == 1);
+    expect_triggered(&mut client, &old, 0, 4, &[0, 3])?;
+    ensure!(taken(&new[0]) > 0 && taken(&new[1]) > 0);
     // No descriptor: taken away.
     client.set_irqs(irq::MSI, irq::DATA_EVENTFD | irq::TRIGGER, 0, 2, &[], &[])?;
-    ensure!(triggered(&mut client, &old, 0, 4)? == [3]);
+    expect_triggered(&mut client, &old, 0, 4, &[3])?;
     client.disable_irqs(irq::MSI)?;
-    ensure!(triggered(&mut client, &old, 0, 4)?.is_empty());
+    expect_triggered(&mut client, &old, 0, 4, &[])?;
     client.disable_irqs(irq::MSI).context("twice")?;
     scene.check()
 }

@@ -26,6 +26,11 @@ fn reads_while(seal: Seal, mischief: impl Fn(&SimulatedVm, &GuestRam, u64) -> Re
                 })
             })?;
             let memory = Arc::new(DmaMemory::map_file(ram.fd(), 0, 16 << 20, iova)?);
+            // Memory of another object: until it is proven it is reached by messages, which this client does not serve there.
+            ensure!(
+                files.prove(&memory, 0x1357_9bdf ^ round)?,
+                "shared memory was not proven"
+            );
             let file = files.open_for_reading("work/big")?;
             let mut tags = Vec::new();
             for chunk in 0..16_usize {

@@ -113,6 +113,11 @@ fn after_an_unmap_nothing_is_written_there() -> Result<()> {
         })?;
         let memory = vmgmt_driver::DmaMemory::map_file(ram.fd(), 0, 32 << 20, iova)?;
         let memory = std::sync::Arc::new(memory);
+        // Memory of another object: until it is proven it is reached by messages, which this client does not serve there.
+        ensure!(
+            files.prove(&memory, 0x1357_9bdf ^ round)?,
+            "shared memory was not proven"
+        );
         let file = files.open_for_reading("work/big")?;
         let mut tags = Vec::new();
         for chunk in 0..32_usize {
