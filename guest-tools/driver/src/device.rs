@@ -191,7 +191,7 @@ impl Device {
     pub(crate) fn before_sleep(&self, vector: u32) -> Result<()> {
         let interrupts = self.interrupts();
         if interrupts.kind == InterruptKind::IntX {
-            // The order of architecture.md, "Interrupts": acknowledge, enable again, look at the rings, sleep.
+            // The order of docs/abi.md, "Interrupts": acknowledge, enable again, look at the rings, sleep.
             self.backing.write32(registers::INTERRUPT_ACK, u32::MAX)?;
             // The write is posted: only a read makes sure that it has arrived. Else it could acknowledge a completion that is
             // published after the caller has looked at its ring, and nobody would wake the sleeper.
