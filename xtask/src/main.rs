@@ -3,6 +3,12 @@
 //! In: a subcommand. Out: a prepared machine, built images, tested code, a running demo. It must never hold anything that
 //! the product itself needs.
 
+mod bench;
+mod bench_facts;
+mod bench_host;
+mod bench_peers;
+mod bench_table;
+mod bench_vms;
 mod build;
 mod demo;
 mod parts;
@@ -34,6 +40,8 @@ enum Task {
     Test(parts::Options),
     /// Two VMs, one file through all stations, messages each way.
     Demo(demo::Options),
+    /// Measure: the parts by themselves, release builds in real VMs, and virtiofs and virtio-serial beside them.
+    Bench(bench::Options),
     /// One VM on this terminal (leave it with Ctrl-A X).
     Vm(vm::Options),
 }
@@ -69,6 +77,7 @@ fn main() -> Result<()> {
         }
         Task::Test(options) => parts::test(&options),
         Task::Demo(options) => demo::demo(&options),
+        Task::Bench(options) => bench::bench(&options),
         Task::Vm(options) => vm::vm(&options),
     }
 }
