@@ -3,7 +3,11 @@
 //! In: flags. Out: an exit code: 0 ended as asked, 1 failed, 2 a mistake in flags or configuration. What a role does is in
 //! `vmgmt-host`.
 
+mod log;
+
+use anyhow::Context;
 use clap::Parser;
+use log::LogWriter;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
@@ -55,13 +59,14 @@ fn main() -> ExitCode {
 }
 
 fn run_child(role: &str, parent: u32, log: &str) -> anyhow::Result<()> {
-    start_log(log)?;
-    let channel = keeper::enter_role(role, parent)?;
-    match role {
+    let log = start_log(log)?;
+    let result = keeper::enter_role(role, parent).and_then(|channel| match role {
         "front" => front::run(channel),
         "core" => core::run(channel),
         other => anyhow::bail!("there is no role {other:?}"),
-    }
+    });
+    log.finish();
+    result
 }
 
 fn run_keeper(arguments: Arguments) -> ExitCode {
@@ -90,10 +95,10 @@ fn run_keeper(arguments: Arguments) -> ExitCode {
     let loaded = config::load(config.as_deref(), &flags).map_err(|mistakes| mistakes.to_string());
     let started = loaded.and_then(|config| {
         let log = config.server.log.clone().unwrap_or_else(|| "info".into());
-        start_log(&log).map_err(|error| format!("{error:#}"))?;
-        Ok((config, log))
+        let writer = start_log(&log).map_err(|error| format!("{error:#}"))?;
+        Ok((config, log, writer))
     });
-    let (config, log) = match started {
+    let (config, log, writer) = match started {
         Ok(started) => started,
         Err(text) => {
             eprintln!("vmgmtd: {text}");
@@ -104,7 +109,9 @@ fn run_keeper(arguments: Arguments) -> ExitCode {
         print_summary(&config);
         return ExitCode::SUCCESS;
     }
-    end(keeper::run(config, vec!["--log".into(), log]))
+    let result = keeper::run(config, vec!["--log".into(), log]);
+    writer.finish();
+    end(result)
 }
 
 fn print_summary(config: &Config) {
@@ -117,23 +124,25 @@ fn print_summary(config: &Config) {
     println!("the configuration is good: {vms} VMs, {shared} shared sockets, {shares} shares");
 }
 
-fn start_log(filter: &str) -> anyhow::Result<()> {
+fn start_log(filter: &str) -> anyhow::Result<LogWriter> {
     let filter = EnvFilter::builder().parse(filter).map_err(|error| {
         anyhow::anyhow!(
             "log filter {filter:?}: {error}\n    use error, warn, info, debug, trace or TARGET=LEVEL,…"
         )
     })?;
+    let writer = LogWriter::start(std::io::stderr()).context("a thread for the log")?;
+    let lines = writer.clone();
     // A journal has times of its own; who else reads our lines wants them.
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(move || lines.clone())
         .with_ansi(false);
     if std::env::var_os("JOURNAL_STREAM").is_some() {
         log.without_time().init()
     } else {
         log.init()
     }
-    Ok(())
+    Ok(writer)
 }
 
 fn end(result: anyhow::Result<()>) -> ExitCode {
