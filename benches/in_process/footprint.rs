@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vmgmt_driver::Mode;
 use vmgmt_testkit::guest::{GuestInterrupts, GuestOptions};
@@ -72,6 +72,11 @@ pub fn run(figures: &mut Figures) -> Result<()> {
             .iter()
             .map(|(_, pid)| busy_ns(*pid))
             .collect::<Result<_>>()?;
+        // Else every share below would be zero and mean nothing.
+        ensure!(
+            before.iter().all(|ns| *ns > 0),
+            "this kernel counts no processor time in schedstat"
+        );
         std::thread::sleep(IDLE);
         for ((role, pid), before) in roles.into_iter().zip(before) {
             let resident = status_kib(pid, "VmRSS:")?;
