@@ -109,13 +109,12 @@ pub fn run(figures: &mut Figures) -> Result<()> {
         let (mut to, mut at) = (a.ring_with(ring_options)?, b.ring_with(ring_options)?);
         let (mut here, mut there) = (Receiver::default(), Receiver::default());
         let message = [7; 64];
-        let hop =
-            |from: &mut Client, name: &str, into: &mut Client, receiver: &mut Receiver| -> Result<()> {
-                into.post_receives(receiver, 4)?;
-                from.send(name, &message, 0)?;
-                into.receive(receiver, None)?.context("no message")?;
-                Ok(())
-            };
+        let hop = |from: &mut Client, name: &str, into: &mut Client, receiver: &mut Receiver| -> Result<()> {
+            into.post_receives(receiver, 4)?;
+            from.send(name, &message, 0)?;
+            into.receive(receiver, None)?.context("no message")?;
+            Ok(())
+        };
         let (median, p99) = percentiles(samples(SAMPLES / 2, pause, || {
             hop(&mut to, "vm1", &mut at, &mut there)?;
             hop(&mut at, "vm0", &mut to, &mut here)
