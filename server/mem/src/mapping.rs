@@ -9,10 +9,12 @@
 
 use crate::calls::{GuestSlice, kernel_copy};
 use crate::{MapError, copy};
+use memmap2::{MmapOptions, MmapRaw};
 use rustix::fd::AsFd;
 use rustix::fs::{SealFlags, fcntl_get_seals, fstat, fstatfs};
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 /// `f_type` of hugetlbfs, also of memory made with MFD_HUGETLB (linux/magic.h).
@@ -41,6 +43,8 @@ pub enum CopyFault {
 /// A mapped range of a memory object. Address space is given back when it is dropped.
 #[derive(Debug)]
 pub struct GuestMapping {
+    /// Owns the address space.
+    _raw: MmapRaw,
     pub(crate) base: *mut u8,
     bytes: usize,
     pub(crate) writable: bool,
@@ -114,21 +118,23 @@ impl GuestMapping {
         let direct = sealed
             && u64::try_from(fstat(fd)?.st_size).unwrap_or(0) >= needed_bytes
             && fstatfs(fd)?.f_type != HUGETLBFS_MAGIC;
-        let protection = if writable {
-            ProtFlags::READ | ProtFlags::WRITE
+        let mut options = MmapOptions::new();
+        // No swap reserved: huge pages are not to be reserved for ranges that nobody uses.
+        options.offset(offset).len(bytes).no_reserve_swap();
+        let mapped = if writable {
+            options.map_raw(fd.as_raw_fd())
         } else {
-            ProtFlags::READ
+            options.map_raw_read_only(fd.as_raw_fd())
         };
-        // NORESERVE: huge pages are not to be reserved for ranges that nobody uses.
-        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
-        // SAFETY: a fresh mapping at an address that the kernel chooses touches no other memory.
-        let base = unsafe { mmap(std::ptr::null_mut(), bytes, protection, flags, fd, offset)? };
+        let raw = mapped.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        let base = raw.as_mut_ptr();
         for advice in [Advice::LinuxDontDump, Advice::LinuxDontFork] {
             // SAFETY: our own fresh range; neither advice changes what the memory holds. (A wish: errors change nothing here.)
-            let _ = unsafe { madvise(base, bytes, advice) };
+            let _ = unsafe { madvise(base.cast(), bytes, advice) };
         }
         Ok(Self {
-            base: base.cast(),
+            _raw: raw,
+            base,
             bytes,
             writable,
             direct,
@@ -232,13 +238,6 @@ impl GuestMapping {
         } else {
             Err(Fault::Refused)
         }
-    }
-}
-
-impl Drop for GuestMapping {
-    fn drop(&mut self) {
-        // SAFETY: the range is ours alone, and whoever uses it borrows this value.
-        let _ = unsafe { munmap(self.base.cast(), self.bytes) };
     }
 }
 

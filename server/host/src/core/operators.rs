@@ -10,13 +10,14 @@ use crate::control::protocol::{
     Shares, Transferred, Vm, Vms,
 };
 use crate::control::{Asked, ClientId, ControlServer, Incoming};
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD as BASE64;
 use mio::{Registry, Token};
 use rustix::fd::OwnedFd;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use vmgmt_abi::Status;
 use vmgmt_core::interface::{ControlReply, ControlRequest, VmStatus};
+
+/// Messages held for a client that does not read: more than a burst, and a bounded amount of memory.
+const HELD_MAX: usize = 1024;
 
 /// What the loop is to do for an operator.
 #[derive(Debug)]
@@ -82,6 +83,10 @@ pub struct Operators {
     /// Requests to the keeper.
     at_keeper: BTreeMap<u64, (ClientId, u64)>,
     keeper_requests: u64,
+    /// Messages that a client had no room for yet, in order.
+    held: BTreeMap<(ClientId, u64), VecDeque<Event>>,
+    /// What the operator should read in the log.
+    notices: Vec<String>,
     /// Followers of the log, and the number of the next line for each.
     followers: BTreeMap<(ClientId, u64), u64>,
 }
@@ -109,6 +114,8 @@ impl Operators {
             asked: BTreeMap::new(),
             at_keeper: BTreeMap::new(),
             keeper_requests: 0,
+            held: BTreeMap::new(),
+            notices: Vec::new(),
             followers: BTreeMap::new(),
         })
     }
@@ -132,12 +139,16 @@ impl Operators {
                 }
                 Incoming::Gone { client } => {
                     self.followers.retain(|(follower, _), _| *follower != client);
+                    self.held.retain(|(holder, _), _| *holder != client);
                     self.asked.retain(|(asker, _), _| *asker != client.to_number());
                     return Some(Ask::Closed {
                         client: client.to_number(),
                     });
                 }
-                Incoming::Room { .. } => self.tell_followers(books.lines),
+                Incoming::Room { client } => {
+                    self.tell_held(client);
+                    self.tell_followers(books.lines);
+                }
             }
         }
     }
@@ -167,19 +178,14 @@ impl Operators {
                 if let Expected::Messages(count) = expected {
                     *count += 1;
                 }
-                let (text, base64) = match String::from_utf8(message) {
-                    Ok(text) => (Some(text), None),
-                    Err(bytes) => (None, Some(BASE64.encode(bytes.as_bytes()))),
-                };
-                let event = Event::Message(Message {
+                let event = Message {
                     from: source,
                     sequence,
                     accepted_ns,
-                    text,
-                    base64,
-                });
-                // Its socket takes all that a client with one request can have outstanding; one that never reads is cut off by the server.
-                let _ = self.server.event(client, id, event);
+                    ..Message::default()
+                }
+                .with_bytes(message);
+                self.tell_message(client, id, Event::Message(event));
                 if let (true, Expected::Messages(count)) = (last, expected_now) {
                     self.server.reply(client, id, &Received { messages: count + 1 });
                 }
@@ -224,6 +230,45 @@ impl Operators {
         }
         if last {
             self.asked.remove(&key);
+        }
+    }
+
+    /// What the operator should read in the log.
+    pub fn take_notices(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.notices)
+    }
+
+    /// Gives a client a message, behind those that it has not had.
+    fn tell_message(&mut self, client: ClientId, id: u64, event: Event) {
+        let held = self.held.get(&(client, id)).map_or(0, VecDeque::len);
+        if held == 0 && self.server.event(client, id, event.clone()) {
+            return;
+        }
+        if held < HELD_MAX {
+            self.held.entry((client, id)).or_default().push_back(event);
+        } else {
+            let text =
+                format!("an operator's `recv` does not read its messages: one beyond {HELD_MAX} is dropped");
+            self.notices.push(text);
+        }
+    }
+
+    /// A client has room again.
+    fn tell_held(&mut self, client: ClientId) {
+        let waiting: Vec<_> = self
+            .held
+            .keys()
+            .filter(|(holder, _)| *holder == client)
+            .copied()
+            .collect();
+        for key in waiting {
+            while let Some(event) = self.held.get(&key).and_then(|held| held.front().cloned()) {
+                if !self.server.event(client, key.1, event) {
+                    return;
+                }
+                self.held.get_mut(&key).map(VecDeque::pop_front);
+            }
+            self.held.remove(&key);
         }
     }
 
@@ -273,7 +318,7 @@ impl Operators {
             Call::Vms => return ask(Expected::Vms, ControlRequest::Vms),
             Call::Peers => return ask(Expected::Peers, ControlRequest::Peers),
             Call::Send(send) => {
-                let message = message_of(send.text, send.base64)?;
+                let message = send.bytes()?;
                 return ask(
                     Expected::Sent,
                     ControlRequest::Send {
@@ -377,24 +422,6 @@ fn tell_lines(server: &mut ControlServer, client: ClientId, id: u64, lines: &Lin
 
 const fn ns(milliseconds: u64) -> u64 {
     milliseconds.saturating_mul(1_000_000)
-}
-
-fn message_of(text: Option<String>, base64: Option<String>) -> Result<Vec<u8>, Failure> {
-    match (text, base64) {
-        (Some(text), None) => Ok(text.into_bytes()),
-        (None, Some(encoded)) => BASE64.decode(encoded).map_err(|error| {
-            Failure::new(
-                ErrorCode::BadRequest,
-                format!("the member \"base64\" is not base64: {error}"),
-                "use the standard alphabet, with padding",
-            )
-        }),
-        _ => Err(Failure::new(
-            ErrorCode::BadRequest,
-            "a message has either \"text\" or \"base64\"",
-            "give exactly one of both",
-        )),
-    }
 }
 
 fn only_fd(mut fds: Vec<OwnedFd>) -> Result<OwnedFd, Failure> {

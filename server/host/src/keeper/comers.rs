@@ -85,11 +85,15 @@ impl Keeper {
             bail!("there is a VM {:?} already", vm.name);
         }
         let socket = listen_on(&listener.path, listener.mode, listener.group.as_deref());
+        let named = (Some(vm.name.clone()), listener.path.clone());
         self.add_listener(
             listener,
             Some(vm),
             socket.map_err(|mistake| anyhow::anyhow!("{mistake}"))?,
-        )
+        )?;
+        // For the cores to come; the one that asked knows it.
+        self.core_config.sockets.push(named);
+        Ok(())
     }
 
     /// Gives a socket and its VM their numbers and makes them known: the VM to the core, then the socket to the front.

@@ -201,6 +201,9 @@ impl EventLoop {
             status: &status,
         };
         self.operators.handle_reply(client, id, reply, last, &books);
+        for notice in self.operators.take_notices() {
+            self.log(None, notice);
+        }
     }
 
     pub(super) fn tell_keeper(&self, message: &CoreToKeeper) -> anyhow::Result<()> {

@@ -70,7 +70,11 @@ impl EventLoop {
                 self.vms.remove(&vm);
                 self.hub.handle(now(), interface::Input::VmGone { vm });
             }
-            KeeperToCore::Done { request, error } => self.operators.handle_keeper(request, error),
+            KeeperToCore::Done { request, error } => {
+                let added = self.adding.remove(&request).filter(|_| error.is_none());
+                self.config.sockets.extend(added);
+                self.operators.handle_keeper(request, error);
+            }
             KeeperToCore::Notice { text } => self.log(None, text),
             KeeperToCore::Stop => self.stopping = true,
         }
@@ -256,6 +260,8 @@ impl EventLoop {
                     vm,
                     listener,
                 } => {
+                    self.adding
+                        .insert(request, (Some(vm.name.clone()), listener.path.clone()));
                     if let Err(error) = self.tell_keeper(&CoreToKeeper::AddVm {
                         request,
                         vm,

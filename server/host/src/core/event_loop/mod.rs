@@ -66,6 +66,8 @@ pub struct EventLoop {
     life: u64,
     config: CoreConfig,
     vms: BTreeMap<u64, VmConfig>,
+    /// Sockets of VMs that the keeper is adding, by request.
+    adding: BTreeMap<u64, (Option<String>, std::path::PathBuf)>,
     sessions: Sessions,
     hub: Hub,
     journal: Journal<MappedWords>,
@@ -140,6 +142,7 @@ impl EventLoop {
             life,
             config,
             vms: BTreeMap::new(),
+            adding: BTreeMap::new(),
             sessions: Sessions::default(),
             hub,
             journal,
