@@ -430,14 +430,12 @@ impl Client {
     ) -> Result<String> {
         let put = self.put(path, bytes as u64, how & !vmgmt_abi::file::put::RESUME)?;
         let written = self.write_from(put.handle, memory, bytes, options);
-        match written {
-            Ok(done) => self.commit(put.handle, done.bytes, done.checksum, false),
-            Err(error) => {
-                // The first error is the one that matters.
+        written
+            .and_then(|done| self.commit(put.handle, done.bytes, done.checksum, false))
+            .inspect_err(|_| {
+                // A refused COMMIT leaves the put open, and its name taken. The first error is the one that matters.
                 let _closed = self.close(put.handle);
-                Err(error)
-            }
-        }
+            })
     }
 
     /// Writes the first `size` bytes of a memory into a put or an open file.

@@ -4,7 +4,7 @@ use std::io::Seek;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::json;
 use vmgmt_driver::abi::file::{self, existing, kind};
 use vmgmt_driver::operations::file::Share;
@@ -51,6 +51,10 @@ pub fn put(session: &Session, source: &Path, target: &str, order: &PutOrder) -> 
     let mut how = existing_number(order.existing);
     if let Some(mode) = order.mode {
         how |= file::put::SET_PERMISSIONS | u64::from(mode) << file::put::PERMISSIONS_SHIFT;
+    }
+    if how & existing::MASK == existing::REFUSE && client.stat(&path).is_ok() {
+        // COMMIT would say so too, but only after all the data was sent.
+        bail!("{} exists already (see --existing)", printable(&path));
     }
     let started = std::time::Instant::now();
     let mut progress = Progress::new(size, session.general.json);
