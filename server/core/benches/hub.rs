@@ -76,6 +76,11 @@ fn run(vms: u64, posted: u32) -> (f64, u64) {
         hub.handle(Tick(2), fetched(vms, index, Opcode::RECEIVE, 0, None));
     }
     drain(&mut hub, &mut confirming);
+    // The kernel adds up at its ticks: a process that has just begun may have nothing on its account yet.
+    let begun = std::time::Instant::now();
+    while cpu_ns() == 0 && begun.elapsed().as_secs() < 1 {
+        std::hint::spin_loop();
+    }
     assert_ne!(
         cpu_ns(),
         0,

@@ -200,6 +200,24 @@ impl Store {
         });
     }
 
+    /// As [`Store::submit_work`], for a write: those to one file take turns, because the kernel lets in only one at a time and
+    /// the others would spin for it, on processors that the VMs could use.
+    pub fn submit_write(
+        &self,
+        owner: u64,
+        effect: EffectId,
+        file: &Arc<OpenFile>,
+        work: impl FnOnce() -> Done + Send + 'static,
+    ) {
+        // The work holds the file, so no other has its address meanwhile.
+        let key = Some(Arc::as_ptr(file) as usize);
+        self.pool
+            .submit_keyed(owner, file.share_index(), key, move || Finished {
+                effect,
+                done: work(),
+            });
+    }
+
     /// Starts an effect that needs no guest memory. Its end comes out of [`Store::take_finished`].
     ///
     /// # Errors

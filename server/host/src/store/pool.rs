@@ -1,18 +1,20 @@
 //! Worker threads for what can sleep on a disk.
 //!
 //! In: jobs, each with an owner (a VM) and a share. Out: their results, in any order, and a wake-up of the loop. Jobs of
-//! one owner start in order; owners take turns; one share may hold at most half the workers, so that one hung disk does
+//! one owner start in order, but for those that must wait for another; owners take turns; one share may hold at most half the workers, so that one hung disk does
 //! not take them all.
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 type Work<R> = Box<dyn FnOnce() -> R + Send>;
 
 struct Job<R> {
     share: usize,
+    /// Jobs with the same key run one after the other.
+    key: Option<usize>,
     work: Work<R>,
 }
 
@@ -21,6 +23,7 @@ struct Queues<R> {
     /// Owner that was served last: the next one in order goes on.
     last_owner: u64,
     running_of_share: BTreeMap<usize, usize>,
+    running_keys: BTreeSet<usize>,
     finished: VecDeque<R>,
     stop: bool,
 }
@@ -49,6 +52,7 @@ impl<R: Send + 'static> Pool<R> {
                 waiting: BTreeMap::new(),
                 last_owner: 0,
                 running_of_share: BTreeMap::new(),
+                running_keys: BTreeSet::new(),
                 finished: VecDeque::new(),
                 stop: false,
             }),
@@ -74,12 +78,24 @@ impl<R: Send + 'static> Pool<R> {
 
     /// Queues a job of `owner` on `share` (any number that tells disks apart).
     pub fn submit(&self, owner: u64, share: usize, work: impl FnOnce() -> R + Send + 'static) {
+        self.submit_keyed(owner, share, None, work);
+    }
+
+    /// As [`Pool::submit`]; jobs with the same key run one after the other, in order.
+    pub fn submit_keyed(
+        &self,
+        owner: u64,
+        share: usize,
+        key: Option<usize>,
+        work: impl FnOnce() -> R + Send + 'static,
+    ) {
         lock(&self.shared.queues)
             .waiting
             .entry(owner)
             .or_default()
             .push_back(Job {
                 share,
+                key,
                 work: Box::new(work),
             });
         self.shared.work_there.notify_one();
@@ -118,20 +134,26 @@ impl<R> Queues<R> {
             let Some(queue) = self.waiting.get_mut(&owner) else {
                 continue;
             };
-            let Some(share) = queue.front().map(|job| job.share) else {
+            let may_run = |job: &Job<R>| {
+                self.running_of_share
+                    .get(&job.share)
+                    .is_none_or(|running| *running < per_share_max)
+                    && job.key.is_none_or(|key| !self.running_keys.contains(&key))
+            };
+            let Some(job) = queue
+                .iter()
+                .position(may_run)
+                .and_then(|position| queue.remove(position))
+            else {
                 continue;
             };
-            let running = self.running_of_share.entry(share).or_default();
-            if *running >= per_share_max {
-                continue;
-            }
-            *running += 1;
-            let job = queue.pop_front();
+            *self.running_of_share.entry(job.share).or_default() += 1;
+            self.running_keys.extend(job.key);
             if queue.is_empty() {
                 self.waiting.remove(&owner);
             }
             self.last_owner = owner;
-            return job;
+            return Some(job);
         }
         None
     }
@@ -151,11 +173,14 @@ fn work<R>(shared: &Shared<R>) {
             continue;
         };
         drop(queues);
-        let share = job.share;
+        let (share, key) = (job.share, job.key);
         let result = (job.work)();
         queues = lock(&shared.queues);
         if let Some(running) = queues.running_of_share.get_mut(&share) {
             *running = running.saturating_sub(1);
+        }
+        if let Some(key) = key {
+            queues.running_keys.remove(&key);
         }
         queues.finished.push_back(result);
         let _ = rustix::io::write(&shared.wake, &1u64.to_ne_bytes());
@@ -203,17 +228,34 @@ mod tests {
     }
 
     #[test]
+    fn jobs_with_one_key_run_one_after_the_other_and_hold_up_no_others() {
+        let pool = Pool::new(4).unwrap();
+        let (release, hung) = mpsc::channel::<()>();
+        pool.submit_keyed(1, 0, Some(7), move || {
+            let _ = hung.recv();
+            "first"
+        });
+        pool.submit_keyed(1, 0, Some(7), || "second");
+        pool.submit_keyed(1, 0, Some(8), || "other");
+        assert_eq!(wait_finished(&pool, 1), ["other"]);
+        drop(release);
+        assert_eq!(wait_finished(&pool, 2), ["first", "second"]);
+    }
+
+    #[test]
     fn owners_take_turns() {
         let mut queues = Queues {
             waiting: BTreeMap::new(),
             last_owner: 0,
             running_of_share: BTreeMap::new(),
+            running_keys: BTreeSet::new(),
             finished: VecDeque::new(),
             stop: false,
         };
         for (owner, name) in [(1, 'a'), (1, 'b'), (1, 'c'), (2, 'd'), (3, 'e')] {
             queues.waiting.entry(owner).or_default().push_back(Job {
                 share: 0,
+                key: None,
                 work: Box::new(move || name),
             });
         }

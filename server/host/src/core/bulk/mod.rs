@@ -36,6 +36,12 @@ impl Bulk {
         !self.ready.is_empty()
     }
 
+    /// Whether workers have work of ours and nothing else is to be done.
+    #[must_use]
+    pub fn is_on_workers(&self) -> bool {
+        self.ready.is_empty() && self.tasks.len() > self.waiting_for_memory.len()
+    }
+
     /// Whether an effect is bulk work that has not ended.
     #[must_use]
     pub fn has(&self, id: EffectId) -> bool {

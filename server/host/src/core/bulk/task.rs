@@ -300,7 +300,7 @@ impl Task {
                 })
             }
         };
-        store.submit_work(self.owner, id, file, work);
+        store.submit_write(self.owner, id, file, work);
         Step::OnWorker
     }
 }

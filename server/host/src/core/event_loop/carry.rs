@@ -78,7 +78,12 @@ impl EventLoop {
                             },
                         );
                         if turn.progressed() {
-                            session.active_until = now.after_ns(self.config.poll_ns);
+                            let poll_ns = if self.bulk.is_on_workers() {
+                                0
+                            } else {
+                                self.config.poll_ns
+                            };
+                            session.active_until = now.after_ns(poll_ns);
                             self.active.insert(token.session);
                         }
                         self.route(token.session, now);

@@ -293,7 +293,13 @@ impl EventLoop {
         }
         let turn = session.handle(now, Input::Poll { budget: POLL_BUDGET });
         if turn.progressed() || look {
-            session.active_until = now.after_ns(self.config.poll_ns);
+            // While a worker moves a megabyte, polling would only take the processor that it could use.
+            let poll_ns = if self.bulk.is_on_workers() {
+                0
+            } else {
+                self.config.poll_ns
+            };
+            session.active_until = now.after_ns(poll_ns);
         }
         if turn.more || now < session.active_until {
             return true;

@@ -271,3 +271,37 @@ fn a_fence_voids_message_dma_and_no_reply_waits_for_it() {
     assert!(matches!(core.next().header, FrontToCore::DmaAnswer { request: 9, error, .. } if error != 0));
     bench.stop();
 }
+
+#[test]
+fn a_request_from_before_a_fence_never_reaches_the_client() {
+    let mut bench = Bench::new();
+    let (mut client, admitted) = bench.client();
+    bus_master(&mut client);
+    let core = bench.core(1);
+    core.session();
+    core.adopted();
+    // The core asked before it saw this reset, and the packet comes after the reset was answered.
+    client.reset().unwrap();
+    bus_master(&mut client);
+    core.send(
+        &CoreToFront::DmaWrite {
+            session: admitted.session,
+            request: 3,
+            fence: 0,
+            iova: 0x200,
+        },
+        b"late",
+    );
+    let answer = core.next().header;
+    assert!(
+        matches!(answer, FrontToCore::DmaAnswer { request: 3, error, .. } if error == Errno::EAGAIN.0),
+        "{answer:?}"
+    );
+    let ram = Arc::new(GuestRam::new(1 << 20, Seal::Shrink).unwrap());
+    client.serve_memory(0, 1 << 20, &ram, 0);
+    // A round trip behind it: nothing was sent in between.
+    client.get_info().unwrap();
+    assert_eq!(client.dma_served().len(), 0);
+    assert_eq!(ram.read(0x200, 4).unwrap(), [0; 4]);
+    bench.stop();
+}
