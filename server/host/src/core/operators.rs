@@ -13,6 +13,7 @@ use crate::control::{Asked, ClientId, ControlServer, Incoming};
 use mio::{Registry, Token};
 use rustix::fd::OwnedFd;
 use std::collections::{BTreeMap, VecDeque};
+use std::time::Instant;
 use vmgmt_abi::Status;
 use vmgmt_core::interface::{ControlReply, ControlRequest, VmStatus};
 
@@ -72,7 +73,34 @@ pub struct Books<'a> {
     pub config: &'a CoreConfig,
     pub vms: &'a BTreeMap<u64, VmConfig>,
     pub lines: &'a Lines,
-    pub status: &'a dyn Fn() -> protocol::Status,
+    /// Number of this core life, and when it began.
+    pub life: u64,
+    pub started: Instant,
+    /// Sessions connected now.
+    pub sessions: usize,
+}
+
+impl Books<'_> {
+    fn status(&self) -> protocol::Status {
+        protocol::Status {
+            state: "serving".into(),
+            answered_by: "core".into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get() as u32),
+            life: self.life,
+            uptime_seconds: self.started.elapsed().as_secs(),
+            vms: self.vms.len() as u64,
+            sessions: self.sessions as u64,
+            notices: self
+                .lines
+                .since(0)
+                .0
+                .filter(|line| line.vm.is_none())
+                .map(|line| line.text.clone())
+                .collect(),
+            counters: BTreeMap::new(),
+        }
+    }
 }
 
 /// The operators' requests that are under way.
@@ -311,7 +339,7 @@ impl Operators {
         match call {
             Call::Hello => self.server.reply(client, id, &Hello::of_this_version()),
             Call::Status => {
-                let status = (books.status)();
+                let status = books.status();
                 self.server.reply(client, id, &status);
             }
             Call::Shares => self.server.reply(client, id, &shares(books)),

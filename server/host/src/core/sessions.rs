@@ -10,7 +10,7 @@ use vmgmt_abi::Status;
 use vmgmt_abi::registers::VECTORS_MAX;
 use vmgmt_core::effect::BufferRange;
 use vmgmt_device::page::{CorePage, FrontPage};
-use vmgmt_device::rings::{AttachError, Buffer, Input, Modes, Rings, Segment, Settings, Token, Turn};
+use vmgmt_device::rings::{AttachError, Buffer, Input, Modes, Rings, Segment, Settings, Turn};
 use vmgmt_device::{Direction, MemoryError, Tick};
 use vmgmt_mem::MapError;
 
@@ -241,14 +241,6 @@ impl Sessions {
         self.sessions
             .get_mut(&range.token.session)
             .is_some_and(|session| session.rings.port_write(range.token, offset, bytes))
-    }
-
-    /// Whether a submission is still in flight.
-    #[must_use]
-    pub fn is_in_flight(&self, token: Token) -> bool {
-        self.sessions
-            .get(&token.session)
-            .is_some_and(|session| session.rings.buffer(token).is_some())
     }
 }
 

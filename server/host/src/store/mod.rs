@@ -142,12 +142,6 @@ impl Store {
         self.shares.get(share).map(|share| share.quota.bytes_left())
     }
 
-    /// Files open now.
-    #[must_use]
-    pub fn open_files(&self) -> usize {
-        self.files.len()
-    }
-
     /// An open file.
     #[must_use]
     pub fn file(&self, slot: FileSlot) -> Option<Arc<OpenFile>> {

@@ -67,6 +67,7 @@ impl EventLoop {
                     payload,
                     confirm,
                 } => {
+                    let poll_ns = self.poll_ns();
                     if let Some(session) = self.sessions.open(token.session, now) {
                         let turn = session.handle(
                             now,
@@ -78,11 +79,6 @@ impl EventLoop {
                             },
                         );
                         if turn.progressed() {
-                            let poll_ns = if self.bulk.is_on_workers() {
-                                0
-                            } else {
-                                self.config.poll_ns
-                            };
                             session.active_until = now.after_ns(poll_ns);
                             self.active.insert(token.session);
                         }
@@ -190,20 +186,13 @@ impl EventLoop {
     }
 
     pub(super) fn reply(&mut self, client: u64, id: u64, reply: interface::ControlReply, last: bool) {
-        let status = || {
-            status(
-                self.life,
-                self.started,
-                self.vms.len(),
-                self.sessions.count(),
-                &self.lines,
-            )
-        };
         let books = Books {
             config: &self.config,
             vms: &self.vms,
             lines: &self.lines,
-            status: &status,
+            life: self.life,
+            started: self.started,
+            sessions: self.sessions.count(),
         };
         self.operators.handle_reply(client, id, reply, last, &books);
         for notice in self.operators.take_notices() {

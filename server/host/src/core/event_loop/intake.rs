@@ -199,20 +199,13 @@ impl EventLoop {
     pub(super) fn take_operators(&mut self) {
         let now = now();
         loop {
-            let status = || {
-                status(
-                    self.life,
-                    self.started,
-                    self.vms.len(),
-                    self.sessions.count(),
-                    &self.lines,
-                )
-            };
             let books = Books {
                 config: &self.config,
                 vms: &self.vms,
                 lines: &self.lines,
-                status: &status,
+                life: self.life,
+                started: self.started,
+                sessions: self.sessions.count(),
             };
             let Some(ask) = self.operators.poll(&books) else {
                 break;

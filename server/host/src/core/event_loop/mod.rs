@@ -10,7 +10,6 @@ mod intake;
 use crate::channel::{Channel, ChannelError, Packet};
 use crate::config::{CoreConfig, DeviceConfig, VmConfig};
 use crate::control::limits::TOKENS as CONTROL_TOKENS;
-use crate::control::protocol;
 use crate::core::bulk::Bulk;
 use crate::core::journal::{Journal, JournalError};
 use crate::core::lines::{Line, Lines};
@@ -276,8 +275,19 @@ impl EventLoop {
         }
     }
 
+    /// How long a session is polled after its last work. While a worker moves a megabyte, polling would only take the processor that
+    /// it could use.
+    fn poll_ns(&self) -> u64 {
+        if self.bulk.is_on_workers() {
+            0
+        } else {
+            self.config.poll_ns
+        }
+    }
+
     /// Runs one session's rings; whether going round again is worth it.
     fn run_session(&mut self, number: u64, now: Tick) -> bool {
+        let poll_ns = self.poll_ns();
         let Some(session) = self.sessions.open(number, now) else {
             self.active.remove(&number);
             return false;
@@ -293,12 +303,6 @@ impl EventLoop {
         }
         let turn = session.handle(now, Input::Poll { budget: POLL_BUDGET });
         if turn.progressed() || look {
-            // While a worker moves a megabyte, polling would only take the processor that it could use.
-            let poll_ns = if self.bulk.is_on_workers() {
-                0
-            } else {
-                self.config.poll_ns
-            };
             session.active_until = now.after_ns(poll_ns);
         }
         if turn.more || now < session.active_until {
@@ -374,26 +378,6 @@ fn recover(journal: &Journal<MappedWords>, life: u64) -> anyhow::Result<Hub> {
         records.push(ciborium::from_reader(bytes.as_slice()).context("a record of the hub's state")?);
     }
     Hub::replay(life, saved, records).context("the hub's state")
-}
-
-fn status(life: u64, started: Instant, vms: usize, sessions: usize, lines: &Lines) -> protocol::Status {
-    protocol::Status {
-        state: "serving".into(),
-        answered_by: "core".into(),
-        version: env!("CARGO_PKG_VERSION").into(),
-        pid: rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get() as u32),
-        life,
-        uptime_seconds: started.elapsed().as_secs(),
-        vms: vms as u64,
-        sessions: sessions as u64,
-        notices: lines
-            .since(0)
-            .0
-            .filter(|line| line.vm.is_none())
-            .map(|line| line.text.clone())
-            .collect(),
-        counters: BTreeMap::new(),
-    }
 }
 
 /// Time since boot, suspended time included: the same clock in every process and life.
