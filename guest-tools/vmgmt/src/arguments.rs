@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// The exit codes, as `--help` shows them.
-const EXIT_CODES: &str = "Exit codes:\n  0  done\n  1  failed\n  2  wrong use of the command line\n  3  denied by the host's policy, read-only, or a missing right\n  4  no such name, or the peer is absent\n  5  busy, timed out, or over a budget\n  6  a checksum does not match\n  7  no device, or the machine lacks something the device needs\n  130  interrupted";
+const EXIT_CODES: &str = "Exit codes:\n  0  done\n  1  failed\n  2  wrong use of the command line\n  3  denied by the host's policy, read-only, or a missing right\n  4  no such name, or the peer is absent\n  5  busy, timed out, or over a budget\n  6  a checksum does not match\n  7  no device, or the machine lacks something the device needs\n  130  interrupted\n  141  nobody reads the output any more";
 
 /// The guest's command line for its management device.
 #[derive(Debug, Parser)]
@@ -138,11 +138,11 @@ pub enum Command {
         #[arg(long)]
         durable: bool,
     },
-    /// Send a file to another VM or to the host, who must accept it
+    /// Send a file to another VM, which must accept it (the host takes files in its shares: put)
     Cp {
         /// A file, or - for standard input
         local: PathBuf,
-        /// VM:[name] or host:[name]
+        /// VM:[name]
         target: String,
         /// Give up when nobody accepts in so many seconds
         #[arg(long, value_name = "SECONDS")]

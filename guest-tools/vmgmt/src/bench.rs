@@ -15,6 +15,7 @@ use serde_json::json;
 use vmgmt_driver::channel::Request;
 use vmgmt_driver::{Client, Mode, Opcode};
 
+use crate::output::say;
 use crate::session::Session;
 
 /// What is measured, how often, and with what.
@@ -35,9 +36,9 @@ pub struct BenchOrder<'a> {
     pub peer_port: Option<&'a Path>,
 }
 
-fn figure(session: &Session, name: &str, unit: &str, value: f64, more: serde_json::Value) {
+fn figure(session: &Session, name: &str, unit: &str, value: f64, more: serde_json::Value) -> Result<()> {
     if session.general.json {
-        println!(
+        say!(
             "{}",
             json!({"figure": name, "value": value, "unit": unit, "detail": more})
         );
@@ -47,8 +48,9 @@ fn figure(session: &Session, name: &str, unit: &str, value: f64, more: serde_jso
                 .map(|(key, value)| format!(" {key}={value}"))
                 .collect::<String>()
         });
-        println!("{name:<44} {value:>12.1} {unit}{more}");
+        say!("{name:<44} {value:>12.1} {unit}{more}");
     }
+    Ok(())
 }
 
 /// Latency of something, p50 first.
@@ -70,7 +72,7 @@ fn latency(session: &Session, name: &str, count: u32, mut once: impl FnMut() -> 
         "us",
         at(500),
         json!({"p99": at(990), "max": at(1000), "count": count}),
-    );
+    )?;
     Ok(())
 }
 
@@ -152,6 +154,6 @@ fn rate(session: &Session, client: &mut Client, count: u32) -> Result<()> {
         "/s",
         f64::from(count) / seconds,
         json!({"count": count, "doorbells": after.doorbells - before.doorbells, "sleeps": after.sleeps - before.sleeps}),
-    );
+    )?;
     Ok(())
 }

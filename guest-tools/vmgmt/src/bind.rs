@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 use serde_json::json;
 
 use crate::arguments::{Driver, General};
+use crate::output::say;
 use crate::session::function;
 
 /// Loads a module with modprobe, if it is not there. Gives what went wrong in words.
@@ -64,18 +65,18 @@ pub fn bind(general: &General, driver: Option<Driver>) -> Result<()> {
         }
     }
     if general.json {
-        println!(
+        say!(
             "{}",
             json!({"device": function.address(), "driver": name, "iommu_group": function.iommu_group(), "note": note})
         );
     } else {
-        println!(
+        say!(
             "{} is bound to {}",
             function.address(),
             name.unwrap_or("no driver")
         );
         if let Some(note) = note {
-            println!("{note}");
+            say!("{note}");
         }
     }
     Ok(())

@@ -4,6 +4,8 @@ use std::process::ExitCode;
 
 use vmgmt_driver::{DriverError, Status};
 
+use crate::output::{is_unread, line};
+
 /// A plain reason to end with a certain code.
 #[derive(Debug)]
 pub struct Ending {
@@ -36,6 +38,8 @@ pub const INTEGRITY: u8 = 6;
 pub const NO_DEVICE: u8 = 7;
 /// 128 + SIGINT, as shells count.
 pub const INTERRUPTED: u8 = 130;
+/// 128 + SIGPIPE, as shells count: nobody reads what is written.
+pub const UNREAD: u8 = 141;
 
 fn of_status(status: Status) -> u8 {
     match status {
@@ -51,6 +55,9 @@ fn of_status(status: Status) -> u8 {
 pub fn code(error: &anyhow::Error) -> u8 {
     if let Some(ending) = error.downcast_ref::<Ending>() {
         return ending.code;
+    }
+    if is_unread(error) {
+        return UNREAD;
     }
     match error
         .chain()
@@ -77,16 +84,21 @@ pub fn code(error: &anyhow::Error) -> u8 {
 /// Prints the error and gives the exit code.
 pub fn report(error: &anyhow::Error, json: bool) -> ExitCode {
     let code = code(error);
+    if is_unread(error) {
+        // Whoever read it has seen enough.
+        return ExitCode::from(code);
+    }
     if json {
         let status = error
             .chain()
             .find_map(|cause| cause.downcast_ref::<DriverError>())
             .and_then(DriverError::status);
         let status = status.and_then(Status::name);
-        println!(
+        // If it cannot be written either, the exit code says it alone.
+        let _written = line(format_args!(
             "{}",
             serde_json::json!({"error": format!("{error:#}"), "code": code, "status": status})
-        );
+        ));
     } else {
         eprintln!("vmgmt: {error:#}");
     }
@@ -115,5 +127,7 @@ mod tests {
         assert_eq!(code(&refused(Status(999))), FAILED);
         assert_eq!(code(&anyhow::anyhow!("x")), FAILED);
         assert_eq!(code(&DriverError::Interrupted.into()), INTERRUPTED);
+        let unread = std::io::Error::from(std::io::ErrorKind::BrokenPipe);
+        assert_eq!(code(&anyhow::Error::from(unread).context("writing")), UNREAD);
     }
 }

@@ -14,6 +14,7 @@ use vmgmt_driver::{Client, DriverError, Mode, Status, TransferOptions, Transferr
 use crate::arguments::Existing;
 use crate::ending::{self, ending};
 use crate::local::{self, Pending, printable};
+use crate::output::say;
 use crate::progress::Progress;
 use crate::session::Session;
 
@@ -82,7 +83,7 @@ pub fn put(session: &Session, source: &Path, target: &str, order: &PutOrder) -> 
     };
     drop(progress);
     let stored = if stored.is_empty() { path } else { stored };
-    told(session, "put", &stored, done, started.elapsed());
+    told(session, "put", &stored, done, started.elapsed())?;
     Ok(())
 }
 
@@ -210,7 +211,7 @@ pub fn get(session: &Session, source: &str, target: Option<&Path>, force: bool, 
         &directory.join(name).display().to_string(),
         done,
         started.elapsed(),
-    );
+    )?;
     Ok(())
 }
 
@@ -256,10 +257,16 @@ fn download(
 }
 
 /// Says what went through.
-pub fn told(session: &Session, what: &str, name: &str, done: Transferred, time: std::time::Duration) {
+pub fn told(
+    session: &Session,
+    what: &str,
+    name: &str,
+    done: Transferred,
+    time: std::time::Duration,
+) -> Result<()> {
     let checksum = done.checksum.map(|checksum| format!("{checksum:08x}"));
     if session.general.json {
-        println!(
+        say!(
             "{}",
             json!({"command": what, "name": name, "bytes": done.bytes, "crc32": checksum, "seconds": time.as_secs_f64()})
         );
@@ -269,13 +276,14 @@ pub fn told(session: &Session, what: &str, name: &str, done: Transferred, time: 
             |checksum| format!("crc32 {checksum}"),
         );
         let rate = done.bytes as f64 / time.as_secs_f64().max(1e-9) / 1e6;
-        println!(
+        say!(
             "{what} {}: {} bytes, {checksum}, {:.2} s, {rate:.0} MB/s",
             printable(name),
             done.bytes,
             time.as_secs_f64()
         );
     }
+    Ok(())
 }
 
 fn kind_name(number: u32) -> &'static str {
@@ -309,10 +317,10 @@ fn stat_line(name: &str, stat: &file::FileStat) -> String {
 }
 
 /// Shares, for `ls` and `info`.
-pub fn show_shares(shares: &[Share], json: bool) {
+pub fn show_shares(shares: &[Share], json: bool) -> Result<()> {
     for share in shares {
         if json {
-            println!(
+            say!(
                 "{}",
                 json!({"share": share.name, "writable": share.writable, "bytes_left": share.bytes_left})
             );
@@ -320,20 +328,21 @@ pub fn show_shares(shares: &[Share], json: bool) {
             let left = share
                 .bytes_left
                 .map_or_else(String::new, |left| format!(", {left} bytes left"));
-            println!(
+            say!(
                 "{} ({}{left})",
                 printable(&share.name),
                 if share.writable { "read-write" } else { "read-only" }
             );
         }
     }
+    Ok(())
 }
 
 /// `vmgmt ls`.
 pub fn list(session: &Session, path: Option<&str>) -> Result<()> {
     let mut client = session.client(Mode::FILE)?;
     let Some(path) = path else {
-        show_shares(&client.shares()?, session.general.json);
+        show_shares(&client.shares()?, session.general.json)?;
         return Ok(());
     };
     let path = path.trim_end_matches('/');
@@ -345,9 +354,9 @@ pub fn list(session: &Session, path: Option<&str>) -> Result<()> {
     };
     for entry in entries {
         if session.general.json {
-            println!("{}", stat_json(&entry.name, &entry.stat));
+            say!("{}", stat_json(&entry.name, &entry.stat));
         } else {
-            println!("{}", stat_line(&entry.name, &entry.stat));
+            say!("{}", stat_line(&entry.name, &entry.stat));
         }
     }
     Ok(())
@@ -357,9 +366,9 @@ pub fn list(session: &Session, path: Option<&str>) -> Result<()> {
 pub fn stat(session: &Session, client: &mut Client, path: &str) -> Result<()> {
     let stat = client.stat(path).with_context(|| printable(path))?;
     if session.general.json {
-        println!("{}", stat_json(path, &stat));
+        say!("{}", stat_json(path, &stat));
     } else {
-        println!("{}", stat_line(path, &stat));
+        say!("{}", stat_line(path, &stat));
     }
     Ok(())
 }

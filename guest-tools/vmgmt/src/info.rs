@@ -8,6 +8,7 @@ use vmgmt_driver::{Client, Mode};
 
 use crate::files::show_shares;
 use crate::local::printable;
+use crate::output::say;
 use crate::session::Session;
 
 /// Modes and their feature bits.
@@ -48,32 +49,36 @@ pub fn info(session: &Session) -> Result<()> {
                 "memory_shared": shared,
             })
         });
-        println!(
+        say!(
             "{}",
             json!({"address": session.function.address(), "backing": session.backing.name(), "name": name,
                    "number": number, "device": device, "shares": shares.len()})
         );
-        show_shares(&shares, true);
+        show_shares(&shares, true)?;
         return Ok(());
     }
-    println!(
+    say!(
         "device   {} through {}",
         session.function.address(),
         session.backing.name()
     );
-    println!("this VM  {} (number {number})", printable(&name));
+    say!("this VM  {} (number {number})", printable(&name));
     if let Some((facts, interrupts)) = facts {
-        println!(
+        say!(
             "contract {}.{}, modes: {}",
             facts.abi_version >> 16,
             facts.abi_version & 0xffff,
             modes(facts.features).join(", ")
         );
-        println!(
+        say!(
             "rings    {} of at most {} entries; {:?} with {} of {} vectors",
-            facts.ring_count, facts.ring_entries_max, interrupts.kind, interrupts.vectors, facts.vectors
+            facts.ring_count,
+            facts.ring_entries_max,
+            interrupts.kind,
+            interrupts.vectors,
+            facts.vectors
         );
-        println!(
+        say!(
             "memory   {}",
             if shared {
                 "shared with the host"
@@ -81,12 +86,14 @@ pub fn info(session: &Session) -> Result<()> {
                 "not shared: every byte goes by messages (slow; start QEMU with a memory-backend-memfd,share=on)"
             }
         );
-        println!(
+        say!(
             "session  {} generation {} core life {}",
-            facts.session, facts.generation, facts.core_life
+            facts.session,
+            facts.generation,
+            facts.core_life
         );
     }
-    println!("shares:");
-    show_shares(&shares, false);
+    say!("shares:");
+    show_shares(&shares, false)?;
     Ok(())
 }

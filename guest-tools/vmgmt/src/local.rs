@@ -181,8 +181,13 @@ pub fn open_source(path: &Path) -> Result<(OwnedFd, Option<u64>, String)> {
     if metadata.is_dir() {
         return Err(ending(ending::USAGE, format!("{name} is a directory")));
     }
-    let size = metadata.is_file().then_some(metadata.len());
+    let size = known_size(&metadata);
     Ok((file.into(), size, name))
+}
+
+/// How long a file is, where that is known beforehand: files of /proc and /sys say 0 and are longer.
+pub fn known_size(metadata: &std::fs::Metadata) -> Option<u64> {
+    (metadata.is_file() && metadata.len() > 0).then_some(metadata.len())
 }
 
 /// The directory and the last component of a local path.

@@ -12,6 +12,7 @@ mod info;
 mod local;
 mod messages;
 mod offers;
+mod output;
 mod progress;
 mod selftest;
 mod session;

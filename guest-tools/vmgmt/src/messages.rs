@@ -11,6 +11,7 @@ use vmgmt_driver::{DriverError, Mode};
 
 use crate::ending::{self, ending};
 use crate::local::printable;
+use crate::output::say;
 use crate::session::{Session, seconds};
 
 /// Receives posted at once: one is being read while the next may come.
@@ -31,7 +32,7 @@ pub fn send(session: &Session, target: &str, text: &str, key: u64) -> Result<()>
         .send(target, &bytes, key)
         .with_context(|| printable(target))?;
     if session.general.json {
-        println!(
+        say!(
             "{}",
             json!({"target": target, "number": number, "bytes": bytes.len()})
         );
@@ -119,7 +120,7 @@ pub fn peers(session: &Session) -> Result<()> {
     for peer in session.client(Mode::CHAT)?.peers()? {
         let has = |bit| peer.presence & bit != 0;
         if session.general.json {
-            println!(
+            say!(
                 "{}",
                 json!({"number": peer.number, "name": peer.name, "description": peer.description,
                        "connected": has(presence::CONNECTED), "published": has(presence::PUBLISHED), "listening": has(presence::LISTENING)})
@@ -130,7 +131,7 @@ pub fn peers(session: &Session) -> Result<()> {
                 (true, true) => "listening",
                 (true, false) => "connected",
             };
-            println!(
+            say!(
                 "{} ({state}) {}",
                 printable(&peer.name),
                 printable(&peer.description)

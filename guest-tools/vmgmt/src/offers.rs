@@ -15,6 +15,7 @@ use vmgmt_driver::{Client, DriverError, Mode, Status};
 use crate::ending::{self, ending};
 use crate::files::told;
 use crate::local::{self, Existing, Pending, printable};
+use crate::output::say;
 use crate::progress::Progress;
 use crate::session::{Session, seconds};
 
@@ -22,11 +23,14 @@ use crate::session::{Session, seconds};
 pub fn copy(session: &Session, source: &Path, target: &str, timeout: Option<f64>, check: bool) -> Result<()> {
     let (input, size, shown) = local::open_source(source)?;
     let Some((peer, name)) = target.split_once(':') else {
+        return Err(ending(ending::USAGE, format!("{target:?} is not VM:[name]")));
+    };
+    if peer == HOST_NAME {
         return Err(ending(
             ending::USAGE,
-            format!("{target:?} is not VM:[name] or host:[name]"),
+            "the host takes files in its shares: `vmgmt put FILE SHARE/` (`vmgmt ls` lists them); or it fetches one: `vmgmtctl pull` there, `vmgmt accept --serve DIR` here",
         ));
-    };
+    }
     let name = if name.is_empty() {
         local::split(source).context("standard input needs a name")?.1
     } else {
@@ -54,7 +58,7 @@ pub fn copy(session: &Session, source: &Path, target: &str, timeout: Option<f64>
         &format!("{peer}:{name}"),
         done.with_context(|| printable(target))?,
         started.elapsed(),
-    );
+    )?;
     Ok(())
 }
 
@@ -144,13 +148,13 @@ fn handle(session: &Session, client: &mut Client, offer: &Offer, order: &AcceptO
         Ok((done, kept)) => {
             client.stream_confirm(stream, Status::OK)?;
             if session.general.json {
-                println!(
+                say!(
                     "{}",
                     json!({"command": "accept", "from": offer.source_name, "name": kept, "bytes": done.bytes,
                            "crc32": done.checksum.map(|checksum| format!("{checksum:08x}"))})
                 );
             } else {
-                println!(
+                say!(
                     "{} from {}: {} bytes",
                     printable(&kept),
                     printable(&offer.source_name),
@@ -235,14 +239,14 @@ fn serve(
         }
     };
     let started = Instant::now();
-    let size = file.metadata().context("looking at the file")?.len();
-    let stream = client.offer(HOST_NAME, &request.file_name, Some(size), request.handle, None)?;
+    let size = local::known_size(&file.metadata().context("looking at the file")?);
+    let stream = client.offer(HOST_NAME, &request.file_name, size, request.handle, None)?;
     let mut source = Descriptor::new(file.as_fd(), &request.file_name);
     let done = client
         .stream_send(stream, &mut source, &session.transfer(check), &mut |_| {})
         .inspect_err(|_| {
             let _aborted = client.close(stream);
         })?;
-    told(session, "served", &request.file_name, done, started.elapsed());
+    told(session, "served", &request.file_name, done, started.elapsed())?;
     Ok(())
 }

@@ -9,6 +9,7 @@ use vmgmt_driver::channel::Request;
 use vmgmt_driver::{Client, Device, Mode, Opcode, abi::feature};
 
 use crate::ending::{self, ending};
+use crate::output::say;
 use crate::session::Session;
 
 /// Bytes of an echo: around words, pages and the largest there is.
@@ -31,9 +32,9 @@ impl Report {
         };
         self.failed += u32::from(!passed);
         if self.json {
-            println!("{}", json!({"check": name, "passed": passed, "text": text}));
+            say!("{}", json!({"check": name, "passed": passed, "text": text}));
         } else {
-            println!("{} {name}: {text}", if passed { "ok    " } else { "FAILED" });
+            say!("{} {name}: {text}", if passed { "ok    " } else { "FAILED" });
         }
         Ok(())
     }

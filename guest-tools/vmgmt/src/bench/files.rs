@@ -73,7 +73,7 @@ fn measure(
             "MB/s",
             megabytes / started.elapsed().as_secs_f64(),
             detail.clone(),
-        );
+        )
     };
     for check in [true, false] {
         let options = session.transfer(check);
@@ -85,7 +85,7 @@ fn measure(
         }
         let started = Instant::now();
         client.put_from_memory(path, &memory, size, existing::REPLACE, &options)?;
-        told(&format!("put from memory, {how}"), started);
+        told(&format!("put from memory, {how}"), started)?;
 
         for place in (0..size).step_by(PAGE_BYTES) {
             memory.store64(place, 0)?;
@@ -94,7 +94,7 @@ fn measure(
         let file = client.open_for_reading(path)?;
         let done = client.get_into(file.handle, &memory, size, &options)?;
         client.verify(file.handle, path, done)?;
-        told(&format!("get to memory, {how}"), started);
+        told(&format!("get to memory, {how}"), started)?;
         for place in (0..size).step_by(PAGE_BYTES) {
             ensure!(
                 memory.load64(place)? == marker(place),
@@ -105,7 +105,7 @@ fn measure(
 
         let started = Instant::now();
         client.get(file.handle, 0, file.size, &mut Discard, &options, &mut |_| {})?;
-        told(&format!("get to nowhere, {how}"), started);
+        told(&format!("get to nowhere, {how}"), started)?;
 
         let mut target = temporary(order.tmpfs)?;
         let shown = order.tmpfs.display().to_string();
@@ -118,7 +118,7 @@ fn measure(
             &options,
             &mut |_| {},
         )?;
-        told(&format!("get to tmpfs, {how}"), started);
+        told(&format!("get to tmpfs, {how}"), started)?;
         client.close(file.handle)?;
 
         target.rewind().context(shown.clone())?;
@@ -132,7 +132,7 @@ fn measure(
             &mut |_| {},
         )?;
         client.commit(put.handle, done.bytes, done.checksum, false)?;
-        told(&format!("put from tmpfs, {how}"), started);
+        told(&format!("put from tmpfs, {how}"), started)?;
         ensure!(
             done.bytes == bytes,
             "{} bytes went back instead of {bytes}",

@@ -150,7 +150,7 @@ fn files(session: &Session, order: &BenchOrder<'_>, way: &mut dyn Way, keeps: bo
             "MB/s",
             speed,
             json!({"mib": order.mib, "piece_kib": PIECE_BYTES >> 10}),
-        );
+        )
     };
 
     // Touched, so that no page has to be made while it is measured.
@@ -167,7 +167,7 @@ fn files(session: &Session, order: &BenchOrder<'_>, way: &mut dyn Way, keeps: bo
     }
     drop(writer);
     way.written()?;
-    told("put from memory", started);
+    told("put from memory", started)?;
 
     for page in memory.chunks_mut(PAGE_BYTES) {
         if let Some(word) = page.first_chunk_mut() {
@@ -179,7 +179,7 @@ fn files(session: &Session, order: &BenchOrder<'_>, way: &mut dyn Way, keeps: bo
     for piece in memory.chunks_mut(PIECE_BYTES) {
         reader.read_exact(piece).context(name)?;
     }
-    told("get to memory", started);
+    told("get to memory", started)?;
     let same = memory
         .chunks(PAGE_BYTES)
         .enumerate()
@@ -191,13 +191,13 @@ fn files(session: &Session, order: &BenchOrder<'_>, way: &mut dyn Way, keeps: bo
     let started = Instant::now();
     let mut reader = way.reader(bytes)?;
     copy(&mut *reader, &mut std::io::sink(), bytes, &mut piece).context(name)?;
-    told("get to nowhere", started);
+    told("get to nowhere", started)?;
 
     let mut target = temporary(order.tmpfs)?;
     let started = Instant::now();
     let mut reader = way.reader(bytes)?;
     copy(&mut *reader, &mut target, bytes, &mut piece).context(name)?;
-    told("get to tmpfs", started);
+    told("get to tmpfs", started)?;
 
     target.rewind().context("tmpfs")?;
     let started = Instant::now();
@@ -205,7 +205,7 @@ fn files(session: &Session, order: &BenchOrder<'_>, way: &mut dyn Way, keeps: bo
     copy(&mut target, &mut *writer, bytes, &mut piece).context(name)?;
     drop(writer);
     way.written()?;
-    told("put from tmpfs", started);
+    told("put from tmpfs", started)?;
     Ok(())
 }
 

@@ -1,0 +1,30 @@
+//! Lines on standard output.
+//!
+//! Comes in: finished text. Goes out: the line, or the error of writing it. `println!` would panic when the reader has gone
+//! (`vmgmt ls | head -1`); here that is an error like any other, and [`crate::ending`] ends the program without a word about it.
+
+use std::fmt::Arguments;
+use std::io::{ErrorKind, Write};
+
+/// Writes one line.
+pub fn line(text: Arguments<'_>) -> std::io::Result<()> {
+    let mut output = std::io::stdout().lock();
+    output.write_fmt(text)?;
+    output.write_all(b"\n")
+}
+
+/// Whether it failed because nobody reads what is written.
+pub fn is_unread(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<std::io::Error>())
+        .any(|cause| cause.kind() == ErrorKind::BrokenPipe)
+}
+
+/// `println!` that returns its error to the caller.
+macro_rules! say {
+    ($($text:tt)*) => {
+        $crate::output::line(format_args!($($text)*))?
+    };
+}
+pub(crate) use say;
