@@ -5,10 +5,10 @@
 use crate::client::{Client, ClientError, default_control_path};
 use crate::output::{self, printable};
 use crate::protocol::{
-    AddVm, Call, ErrorCode, Event, Failure, Log, Receive, Received, RemoveVm, SendMessage, Sent,
+    AddVm, Call, ErrorCode, Event, Failure, Log, Receive, Received, Release, RemoveVm, SendMessage, Sent,
     encode_base64,
 };
-use crate::{doctor, qemu_args, transfer};
+use crate::{doctor, qemu_args, transfer, upgrade};
 use clap::{Parser, Subcommand};
 use serde_json::Value;
 use std::io::{IsTerminal, Read, Write};
@@ -17,7 +17,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 /// How long the daemon may say nothing to a plain question.
-const ANSWER_WAIT: Duration = Duration::from_secs(10);
+pub(crate) const ANSWER_WAIT: Duration = Duration::from_secs(10);
 /// Added to the time that a call itself may take.
 const GRACE: Duration = Duration::from_secs(10);
 
@@ -119,6 +119,10 @@ enum Command {
         #[arg(long)]
         follow: bool,
     },
+    /// Has another vmgmtd program take over, part by part, without the VMs noticing; waits for the outcome.
+    Upgrade(upgrade::Options),
+    /// Lets a VM's device work again that was quarantined for killing the core.
+    Release { vm: String },
     /// Looks at this host: kernel, limits, sockets, QEMU. Works without a daemon.
     Doctor(doctor::Options),
     /// Prints the arguments that give a QEMU the device.
@@ -231,6 +235,8 @@ impl Session {
                 let wait = (!follow).then_some(ANSWER_WAIT);
                 self.call(&Call::Log(Log { follow }), wait)?;
             }
+            Command::Upgrade(options) => return upgrade::run(self, &options),
+            Command::Release { vm } => self.show(Call::Release(Release { vm }), |_: Value| String::new())?,
             Command::Doctor(options) => return Ok(doctor::run(self, &options)),
             Command::QemuArgs(options) => qemu_args::run(self, &options)?,
         }

@@ -10,6 +10,7 @@ mod output;
 pub mod protocol;
 mod qemu_args;
 mod transfer;
+mod upgrade;
 
 pub use cli::run;
 pub use client::{Client, ClientError, default_control_path};

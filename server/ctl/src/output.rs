@@ -1,6 +1,6 @@
 //! Answers as words and tables. Values in, text out.
 
-use crate::protocol::{LogLine, Message, Peers, Shares, Status, Vms};
+use crate::protocol::{LogLine, Message, Peers, Shares, Status, UpgradeReport, UpgradeState, Vms};
 use std::fmt::Write;
 
 /// Replaces control characters except line ends and tabs: what a guest says must not move an operator's cursor.
@@ -67,6 +67,7 @@ pub(crate) fn status(status: Status) -> String {
         sessions,
         notices,
         counters,
+        upgrade,
     } = status;
     let mut text = format!(
         "vmgmtd {version} is {state} (process {pid}; the {answered_by} answers)\n\
@@ -76,8 +77,32 @@ pub(crate) fn status(status: Status) -> String {
         // Writing to a string does not fail.
         let _ = writeln!(text, "{name}: {number}");
     }
+    if let Some(upgrade) = upgrade {
+        text.push_str(&self::upgrade(&upgrade));
+    }
     for notice in notices {
         let _ = writeln!(text, "! {notice}");
+    }
+    text
+}
+
+/// An upgrade, a line for the whole and one for each part.
+pub(crate) fn upgrade(report: &UpgradeReport) -> String {
+    let mut text = format!(
+        "upgrade {} to {}: {}\n",
+        report.number,
+        report.binary,
+        report.state.name()
+    );
+    for part in &report.parts {
+        let _ = write!(text, "    {}: {}", part.part.name(), part.state.name());
+        if matches!(part.state, UpgradeState::Done | UpgradeState::RolledBack) {
+            let _ = write!(text, ", out of service for {} ms", part.stall_ms);
+        }
+        if !part.reason.is_empty() {
+            let _ = write!(text, ": {}", part.reason);
+        }
+        text.push('\n');
     }
     text
 }
@@ -180,6 +205,7 @@ pub(crate) fn log_line(line: &LogLine) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::protocol::{Part, PartReport};
     use crate::protocol::{Peer, Vm};
     use std::collections::BTreeMap;
 
@@ -256,10 +282,31 @@ mod tests {
             sessions: 1,
             notices: vec!["core life 1 died".into()],
             counters: BTreeMap::from([("refusals".into(), 4)]),
+            upgrade: Some(UpgradeReport {
+                number: 3,
+                binary: "/new".into(),
+                state: UpgradeState::Denied,
+                parts: vec![
+                    PartReport {
+                        part: Part::Core,
+                        state: UpgradeState::Done,
+                        reason: String::new(),
+                        stall_ms: 12,
+                    },
+                    PartReport {
+                        part: Part::Front,
+                        state: UpgradeState::Denied,
+                        reason: "it is old".into(),
+                        stall_ms: 0,
+                    },
+                ],
+                ..UpgradeReport::default()
+            }),
         };
         assert_eq!(
             status(given),
-            "vmgmtd 0.1.0 is serving (process 7; the core answers)\ncore life 2, for 5 s; 3 VMs, 1 devices connected\nrefusals: 4\n! core life 1 died\n"
+            "vmgmtd 0.1.0 is serving (process 7; the core answers)\ncore life 2, for 5 s; 3 VMs, 1 devices connected\nrefusals: 4\n\
+             upgrade 3 to /new: denied\n    core: done, out of service for 12 ms\n    front: denied: it is old\n! core life 1 died\n"
         );
     }
 }

@@ -3,6 +3,10 @@
 //! In: lines of JSON. Out: [`Request`]s and [`Response`]s whose every field was checked for form. Knows no socket and no hub; the
 //! daemon and `vmgmtctl` use the same types, so that they cannot differ.
 
+mod upgrade;
+
+pub use upgrade::{Part, PartReport, Release, Upgrade, UpgradeReport, UpgradeState, Upgrading};
+
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -30,6 +34,8 @@ pub const METHODS: &[&str] = &[
     "add-vm",
     "remove-vm",
     "log",
+    "upgrade",
+    "release",
 ];
 
 /// One request.
@@ -67,6 +73,10 @@ pub enum Call {
     RemoveVm(RemoveVm),
     /// The daemon's last lines: events [`Event::Log`], then [`Done`].
     Log(Log),
+    /// Another program takes over, part by part: [`Upgrading`], at once; then see [`Status::upgrade`].
+    Upgrade(Upgrade),
+    /// Quarantined devices of a VM may work again: [`Done`].
+    Release(Release),
 }
 
 /// Parameters of `send`.
@@ -320,6 +330,9 @@ pub struct Status {
     pub notices: Vec<String>,
     /// Further numbers, by name.
     pub counters: BTreeMap<String, u64>,
+    /// The last upgrade.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub upgrade: Option<UpgradeReport>,
 }
 
 /// Result of `vms`.
@@ -439,6 +452,8 @@ impl Call {
             Self::AddVm(_) => "add-vm",
             Self::RemoveVm(_) => "remove-vm",
             Self::Log(_) => "log",
+            Self::Upgrade(_) => "upgrade",
+            Self::Release(_) => "release",
         }
     }
 
@@ -461,6 +476,8 @@ impl Call {
             Self::AddVm(params) => serde_json::to_value(params),
             Self::RemoveVm(params) => serde_json::to_value(params),
             Self::Log(params) => serde_json::to_value(params),
+            Self::Upgrade(params) => serde_json::to_value(params),
+            Self::Release(params) => serde_json::to_value(params),
         };
         params.unwrap_or(Value::Null)
     }
@@ -479,6 +496,8 @@ impl Call {
             "add-vm" => Self::AddVm(from_params(method, params)?),
             "remove-vm" => Self::RemoveVm(from_params(method, params)?),
             "log" => Self::Log(from_params(method, params)?),
+            "upgrade" => Self::Upgrade(from_params(method, params)?),
+            "release" => Self::Release(from_params(method, params)?),
             _ => {
                 return Err(Failure::new(
                     ErrorCode::NotSupported,
@@ -699,6 +718,11 @@ mod tests {
             })),
             Call::RemoveVm(RemoveVm { name: "web".into() }),
             Call::Log(Log { follow: true }),
+            Call::Upgrade(Upgrade {
+                to: Some("/usr/sbin/vmgmtd".into()),
+                parts: vec![Part::Core, Part::Front],
+            }),
+            Call::Release(Release { vm: "web".into() }),
         ]
     }
 

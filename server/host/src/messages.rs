@@ -5,6 +5,7 @@
 //! empties the keeper's channel before the front's; so a session never names a VM that the core does not know.
 
 use crate::config::{CoreConfig, ListenerConfig, VmConfig};
+use crate::control::protocol::{Upgrade, UpgradeReport};
 use serde::{Deserialize, Serialize};
 
 /// Keeper to front.
@@ -61,12 +62,16 @@ pub enum KeeperToCore {
     /// First packet. fds: channel, touched page (read-only), life page (read-write), the core's wake-up eventfd, the
     /// front's wake-up eventfd, hub state, control listener (accepted by the core while it is READY).
     Start { life: u64, config: Box<CoreConfig> },
-    /// A VM exists from now on. fds: vm state.
+    /// A VM exists from now on.
     Vm(VmConfig),
     /// It does not any more; its state is forgotten.
     VmGone { vm: u64 },
     /// Answer to a request of the core.
     Done { request: u64, error: Option<String> },
+    /// Answer to [`CoreToKeeper::Upgrade`], if it has begun ([`KeeperToCore::Done`] with an error, if not).
+    Upgrading { request: u64, number: u64 },
+    /// The last upgrade, as the status is to show it from now on.
+    Upgrade(Box<UpgradeReport>),
     /// A line about the other roles, for `vmgmtctl log` and the status.
     Notice { text: String },
     /// End in order: drain, write what is to be kept, exit 0.
@@ -86,6 +91,10 @@ pub enum CoreToKeeper {
     },
     /// The operator removes one.
     RemoveVm { request: u64, name: String },
+    /// The operator wants another program to take over.
+    Upgrade { request: u64, upgrade: Upgrade },
+    /// The operator releases a VM's quarantined devices.
+    Release { request: u64, vm: String },
 }
 
 /// Front to core.

@@ -7,7 +7,7 @@ use super::lines::Lines;
 use crate::config::{Access, CoreConfig, ListenerConfig, ShareGrant, VmConfig, added_vm};
 use crate::control::protocol::{
     self, Call, Done, ErrorCode, Event, Failure, Hello, LogLine, Message, Peers, Progress, Received, Sent,
-    Shares, Transferred, Vm, Vms,
+    Shares, Transferred, UpgradeReport, Upgrading, Vm, Vms,
 };
 use crate::control::{Asked, ClientId, ControlServer, Incoming};
 use mio::{Registry, Token};
@@ -46,6 +46,16 @@ pub enum Ask {
         request: u64,
         name: String,
     },
+    /// An upgrade, for the keeper.
+    Upgrade {
+        request: u64,
+        upgrade: protocol::Upgrade,
+    },
+    /// A release, for the keeper.
+    Release {
+        request: u64,
+        vm: String,
+    },
     /// The connection is gone.
     Closed {
         client: u64,
@@ -78,6 +88,8 @@ pub struct Books<'a> {
     pub started: Instant,
     /// Sessions connected now.
     pub sessions: usize,
+    /// The last upgrade.
+    pub upgrade: Option<&'a UpgradeReport>,
 }
 
 impl Books<'_> {
@@ -99,6 +111,7 @@ impl Books<'_> {
                 .map(|line| line.text.clone())
                 .collect(),
             counters: BTreeMap::new(),
+            upgrade: self.upgrade.cloned(),
         }
     }
 }
@@ -313,6 +326,13 @@ impl Operators {
         }
     }
 
+    /// The keeper has begun an upgrade.
+    pub fn handle_upgrading(&mut self, request: u64, number: u64) {
+        if let Some((client, id)) = self.at_keeper.remove(&request) {
+            self.server.reply(client, id, &Upgrading { number });
+        }
+    }
+
     /// Ends a request that could not be begun.
     pub fn fail(&mut self, client: u64, id: u64, status: Status, text: String) {
         self.asked.remove(&(client, id));
@@ -409,6 +429,17 @@ impl Operators {
                 return Ok(Some(Ask::RemoveVm {
                     request,
                     name: remove.name,
+                }));
+            }
+            Call::Upgrade(upgrade) => {
+                let request = self.ask_keeper(client, id);
+                return Ok(Some(Ask::Upgrade { request, upgrade }));
+            }
+            Call::Release(release) => {
+                let request = self.ask_keeper(client, id);
+                return Ok(Some(Ask::Release {
+                    request,
+                    vm: release.vm,
                 }));
             }
             Call::Log(log) => {

@@ -1,7 +1,8 @@
-//! A child: front or core, the same program in another role. In: messages for it. Out: its messages, and how it died.
+//! A child: front or core, a program in a role. In: messages for it. Out: its messages, and how it died.
 //!
 //! It gets its channel as standard input, so nothing here adopts a descriptor by number; all others are close-on-exec.
 
+use super::binary::Binary;
 use crate::channel::{Channel, ChannelError, Packet};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
@@ -10,7 +11,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::collections::VecDeque;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 /// How a child ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,10 +38,11 @@ pub(super) struct Child<T> {
 }
 
 impl<T: Serialize> Child<T> {
-    /// Starts this program again in `role`, with these arguments more.
-    pub(super) fn start(role: &str, arguments: &[String]) -> anyhow::Result<Self> {
+    /// Starts a program in `role`, with these arguments more.
+    pub(super) fn start(binary: &Binary, role: &str, arguments: &[String]) -> anyhow::Result<Self> {
         let (channel, theirs) = Channel::pair()?;
-        let process = Command::new("/proc/self/exe")
+        let process = binary
+            .command()
             .arg0(format!("vmgmtd-{role}"))
             .args(["--role", role, "--parent", &std::process::id().to_string()])
             .args(arguments)

@@ -1,14 +1,14 @@
 //! Sockets, VMs and sessions of the running daemon: what the register ([`Vms`](super::vms::Vms)) decides is carried out here.
 //! In: admissions, the operators' wishes. Out: messages to front and core, memory for their pages and state.
 
-use super::limits::{SESSION_STATE_BYTES, VM_STATE_BYTES};
+use super::limits::SESSION_STATE_BYTES;
 use super::sockets::{Socket, listen_on};
 use super::vms::{Admission, Guest, Vm};
 use super::{Keeper, state_memory};
 use crate::config::{Identity, ListenerConfig, VmConfig};
 use crate::messages::{KeeperToCore, KeeperToFront};
 use crate::words::{MappedWords, create_page};
-use anyhow::{Context, bail};
+use anyhow::bail;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use vmgmt_device::page::FrontPage;
@@ -22,9 +22,7 @@ impl Keeper {
                 .front
                 .queue(KeeperToFront::Refused { session, reason }, Vec::new());
         };
-        let admission = self
-            .vms
-            .admit(guest, config, || state_memory("vmgmt-vm", VM_STATE_BYTES));
+        let admission = self.vms.admit(guest, config);
         let maps_max = config.device.maps_max as usize;
         let admitted = match admission {
             Admission::Refused(reason) => Err(reason),
@@ -57,9 +55,8 @@ impl Keeper {
         let entry = self.vms.get(vm).ok_or(Errno::NOENT)?;
         let config = entry.config.clone();
         let name = config.name.clone();
-        let state = rustix::io::fcntl_dupfd_cloexec(&entry.state, 3)?;
         if new {
-            self.tell_core(KeeperToCore::Vm(config), vec![state]);
+            self.tell_core(KeeperToCore::Vm(config), Vec::new());
         }
         Ok((vm, name, vec![page.0, page.1, session_state]))
     }
@@ -69,6 +66,34 @@ impl Keeper {
         if let Some(vm) = self.vms.session_gone(session) {
             self.vm_gone(vm);
         }
+    }
+
+    /// The device of this session fails, so that its input kills no more cores; its neighbours do not see it.
+    pub(super) fn quarantine(&mut self, session: u64) {
+        let vm = self.vms.holding(session).unwrap_or("?").to_owned();
+        self.notice(format!(
+            "session {session} of VM {vm:?} has killed the core twice: its device is quarantined until `vmgmtctl release {vm}`"
+        ));
+        let quarantined = true;
+        self.front
+            .queue(KeeperToFront::Quarantine { session, quarantined }, Vec::new());
+    }
+
+    /// Lets a VM's quarantined devices work again.
+    pub(super) fn release(&mut self, name: &str) -> Result<(), String> {
+        let vm = self.vms.named(name).ok_or_else(|| format!("no VM {name:?}"))?;
+        let sessions = vm.sessions.clone();
+        let released = self.restarts.release(&sessions);
+        if released.is_empty() {
+            return Err(format!("no device of VM {name:?} is quarantined"));
+        }
+        for session in released {
+            self.notice(format!("session {session} of VM {name:?} is released"));
+            let quarantined = false;
+            self.front
+                .queue(KeeperToFront::Quarantine { session, quarantined }, Vec::new());
+        }
+        Ok(())
     }
 
     fn vm_gone(&mut self, vm: Vm) {
@@ -109,10 +134,8 @@ impl Keeper {
         if let Some(mut vm) = vm {
             vm.vm = self.vms.next_number();
             listener.identity = Identity::Vm { vm: vm.vm };
-            let state = state_memory("vmgmt-vm", VM_STATE_BYTES).context("memory for the VM's state")?;
-            let for_core = state.try_clone()?;
-            self.vms.insert(vm.clone(), state, listener.listener);
-            self.tell_core(KeeperToCore::Vm(vm), vec![for_core]);
+            self.vms.insert(vm.clone(), listener.listener);
+            self.tell_core(KeeperToCore::Vm(vm), Vec::new());
         }
         self.front
             .queue(KeeperToFront::Listen(listener.clone()), vec![fd]);

@@ -5,8 +5,6 @@ use std::time::Duration;
 /// Bytes of the hub's state: twice a snapshot of all mailboxes that are likely to be full at once, and its journal. Memory is taken only
 /// for what is written.
 pub(super) const HUB_STATE_BYTES: u64 = 256 << 20;
-/// Bytes of a VM's state: twice the largest mailbox by default (4 MiB), and its journal.
-pub(super) const VM_STATE_BYTES: u64 = 16 << 20;
 /// Bytes of a session's state: what its rings need.
 pub(super) const SESSION_STATE_BYTES: u64 = vmgmt_device::rings::STATE_BYTES as u64;
 /// Waits before a core is started again, by deaths in a row (survival.md, "Crash loops").

@@ -91,9 +91,7 @@ impl Keeper {
             wait.as_millis()
         ));
         if let Some(session) = quarantined {
-            self.notice(format!(
-                "session {session} has killed the core twice: it is to be quarantined"
-            ));
+            self.quarantine(session);
         }
         if !self.announced && self.restarts.in_a_row() >= FIRST_DEATHS_MAX {
             bail!(
@@ -144,7 +142,7 @@ impl Keeper {
             self.hub_state.try_clone()?,
             self.control.fd.try_clone()?,
         ];
-        let mut child = Child::start("core", &self.arguments)?;
+        let mut child = Child::start(&self.core_binary, "core", &self.arguments)?;
         watch(&self.poll, &child.pidfd)?;
         watch(&self.poll, &child.channel)?;
         child.queue(
@@ -155,7 +153,10 @@ impl Keeper {
             fds,
         );
         for vm in self.vms.iter() {
-            child.queue(KeeperToCore::Vm(vm.config.clone()), vec![vm.state.try_clone()?]);
+            child.queue(KeeperToCore::Vm(vm.config.clone()), Vec::new());
+        }
+        if let Some(report) = self.upgrades.report().cloned() {
+            child.queue(KeeperToCore::Upgrade(Box::new(report)), Vec::new());
         }
         for text in &self.notices {
             child.queue(KeeperToCore::Notice { text: text.clone() }, Vec::new());

@@ -6,6 +6,7 @@
 //! One thread, one loop. Each turn asks everything anew (children, channels, signals), so that a wake-up lost or made twice
 //! means nothing; the event loop only tells when to look.
 
+mod binary;
 mod child;
 mod comers;
 mod fallback;
@@ -14,6 +15,7 @@ mod lives;
 mod restart;
 mod role;
 mod sockets;
+mod upgrade;
 mod vms;
 
 pub use role::enter_role;
@@ -21,9 +23,10 @@ pub use role::enter_role;
 use crate::channel::ChannelError;
 use crate::config::{Config, CoreConfig, ListenerConfig};
 use crate::control::ControlServer;
-use crate::control::protocol::Status;
+use crate::control::protocol::{Status, Upgrade};
 use crate::messages::{CoreToKeeper, FrontToKeeper, KeeperToCore, KeeperToFront};
 use anyhow::{Context, bail};
+use binary::Binary;
 use child::Child;
 use limits::{
     HUB_STATE_BYTES, IMPATIENCE, LOOK_AGAIN, NOTICES_MAX, PACKETS_PER_TURN, START_DEADLINE, STOP_DEADLINE,
@@ -39,7 +42,11 @@ use sockets::{Socket, listen_on};
 use std::collections::{BTreeMap, VecDeque};
 use std::io::Read;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+use upgrade::{Step, Upgrades};
 use vms::{Guest, Vms};
 
 /// Where the fallback's tokens begin; all others only wake the loop.
@@ -48,7 +55,17 @@ const WAKE: Token = Token(0);
 
 struct Keeper {
     poll: Poll,
+    /// Readable when a signal came; which one, the two others say.
     signals: UnixStream,
+    stop_asked: Arc<AtomicBool>,
+    upgrade_asked: Arc<AtomicBool>,
+    /// Where this program was started from: an upgrade that names no other is to what is there then.
+    path: PathBuf,
+    /// What the core runs.
+    core_binary: Binary,
+    upgrades: Upgrades,
+    /// The upgrade that is under way: to what, and where it stands.
+    upgrading: Option<(Binary, Step)>,
     core_config: CoreConfig,
     arguments: Vec<String>,
     control: Socket,
@@ -118,7 +135,13 @@ impl Keeper {
         warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         let (signals, wake) = UnixStream::pair()?;
         signals.set_nonblocking(true)?;
-        for signal in [libc::SIGTERM, libc::SIGINT] {
+        let (stop_asked, upgrade_asked) = (Arc::default(), Arc::default());
+        for (signal, asked) in [
+            (libc::SIGTERM, &stop_asked),
+            (libc::SIGINT, &stop_asked),
+            (libc::SIGUSR2, &upgrade_asked),
+        ] {
+            signal_hook::flag::register(signal, Arc::clone(asked))?;
             signal_hook::low_level::pipe::register(signal, wake.try_clone()?)?;
         }
         let control = listen_on(
@@ -139,7 +162,8 @@ impl Keeper {
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
         let poll = Poll::new()?;
-        let front = Child::start("front", &arguments)?;
+        let binary = Binary::own().context("the own program")?;
+        let front = Child::start(&binary, "front", &arguments)?;
         watch(&poll, &signals)?;
         watch(&poll, &front.pidfd)?;
         watch(&poll, &front.channel)?;
@@ -147,6 +171,12 @@ impl Keeper {
         let mut keeper = Self {
             poll,
             signals,
+            stop_asked,
+            upgrade_asked,
+            path: binary.path().to_owned(),
+            core_binary: binary,
+            upgrades: Upgrades::default(),
+            upgrading: None,
             core_config: core,
             arguments,
             control,
@@ -180,6 +210,7 @@ impl Keeper {
         self.bury_undead();
         self.look_at_core()?;
         self.look_at_front()?;
+        self.step_upgrade();
         self.serve_fallback();
         self.restart_core()?;
         self.announce();
@@ -192,8 +223,10 @@ impl Keeper {
     fn next_look(&self) -> Option<Duration> {
         let now = Instant::now();
         let waits = |core: &CoreLife| core.dying.is_some() || core.child.is_waiting();
-        let slow =
-            !self.undead.is_empty() || self.front.is_waiting() || self.core.as_ref().is_some_and(waits);
+        let slow = self.upgrading.is_some()
+            || !self.undead.is_empty()
+            || self.front.is_waiting()
+            || self.core.as_ref().is_some_and(waits);
         let starting = self
             .core
             .as_ref()
@@ -213,7 +246,15 @@ impl Keeper {
 
     fn take_signals(&mut self) {
         let mut buffer = [0; 64];
-        if !matches!((&self.signals).read(&mut buffer), Ok(1..)) {
+        while matches!((&self.signals).read(&mut buffer), Ok(1..)) {}
+        if self.upgrade_asked.swap(false, Ordering::Relaxed)
+            && let Err(text) = self.begin_upgrade(&Upgrade::default())
+        {
+            self.notice(format!(
+                "the upgrade that a signal asked for does not begin: {text}"
+            ));
+        }
+        if !self.stop_asked.swap(false, Ordering::Relaxed) {
             return;
         }
         let now = Instant::now();
@@ -302,6 +343,20 @@ impl Keeper {
                         self.tell_core(KeeperToCore::Done { request, error }, Vec::new());
                     }
                     CoreToKeeper::RemoveVm { request, name } => self.remove_vm(request, &name),
+                    CoreToKeeper::Upgrade { request, upgrade } => {
+                        let answer = match self.begin_upgrade(&upgrade) {
+                            Ok(number) => KeeperToCore::Upgrading { request, number },
+                            Err(text) => KeeperToCore::Done {
+                                request,
+                                error: Some(text),
+                            },
+                        };
+                        self.tell_core(answer, Vec::new());
+                    }
+                    CoreToKeeper::Release { request, vm } => {
+                        let error = self.release(&vm).err();
+                        self.tell_core(KeeperToCore::Done { request, error }, Vec::new());
+                    }
                 },
                 Ok(None) => return false,
                 Err(error) => {
@@ -359,7 +414,7 @@ impl Keeper {
         let server = self.fallback.take().map_or_else(|| self.new_fallback(), Ok);
         match server {
             Ok(mut server) => {
-                fallback::answer(&mut server, &|| self.status());
+                self.answer(&mut server);
                 self.fallback = Some(server);
             }
             Err(error) => tracing::debug!("the control socket is not served now: {error}"),
@@ -391,10 +446,11 @@ impl Keeper {
             counters: BTreeMap::from([
                 ("core deaths".to_owned(), self.restarts.total()),
                 (
-                    "sessions to be quarantined".to_owned(),
+                    "quarantined devices".to_owned(),
                     self.restarts.quarantined() as u64,
                 ),
             ]),
+            upgrade: self.upgrades.report().cloned(),
         }
     }
 }

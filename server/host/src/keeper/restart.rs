@@ -59,6 +59,13 @@ impl Restarts {
     pub(super) fn session_gone(&mut self, session: u64) {
         self.quarantined.remove(&session);
     }
+    /// Takes those of these sessions out of quarantine that are in it, and gives them.
+    pub(super) fn release(&mut self, sessions: &BTreeSet<u64>) -> Vec<u64> {
+        self.last_blamed = None;
+        let released: Vec<_> = self.quarantined.intersection(sessions).copied().collect();
+        self.quarantined.retain(|session| !sessions.contains(session));
+        released
+    }
     pub(super) fn quarantined(&self) -> usize {
         self.quarantined.len()
     }
@@ -100,6 +107,11 @@ mod tests {
         assert_eq!(quarantined(death(14, 0, true, 8)), Some(8));
         assert_eq!(quarantined(death(15, 0, true, 8)), None, "once");
         assert_eq!(restarts.quarantined(), 1);
+        assert!(restarts.release(&BTreeSet::from([7])).is_empty());
+        assert_eq!(restarts.release(&BTreeSet::from([7, 8])), [8]);
+        // What was before counts no more.
+        assert_eq!(restarts.died(death(16, 0, true, 8)).1, None);
+        assert_eq!(restarts.died(death(17, 0, true, 8)).1, Some(8));
         restarts.session_gone(8);
         assert_eq!(restarts.quarantined(), 0);
     }

@@ -11,6 +11,10 @@ use std::sync::atomic::AtomicBool;
 /// This process was not started by the keeper, or the keeper is gone.
 pub fn enter_role(role: &str, parent: u32) -> anyhow::Result<OwnedFd> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
+    // Started by descriptor, it would be shown by that one's number.
+    if let Ok(name) = std::ffi::CString::new(format!("vmgmtd-{role}")) {
+        rustix::thread::set_name(&name)?;
+    }
     // It may have died before that.
     let ours = getppid().map(|pid| pid.as_raw_nonzero().get().unsigned_abs());
     anyhow::ensure!(
@@ -18,7 +22,7 @@ pub fn enter_role(role: &str, parent: u32) -> anyhow::Result<OwnedFd> {
         "the {role} is started by vmgmtd itself, not by hand"
     );
     // A service manager signals all processes; the keeper tells its children when and how to end.
-    for signal in [libc::SIGTERM, libc::SIGINT] {
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGUSR2] {
         signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)))?;
     }
     // The keeper and the front are the last that a host short of memory should kill; the core can be replaced.

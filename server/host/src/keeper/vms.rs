@@ -6,7 +6,6 @@ use crate::config::limits::ANONYMOUS_PREFIX;
 use crate::config::{Identity, ListenerConfig, VmConfig};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
-use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,8 +13,6 @@ use std::collections::{BTreeMap, BTreeSet};
 #[derive(Debug)]
 pub(super) struct Vm {
     pub(super) config: VmConfig,
-    /// The memory of its state, which outlives cores.
-    pub(super) state: OwnedFd,
     pub(super) listener: u32,
     /// The QEMU of a VM of a shared socket.
     process: Option<Process>,
@@ -87,10 +84,9 @@ impl Vms {
         self.last_vm
     }
 
-    pub(super) fn insert(&mut self, config: VmConfig, state: OwnedFd, listener: u32) {
+    pub(super) fn insert(&mut self, config: VmConfig, listener: u32) {
         let vm = Vm {
             config,
-            state,
             listener,
             process: None,
             sessions: BTreeSet::new(),
@@ -111,13 +107,14 @@ impl Vms {
         self.sessions.len()
     }
 
-    /// Decides on somebody who came in by `listener`; `make_state` makes the memory of a new VM's state.
-    pub(super) fn admit(
-        &mut self,
-        guest: Guest,
-        listener: &ListenerConfig,
-        make_state: impl FnOnce() -> Result<OwnedFd, Errno>,
-    ) -> Admission {
+    /// The name of the VM of a session.
+    pub(super) fn holding(&self, session: u64) -> Option<&str> {
+        let Holder { vm, .. } = self.sessions.get(&session)?;
+        self.vms.get(vm).map(|vm| vm.config.name.as_str())
+    }
+
+    /// Decides on somebody who came in by `listener`.
+    pub(super) fn admit(&mut self, guest: Guest, listener: &ListenerConfig) -> Admission {
         if self.sessions.contains_key(&guest.session) {
             return Admission::Refused(format!("session {} is used twice", guest.session));
         }
@@ -125,14 +122,7 @@ impl Vms {
             Identity::Vm { vm } => (*vm, false),
             Identity::Anonymous(template) => match self.vm_of_process(guest.pid, listener.listener) {
                 Some(vm) => (vm, false),
-                None => match self.new_anonymous(template, guest.pid, listener.listener, make_state) {
-                    Ok(vm) => (vm, true),
-                    Err(errno) => {
-                        return Admission::Refused(format!(
-                            "the host daemon cannot take another VM: {errno}"
-                        ));
-                    }
-                },
+                None => (self.new_anonymous(template, guest.pid, listener.listener), true),
             },
         };
         let Some(entry) = self.vms.get_mut(&vm).filter(|entry| entry.removal.is_none()) else {
@@ -194,14 +184,7 @@ impl Vms {
         self.vms.values().find(of_process).map(|vm| vm.config.vm)
     }
 
-    fn new_anonymous(
-        &mut self,
-        template: &VmConfig,
-        pid: i32,
-        listener: u32,
-        make_state: impl FnOnce() -> Result<OwnedFd, Errno>,
-    ) -> Result<u64, Errno> {
-        let state = make_state()?;
+    fn new_anonymous(&mut self, template: &VmConfig, pid: i32, listener: u32) -> u64 {
         // A peer that cannot be seen (another pid namespace, or dead already) gets a VM for this connection alone.
         let handle = Pid::from_raw(pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
         self.last_anonymous += 1;
@@ -213,13 +196,12 @@ impl Vms {
                 name,
                 ..template.clone()
             },
-            state,
             listener,
         );
         if let (Some(entry), Some(handle)) = (self.vms.get_mut(&vm), handle) {
             entry.process = Some(Process { pid, handle });
         }
-        Ok(vm)
+        vm
     }
 }
 
@@ -254,9 +236,6 @@ mod tests {
             device,
         }
     }
-    fn state() -> Result<OwnedFd, Errno> {
-        Ok(tempfile::tempfile().unwrap().into())
-    }
     fn refusal(admission: Admission) -> String {
         match admission {
             Admission::Refused(reason) => reason,
@@ -268,7 +247,7 @@ mod tests {
     fn a_socket_is_an_identity_and_a_second_device_is_refused_naming_the_holder() {
         let mut vms = Vms::default();
         let vm = vms.next_number();
-        vms.insert(vm_config(vm, "web", false), state().unwrap(), 1);
+        vms.insert(vm_config(vm, "web", false), 1);
         let socket = listener(1, Identity::Vm { vm }, 2);
         let guest = |session| Guest {
             session,
@@ -277,25 +256,25 @@ mod tests {
         };
         for session in [10, 11] {
             assert_eq!(
-                vms.admit(guest(session), &socket, state),
+                vms.admit(guest(session), &socket),
                 Admission::Admitted { vm, new: false }
             );
         }
-        let reason = refusal(vms.admit(guest(12), &socket, state));
+        let reason = refusal(vms.admit(guest(12), &socket));
         assert_eq!(
             reason,
             "VM \"web\" is connected already by process 4242 (uid 107); its devices-max is 2"
         );
-        assert!(refusal(vms.admit(guest(11), &socket, state)).contains("used twice"));
+        assert!(refusal(vms.admit(guest(11), &socket)).contains("used twice"));
         // A refused one leaves nothing behind, and the VM outlives its sessions.
         assert!(vms.session_gone(12).is_none() && vms.session_gone(10).is_none());
         assert_eq!(
-            vms.admit(guest(13), &socket, state),
+            vms.admit(guest(13), &socket),
             Admission::Admitted { vm, new: false }
         );
         assert!(vms.remove(vm).is_none(), "not while it is connected");
         vms.named("web").unwrap().removal = Some((1, 5));
-        assert!(refusal(vms.admit(guest(14), &socket, state)).contains("removed"));
+        assert!(refusal(vms.admit(guest(14), &socket)).contains("removed"));
         assert!(vms.session_gone(11).is_none());
         assert_eq!(vms.session_gone(13).unwrap().removal, Some((1, 5)));
         assert_eq!((vms.iter().count(), vms.session_count()), (0, 0));
@@ -309,23 +288,23 @@ mod tests {
         let (own, its) = (std::process::id() as i32, other.id() as i32);
         let guest = |session, pid| Guest { session, pid, uid: 0 };
         assert_eq!(
-            vms.admit(guest(1, own), &socket, state),
+            vms.admit(guest(1, own), &socket),
             Admission::Admitted { vm: 1, new: true }
         );
         assert_eq!(
-            vms.admit(guest(2, its), &socket, state),
+            vms.admit(guest(2, its), &socket),
             Admission::Admitted { vm: 2, new: true }
         );
         assert_eq!(
-            vms.admit(guest(3, its), &socket, state),
+            vms.admit(guest(3, its), &socket),
             Admission::Admitted { vm: 2, new: false }
         );
-        assert!(refusal(vms.admit(guest(4, its), &socket, state)).contains("anon-2"));
+        assert!(refusal(vms.admit(guest(4, its), &socket)).contains("anon-2"));
         // The number of a dead process says nothing about who comes with it next.
         other.kill().unwrap();
         other.wait().unwrap();
         assert_eq!(
-            vms.admit(guest(5, its), &socket, state),
+            vms.admit(guest(5, its), &socket),
             Admission::Admitted { vm: 3, new: true }
         );
         assert!(vms.session_gone(2).is_none());
@@ -333,13 +312,13 @@ mod tests {
         assert!(vms.named("anon-1").is_some() && vms.named("anon-3").is_some());
         // Without a visible process each connection stands alone.
         assert_eq!(
-            vms.admit(guest(6, 0), &socket, state),
+            vms.admit(guest(6, 0), &socket),
             Admission::Admitted { vm: 4, new: true }
         );
         assert_eq!(
-            vms.admit(guest(7, 0), &socket, state),
+            vms.admit(guest(7, 0), &socket),
             Admission::Admitted { vm: 5, new: true }
         );
-        assert!(refusal(vms.admit(guest(8, 0), &socket, || Err(Errno::NOMEM))).contains("another VM"));
+        assert_eq!((vms.holding(6), vms.holding(99)), (Some("anon-4"), None));
     }
 }

@@ -193,6 +193,7 @@ impl EventLoop {
             life: self.life,
             started: self.started,
             sessions: self.sessions.count(),
+            upgrade: self.upgrade.as_deref(),
         };
         self.operators.handle_reply(client, id, reply, last, &books);
         for notice in self.operators.take_notices() {

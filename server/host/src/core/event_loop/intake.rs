@@ -75,6 +75,8 @@ impl EventLoop {
                 self.config.sockets.extend(added);
                 self.operators.handle_keeper(request, error);
             }
+            KeeperToCore::Upgrading { request, number } => self.operators.handle_upgrading(request, number),
+            KeeperToCore::Upgrade(report) => self.upgrade = Some(report),
             KeeperToCore::Notice { text } => self.log(None, text),
             KeeperToCore::Stop => self.stopping = true,
         }
@@ -206,6 +208,7 @@ impl EventLoop {
                 life: self.life,
                 started: self.started,
                 sessions: self.sessions.count(),
+                upgrade: self.upgrade.as_deref(),
             };
             let Some(ask) = self.operators.poll(&books) else {
                 break;
@@ -255,22 +258,32 @@ impl EventLoop {
                 } => {
                     self.adding
                         .insert(request, (Some(vm.name.clone()), listener.path.clone()));
-                    if let Err(error) = self.tell_keeper(&CoreToKeeper::AddVm {
+                    let message = CoreToKeeper::AddVm {
                         request,
                         vm,
                         listener,
-                    }) {
-                        self.operators.handle_keeper(request, Some(error.to_string()));
-                    }
+                    };
+                    self.ask_keeper(request, &message);
                 }
                 Ask::RemoveVm { request, name } => {
-                    if let Err(error) = self.tell_keeper(&CoreToKeeper::RemoveVm { request, name }) {
-                        self.operators.handle_keeper(request, Some(error.to_string()));
-                    }
+                    self.ask_keeper(request, &CoreToKeeper::RemoveVm { request, name })
+                }
+                Ask::Upgrade { request, upgrade } => {
+                    self.ask_keeper(request, &CoreToKeeper::Upgrade { request, upgrade });
+                }
+                Ask::Release { request, vm } => {
+                    self.ask_keeper(request, &CoreToKeeper::Release { request, vm })
                 }
                 Ask::Closed { client } => self.hub.handle(now, interface::Input::ControlClosed { client }),
             }
         }
         self.operators.tell_followers(&self.lines);
+    }
+
+    /// Asks the keeper for an operator; what it does not take is answered here.
+    fn ask_keeper(&mut self, request: u64, message: &CoreToKeeper) {
+        if let Err(error) = self.tell_keeper(message) {
+            self.operators.handle_keeper(request, Some(error.to_string()));
+        }
     }
 }

@@ -10,6 +10,7 @@ mod intake;
 use crate::channel::{Channel, ChannelError, Packet};
 use crate::config::{CoreConfig, DeviceConfig, VmConfig};
 use crate::control::limits::TOKENS as CONTROL_TOKENS;
+use crate::control::protocol::UpgradeReport;
 use crate::core::bulk::Bulk;
 use crate::core::journal::{Journal, JournalError};
 use crate::core::lines::{Line, Lines};
@@ -75,6 +76,8 @@ pub struct EventLoop {
     bulk: Bulk,
     operators: Operators,
     lines: Lines,
+    /// The last upgrade, as the keeper tells it.
+    upgrade: Option<Box<UpgradeReport>>,
     started: Instant,
     /// Whole until all sessions of before have been told.
     adopted: bool,
@@ -150,6 +153,7 @@ impl EventLoop {
             bulk: Bulk::default(),
             operators,
             lines: Lines::default(),
+            upgrade: None,
             started: Instant::now(),
             adopted: false,
             ready: false,
