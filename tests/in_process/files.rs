@@ -290,3 +290,34 @@ fn no_name_leads_out_of_the_share() -> Result<()> {
     ensure!(std::fs::read(site.daemon.path("secret"))? == b"secret");
     Ok(())
 }
+
+#[test]
+fn a_guest_sees_what_the_quota_of_a_share_leaves() -> Result<()> {
+    let site = SitePlan::new(env!("CARGO_BIN_EXE_vmgmtd"), 1)
+        .share_line("bytes-max = \"1 MiB\"")
+        .start()?;
+    let vm = site.vm(0)?;
+    let mut files = vm.ring(Mode::FILE)?;
+    let left = |files: &mut Client| -> Result<Option<u64>> { Ok(files.shares()?[0].bytes_left) };
+    assert_eq!(left(&mut files)?, Some(1 << 20));
+    put_bytes(
+        &mut files,
+        "work/some",
+        &pattern(300_000, 1),
+        existing::REFUSE,
+        true,
+    )?;
+    assert_eq!(left(&mut files)?, Some((1 << 20) - 300_000));
+    let refused = put_bytes(
+        &mut files,
+        "work/more",
+        &pattern(1 << 20, 2),
+        existing::REFUSE,
+        true,
+    )
+    .unwrap_err();
+    assert!(format!("{refused:#}").contains("share"), "{refused:#}");
+    files.remove("work/some")?;
+    assert_eq!(left(&mut files)?, Some(1 << 20));
+    Ok(())
+}

@@ -117,6 +117,8 @@ pub enum Effect {
         existing: u64,
         durable: bool,
     },
+    /// What the quotas of these shares leave. Outcome: BytesLeft.
+    BytesLeft { shares: Vec<String> },
     /// Removes temporary files of broken puts in a share that are older than this, in seconds. Outcome: Done.
     Sweep { share: String, older_than_seconds: u64 },
 }
@@ -158,6 +160,8 @@ pub enum Outcome {
         crc32: u32,
     },
     Stat(StatRecord),
+    /// Bytes that may still be put into each share, in the order of the question; `u64::MAX`: no quota.
+    BytesLeft(Vec<u64>),
     /// Names with their stat; `next`: cursor to go on from, 0: that was all.
     Listed {
         entries: Vec<(String, StatRecord)>,

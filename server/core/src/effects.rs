@@ -27,6 +27,12 @@ pub enum Continuation {
         token: Token,
         bytes_max: u64,
     },
+    /// SHARES: the entries, which only lack what is left, and the flags and cursor of the answer.
+    Shares {
+        token: Token,
+        entries: Vec<(String, bool)>,
+        next: u64,
+    },
     Rename {
         token: Token,
         again: bool,

@@ -320,6 +320,9 @@ impl Hub {
             Continuation::Plain { token, again } => file::plain(office, token, again, outcome),
             Continuation::Stat { token } => listing::stat_done(office, token, outcome),
             Continuation::List { token, bytes_max } => listing::list_done(office, token, bytes_max, outcome),
+            Continuation::Shares { token, entries, next } => {
+                listing::shares_done(office, token, &entries, next, &outcome)
+            }
             Continuation::Rename { token, again } => file::rename_done(office, token, again, outcome),
             Continuation::Open {
                 token,

@@ -74,7 +74,7 @@ pub fn listing_answer(bytes: usize, next: u64) -> Answer {
     }
 }
 
-pub fn shares(office: &Office, vm: u64, fetched: &Fetched) -> Submitted {
+pub fn shares(office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {
     Uses {
         offset: true,
         ..Uses::default()
@@ -87,26 +87,61 @@ pub fn shares(office: &Office, vm: u64, fetched: &Fetched) -> Submitted {
         .get(&vm)
         .map_or(&[][..], |account| &account.config.shares);
     let start = usize::try_from(fetched.offset).map_err(|_| Refusal::Field)?;
-    let mut payload = Vec::new();
+    let (mut entries, mut bytes, mut next) = (Vec::new(), 0, 0);
     for (index, grant) in shares.iter().enumerate().skip(start) {
-        let bytes = size_of::<ShareEntry>() + grant.share.len().next_multiple_of(8);
-        if (payload.len() + bytes) as u64 > room {
-            if payload.is_empty() {
+        bytes += share_entry_bytes(&grant.share);
+        if bytes as u64 > room {
+            if entries.is_empty() {
                 return Err(Refusal::BufferSmall);
             }
-            let answer = listing_answer(payload.len(), index as u64);
-            return Ok(Verdict::Data(answer, payload));
+            next = index as u64;
+            break;
         }
+        entries.push((grant.share.clone(), grant.access == Access::ReadWrite));
+    }
+    if entries.is_empty() {
+        return Ok(Verdict::Data(listing_answer(0, 0), Vec::new()));
+    }
+    let effect = Effect::BytesLeft {
+        shares: entries.iter().map(|(share, _)| share.clone()).collect(),
+    };
+    let then = Continuation::Shares {
+        token: fetched.token,
+        entries,
+        next,
+    };
+    office.park_effect(fetched, effect, false, then);
+    Ok(Verdict::Open)
+}
+
+/// The answer to SHARES, when the shell has said what the quotas leave.
+pub fn shares_done(
+    office: &mut Office,
+    token: Token,
+    entries: &[(String, bool)],
+    next: u64,
+    outcome: &Outcome,
+) {
+    let Outcome::BytesLeft(left) = outcome else {
+        office.end(token, failure(outcome));
+        return;
+    };
+    let mut payload = Vec::new();
+    for (index, (share, writable)) in entries.iter().enumerate() {
         let entry = ShareEntry {
-            bytes_left: u64::MAX,
-            writable: u32::from(grant.access == Access::ReadWrite),
-            name_bytes: u32::try_from(grant.share.len()).unwrap_or(u32::MAX),
+            bytes_left: left.get(index).copied().unwrap_or(u64::MAX),
+            writable: u32::from(*writable),
+            name_bytes: u32::try_from(share.len()).unwrap_or(u32::MAX),
         };
         payload.extend_from_slice(entry.as_bytes());
-        payload.extend_from_slice(grant.share.as_bytes());
+        payload.extend_from_slice(share.as_bytes());
         pad_to_word(&mut payload);
     }
-    Ok(Verdict::Data(listing_answer(payload.len(), 0), payload))
+    office.end_with(token, listing_answer(payload.len(), next), payload, false);
+}
+
+const fn share_entry_bytes(name: &str) -> usize {
+    size_of::<ShareEntry>() + name.len().next_multiple_of(8)
 }
 
 pub fn list(office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {

@@ -614,6 +614,7 @@ impl House {
                 }),
                 None => failed(Status::NO_SUCH_NAME),
             },
+            Effect::BytesLeft { shares } => Outcome::BytesLeft(shares.iter().map(|_| u64::MAX).collect()),
             Effect::List {
                 share,
                 cursor,

@@ -242,6 +242,13 @@ impl Store {
                 self.pool.submit(owner, self.shares_index(slot), work);
                 Ok(())
             }
+            Effect::BytesLeft { shares } => {
+                // No quota of a share that is gone: what asks next is refused anyway.
+                let left = |share: &String| self.bytes_left(share).unwrap_or(u64::MAX);
+                let done = Done::Outcome(Outcome::BytesLeft(shares.iter().map(left).collect()));
+                self.pool.submit(owner, 0, move || Finished { effect: id, done });
+                Ok(())
+            }
             Effect::Discard { slot, ref share, .. } => {
                 let share = self.share(share)?;
                 self.close(owner, slot);

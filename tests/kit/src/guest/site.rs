@@ -20,6 +20,7 @@ pub struct SitePlan {
     server: String,
     device: String,
     limits: String,
+    share_lines: String,
     vm: String,
     shared_socket: bool,
     log: String,
@@ -36,6 +37,7 @@ impl SitePlan {
             server: String::new(),
             device: String::new(),
             limits: String::new(),
+            share_lines: String::new(),
             vm: String::new(),
             shared_socket: false,
             log: "info".into(),
@@ -82,6 +84,14 @@ impl SitePlan {
         self
     }
 
+    /// A line for the share's table.
+    #[must_use]
+    pub fn share_line(mut self, line: &str) -> Self {
+        self.share_lines.push_str(line);
+        self.share_lines.push('\n');
+        self
+    }
+
     /// And a socket for any number of anonymous VMs: [`Site::shared_socket`].
     #[must_use]
     pub const fn shared_socket(mut self) -> Self {
@@ -110,8 +120,8 @@ impl SitePlan {
             .map_or_else(|| "@DIR@/share".into(), |path| path.display().to_string());
         let mut text = format!(
             "[server]\ncontrol = \"@DIR@/control.sock\"\nlog = \"{}\"\n{}\n[device]\n{}\n[limits]\n{}\n\
-             [[share]]\nname = \"work\"\npath = \"{share}\"\n",
-            self.log, self.server, self.device, self.limits
+             [[share]]\nname = \"work\"\npath = \"{share}\"\n{}\n",
+            self.log, self.server, self.device, self.limits, self.share_lines
         );
         for number in 0..self.vms {
             // Writing to a String cannot fail.
