@@ -157,6 +157,13 @@ impl GuestMemory for SessionMemory {
                  reached by messages, slowly. Start QEMU with share=on on its memory backend",
                 self.session
             ));
+        } else if object == 0 && !self.told_no_descriptor {
+            self.told_no_descriptor = true;
+            self.notice(format!(
+                "session {}: the VM's memory comes without descriptors: all of it is reached by messages, slowly. Start \
+                 QEMU with `-object memory-backend-memfd,id=m,size=...,share=on -machine ...,memory-backend=m`",
+                self.session
+            ));
         }
         Ok(false)
     }

@@ -105,6 +105,8 @@ pub struct SessionMemory {
     /// A write to shared memory waited behind messages and was done: rings are to be looked at again.
     late_stores: bool,
     notices: VecDeque<Notice>,
+    /// The operator knows that this VM's memory comes without descriptors.
+    told_no_descriptor: bool,
     counters: MemoryCounters,
 }
 
@@ -134,6 +136,7 @@ impl SessionMemory {
             wants_drain: false,
             late_stores: false,
             notices: VecDeque::new(),
+            told_no_descriptor: false,
             counters: MemoryCounters::default(),
         }
     }

@@ -304,6 +304,22 @@ fn at_a_reset_all_is_void_and_after_an_unmap_what_lay_there() {
 }
 
 #[test]
+fn the_operator_is_told_once_that_memory_comes_without_descriptors() {
+    let (mut session, mut ram) = unshared();
+    for _ in 0..2 {
+        ram.write(0x80, &7u64.to_le_bytes());
+        let (proof, _) = session.until_done(&mut ram, |memory| memory.prove(0x80, 7));
+        assert_eq!(proof, Ok(false));
+    }
+    let notice = session.memory.poll_notice().unwrap().0;
+    assert!(
+        notice.contains("without descriptors") && notice.contains("share=on"),
+        "{notice}"
+    );
+    assert!(session.memory.poll_notice().is_none());
+}
+
+#[test]
 fn frozen_means_held_back() {
     let (mut session, mut ram) = unshared();
     session.turn(|memory| memory.write(0x1000, b"later")).unwrap();
