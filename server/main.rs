@@ -36,7 +36,7 @@ struct Arguments {
     /// error, warn, info, debug, trace, or a filter such as "vmgmt_host::front=debug,info".
     #[arg(long, value_name = "LEVEL", env = "VMGMT_LOG")]
     log: Option<String>,
-    /// Reads the configuration, says what is wrong with it, and exits.
+    /// Reads the configuration, says what is wrong with it, and exits. (With a role: looks whether it could take that over.)
     #[arg(long)]
     check: bool,
     /// What this process is; given by the keeper to its children.
@@ -52,16 +52,18 @@ fn main() -> ExitCode {
         (Some(role), Some(parent)) => end(run_child(
             role,
             parent,
+            arguments.check,
             arguments.log.as_deref().unwrap_or("info"),
         )),
         _ => run_keeper(arguments),
     }
 }
 
-fn run_child(role: &str, parent: u32, log: &str) -> anyhow::Result<()> {
+fn run_child(role: &str, parent: u32, check: bool, log: &str) -> anyhow::Result<()> {
     let log = start_log(log)?;
     let result = keeper::enter_role(role, parent).and_then(|channel| match role {
         "front" => front::run(channel),
+        "core" if check => core::check(channel),
         "core" => core::run(channel),
         other => anyhow::bail!("there is no role {other:?}"),
     });

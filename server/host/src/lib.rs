@@ -13,5 +13,6 @@ pub mod core;
 pub mod front;
 pub mod keeper;
 pub mod messages;
+mod state_memory;
 pub mod store;
 pub mod words;

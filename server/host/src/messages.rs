@@ -8,6 +8,9 @@ use crate::config::{CoreConfig, ListenerConfig, VmConfig};
 use crate::control::protocol::{Upgrade, UpgradeReport};
 use serde::{Deserialize, Serialize};
 
+/// Version of what the roles say to each other. A program that is to take over a role refuses a keeper of another one.
+pub const CHANNEL_VERSION: u32 = 1;
+
 /// Keeper to front.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum KeeperToFront {
@@ -61,7 +64,27 @@ pub enum FrontToKeeper {
 pub enum KeeperToCore {
     /// First packet. fds: channel, touched page (read-only), life page (read-write), the core's wake-up eventfd, the
     /// front's wake-up eventfd, hub state, control listener (accepted by the core while it is READY).
-    Start { life: u64, config: Box<CoreConfig> },
+    ///
+    /// `trial`: it looks whether it could take over, writes nothing but the hub state that it was given, says
+    /// [`CoreToKeeper::Able`], and begins when it hears [`KeeperToCore::Go`].
+    Start {
+        life: u64,
+        config: Box<CoreConfig>,
+        channel: u32,
+        trial: bool,
+    },
+    /// The only packet to a program that is asked whether it could take over. fds: one sealed memory with copies of the hub's
+    /// state (so many bytes) and behind it of each session's (number, bytes), as after a crash.
+    Check {
+        config: Box<CoreConfig>,
+        channel: u32,
+        hub_bytes: u64,
+        sessions: Vec<(u64, u64)>,
+    },
+    /// A core on trial is the core from now on.
+    Go,
+    /// Another core is to take over: fetch nothing more, end bulk work within so many milliseconds, then end in order.
+    Drain { deadline_ms: u64 },
     /// A VM exists from now on.
     Vm(VmConfig),
     /// It does not any more; its state is forgotten.
@@ -83,6 +106,12 @@ pub enum KeeperToCore {
 pub enum CoreToKeeper {
     /// In service.
     Ready { life: u64 },
+    /// On trial: it has seen everything and could take over.
+    Able { life: u64 },
+    /// On trial or asked by [`KeeperToCore::Check`]: it cannot, and why.
+    Refused { reason: String },
+    /// The good answer to [`KeeperToCore::Check`].
+    Checked,
     /// The operator adds a VM with a socket of its own at run time (the keeper gives it its number).
     AddVm {
         request: u64,

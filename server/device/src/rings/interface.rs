@@ -296,12 +296,16 @@ pub struct Saved {
 }
 
 /// Why the rings could not be attached to a session's state.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum AttachError {
     #[error("the state memory has {words} words, {needed} are needed")]
     TooSmall { words: usize, needed: usize },
     #[error("the in-flight table has layout {found:#x}, this version reads {known:#x}")]
     Layout { found: u64, known: u64 },
+    #[error("the in-flight table uses {0:?}, which this program does not know: upgrade to one that does")]
+    Feature(String),
+    #[error("ring {ring} of the in-flight table holds a record that this version does not write")]
+    Record { ring: usize },
     #[error("saved rings have version {found}, this version reads {known}")]
     Saved { found: u32, known: u32 },
 }

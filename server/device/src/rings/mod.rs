@@ -18,6 +18,7 @@
 //! ```
 //! The shell owns `busy` and `fenced` of the core page: it sets busy, fences and compares the front's fence around each call.
 
+mod check;
 mod complete;
 mod fetch;
 mod host_page;
@@ -35,6 +36,7 @@ mod table;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
+pub use check::check_state;
 pub use interface::{
     Answer, AttachError, Buffer, Channel, Counters, Fetched, HostFacts, Input, Modes, Output, PortInput,
     Saved, Segment, Settings, Token, Turn,

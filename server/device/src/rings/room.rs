@@ -1,5 +1,6 @@
 //! The rings of one session in one core life: the verbs, and which part of the room does what.
 
+use super::check;
 use super::complete;
 use super::fetch;
 use super::host_page::HostPageWriter;
@@ -12,7 +13,7 @@ use super::port::{PORT_PLACE, Port};
 use super::recover;
 use super::refresh::answer_open;
 use super::ring::{Desk, Due, Ring, Stage, Standing, Stop};
-use super::table::{LAYOUT, STATE_WORDS, Table};
+use super::table::{STATE_WORDS, Table};
 use crate::page::{CorePage, FrontPage, Interrupts, Words, control};
 use crate::{GuestMemory, Tick};
 use std::collections::VecDeque;
@@ -57,12 +58,8 @@ impl<W: Words> Rings<W> {
                 needed: STATE_WORDS,
             });
         }
-        match table.layout() {
-            0 => table.init(),
-            LAYOUT => {}
-            found => {
-                return Err(AttachError::Layout { found, known: LAYOUT });
-            }
+        if check::check_header(&table)? {
+            table.init();
         }
         let generation = front.generation();
         let mut rings = Self {

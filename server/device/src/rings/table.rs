@@ -14,6 +14,7 @@
 //! | 3, 4 | failed: generation + 1 in which the device failed (0: not), and the cause |
 //! | 5 | sequence of the host's page (even) |
 //! | 6 | generation of the next port token |
+//! | 8..12 | names of the features in use that an older version would not understand, at most 8 ASCII letters each (0: none) |
 //! | 16 + 8 n | ring n: `1 << 32 \| epoch` when open; cursor: submissions fetched << 12 \| those of them not published; records ever used |
 //! | 160.. | port: state, sequence, bytes of the result, mode, result |
 //! | 1024 + 16 (1024 n + i) | record i of ring n |
@@ -36,6 +37,8 @@ const FAILED: usize = 3;
 const CAUSE: usize = 4;
 const HOST_PAGE: usize = 5;
 const PORT_TOKEN: usize = 6;
+const FEATURES: usize = 8;
+const FEATURES_MAX: usize = 4;
 const RINGS: usize = 16;
 const RING_WORDS: usize = 8;
 const PORT: usize = 160;
@@ -150,6 +153,17 @@ impl<W: Words> Table<W> {
     /// Makes a fresh (zeroed) table one of this layout.
     pub fn init(&self) {
         self.words.store(0, LAYOUT);
+    }
+    /// Names of the features in use.
+    pub fn features(&self) -> impl Iterator<Item = String> + '_ {
+        (FEATURES..FEATURES + FEATURES_MAX)
+            .map(|index| self.words.load(index))
+            .filter(|word| *word != 0)
+            .map(|word| {
+                let bytes = word.to_le_bytes();
+                let name = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+                String::from_utf8_lossy(name).into_owned()
+            })
     }
     /// The device's generation, `None` when none was written yet.
     pub fn generation(&self) -> Option<u64> {

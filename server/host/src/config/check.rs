@@ -2,8 +2,9 @@
 
 use super::file::{DeviceSection, LimitsSection, Section, Sections, ShareSection};
 use super::limits::{
-    ANONYMOUS_PREFIX, DEVICES_MAX, MAPS_MAX, NAME_BYTES_MAX, OBJECTS_MAX, POLL_US_DEFAULT, POLL_US_MAX,
-    SOCKET_PATH_BYTES_MAX, WORKERS_DEFAULT, WORKERS_MAX,
+    ANONYMOUS_PREFIX, DEVICES_MAX, DRAIN_DEADLINE_MS_DEFAULT, DRAIN_DEADLINE_MS_MAX, MAPS_MAX,
+    NAME_BYTES_MAX, OBJECTS_MAX, POLL_US_DEFAULT, POLL_US_MAX, SOCKET_PATH_BYTES_MAX, WORKERS_DEFAULT,
+    WORKERS_MAX,
 };
 use super::{
     Access, Config, CoreConfig, DeviceConfig, Flags, Identity, ListenerConfig, Mistake, Mistakes,
@@ -186,7 +187,17 @@ fn check_server(sections: &Sections, flags: &Flags, mistakes: &mut Mistakes) -> 
             format!("1 to {WORKERS_MAX}"),
         );
     }
+    if let Some(drain) = (server.drain_deadline_ms).filter(|drain| *drain > DRAIN_DEADLINE_MS_MAX) {
+        let remedy =
+            format!("0 to {DRAIN_DEADLINE_MS_MAX}; what is not done by then goes on with the next core");
+        mistakes.push(
+            section.place("drain-deadline-ms"),
+            format!("{drain} ms is too long"),
+            remedy,
+        );
+    }
     ServerConfig {
+        drain_deadline_ms: server.drain_deadline_ms.unwrap_or(DRAIN_DEADLINE_MS_DEFAULT),
         control,
         control_mode: check_mode(
             server.control_mode.as_deref(),

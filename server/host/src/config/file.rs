@@ -63,6 +63,7 @@ pub(super) struct ServerSection {
     pub(super) log: Option<String>,
     pub(super) poll_us: Option<u64>,
     pub(super) workers: Option<u32>,
+    pub(super) drain_deadline_ms: Option<u64>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]

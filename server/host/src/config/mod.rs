@@ -37,6 +37,10 @@ pub mod limits {
     pub const POLL_US_MAX: u64 = 100_000;
     /// How long the core polls after its last work, if nothing is said: about one wake-up across processors.
     pub const POLL_US_DEFAULT: u64 = 50;
+    /// How long a core that is to be replaced may take to end its bulk work: longer, and the VMs would rather have it go on with the next.
+    pub const DRAIN_DEADLINE_MS_MAX: u64 = 60_000;
+    /// The same, if nothing is said.
+    pub const DRAIN_DEADLINE_MS_DEFAULT: u64 = 2_000;
     /// Worker threads, if nothing is said.
     pub const WORKERS_DEFAULT: u32 = 4;
     /// Names that begin so are given to VMs of shared sockets.
@@ -63,6 +67,8 @@ pub struct ServerConfig {
     pub control_group: Option<String>,
     /// Log filter, as the flag `--log` has it.
     pub log: Option<String>,
+    /// How long a core that is to be replaced may take to end its bulk work, in milliseconds.
+    pub drain_deadline_ms: u64,
 }
 
 /// What the command line says; it adds to the file and wins over it.

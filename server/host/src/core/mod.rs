@@ -8,15 +8,19 @@
 
 pub mod bulk;
 mod event_loop;
+mod fault;
 pub mod journal;
 pub mod lines;
 pub mod memory;
 pub mod operators;
 pub mod sessions;
+mod trial;
 pub mod wake;
 
+pub use trial::check;
+
 use crate::channel::{Channel, Packet};
-use crate::messages::KeeperToCore;
+use crate::messages::{CHANNEL_VERSION, KeeperToCore};
 use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, OwnedFd};
@@ -31,14 +35,30 @@ pub fn run(keeper: OwnedFd) -> anyhow::Result<()> {
         return Ok(());
     };
     let Packet {
-        header: KeeperToCore::Start { life, config },
+        header:
+            KeeperToCore::Start {
+                life,
+                config,
+                channel,
+                trial,
+            },
         fds,
         ..
     } = packet
     else {
         bail!("the keeper's first packet is not Start");
     };
-    event_loop::EventLoop::new(keeper, life, *config, fds)?.run()
+    if channel != CHANNEL_VERSION {
+        bail!("the keeper speaks version {channel} of the roles' words, this program {CHANNEL_VERSION}");
+    }
+    let mut held = trial::Held::default();
+    if trial {
+        match trial::run(&keeper, life, &config, &fds)? {
+            Some(told) => held = told,
+            None => return Ok(()),
+        }
+    }
+    event_loop::EventLoop::new(keeper, life, *config, fds)?.run(held)
 }
 
 /// Waits for the first packet; `None`: the keeper is gone.

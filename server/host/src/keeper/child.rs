@@ -38,13 +38,20 @@ pub(super) struct Child<T> {
 }
 
 impl<T: Serialize> Child<T> {
-    /// Starts a program in `role`, with these arguments more.
-    pub(super) fn start(binary: &Binary, role: &str, arguments: &[String]) -> anyhow::Result<Self> {
+    /// Starts a program in `role`, with these arguments more. `check`: it is only to look whether it could take that role over.
+    pub(super) fn start(
+        binary: &Binary,
+        role: &str,
+        check: bool,
+        arguments: &[String],
+    ) -> anyhow::Result<Self> {
+        let name = if check { "-check" } else { "" };
         let (channel, theirs) = Channel::pair()?;
         let process = binary
             .command()
-            .arg0(format!("vmgmtd-{role}"))
+            .arg0(format!("vmgmtd-{role}{name}"))
             .args(["--role", role, "--parent", &std::process::id().to_string()])
+            .args(check.then_some("--check"))
             .args(arguments)
             .stdin(Stdio::from(theirs.into_fd()))
             // Ctrl-C at a terminal is for the keeper, which ends its children in order.
@@ -155,6 +162,19 @@ impl<T: Serialize> Child<T> {
                 }
             }
         })
+    }
+
+    /// Has it stand still, or go on.
+    pub(super) fn freeze(&self, frozen: bool) {
+        // It can only be dead.
+        let _ = pidfd_send_signal(&self.pidfd, if frozen { Signal::STOP } else { Signal::CONT });
+    }
+
+    /// Whether its main thread stands still.
+    pub(super) fn is_frozen(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap_or_default();
+        stat.rsplit_once(") ")
+            .is_some_and(|(_, rest)| rest.starts_with('T'))
     }
 
     /// Whether it is on its way out already.

@@ -1,12 +1,13 @@
 //! Sockets, VMs and sessions of the running daemon: what the register ([`Vms`](super::vms::Vms)) decides is carried out here.
 //! In: admissions, the operators' wishes. Out: messages to front and core, memory for their pages and state.
 
+use super::Keeper;
 use super::limits::SESSION_STATE_BYTES;
 use super::sockets::{Socket, listen_on};
 use super::vms::{Admission, Guest, Vm};
-use super::{Keeper, state_memory};
 use crate::config::{Identity, ListenerConfig, VmConfig};
 use crate::messages::{KeeperToCore, KeeperToFront};
+use crate::state_memory;
 use crate::words::{MappedWords, create_page};
 use anyhow::bail;
 use rustix::fd::OwnedFd;
@@ -26,7 +27,7 @@ impl Keeper {
         let maps_max = config.device.maps_max as usize;
         let admitted = match admission {
             Admission::Refused(reason) => Err(reason),
-            Admission::Admitted { vm, new } => self.admitted(vm, new, maps_max).map_err(|errno| {
+            Admission::Admitted { vm, new } => self.admitted(session, vm, new, maps_max).map_err(|errno| {
                 self.session_gone(session);
                 format!("the host daemon has no memory or descriptors for another device: {errno}")
             }),
@@ -46,12 +47,15 @@ impl Keeper {
     /// What goes with an admission; a VM that is new is told to the core first.
     fn admitted(
         &mut self,
+        session: u64,
         vm: u64,
         new: bool,
         maps_max: usize,
     ) -> Result<(u64, String, Vec<OwnedFd>), Errno> {
         let page = create_page("vmgmt-front", FrontPage::<MappedWords>::words_needed(maps_max))?;
-        let session_state = state_memory("vmgmt-session", SESSION_STATE_BYTES)?;
+        let session_state = state_memory::create("vmgmt-session", SESSION_STATE_BYTES)?;
+        let kept = rustix::io::fcntl_dupfd_cloexec(&session_state, 3)?;
+        self.session_states.insert(session, kept);
         let entry = self.vms.get(vm).ok_or(Errno::NOENT)?;
         let config = entry.config.clone();
         let name = config.name.clone();
@@ -63,6 +67,7 @@ impl Keeper {
 
     pub(super) fn session_gone(&mut self, session: u64) {
         self.restarts.session_gone(session);
+        self.session_states.remove(&session);
         if let Some(vm) = self.vms.session_gone(session) {
             self.vm_gone(vm);
         }

@@ -20,6 +20,14 @@ pub(super) const ROW_OF_DEATHS: Duration = Duration::from_secs(10);
 pub(super) const FIRST_DEATHS_MAX: usize = 5;
 /// How long a core may take from its start to READY: it adopts in slices and only reads its state before.
 pub(super) const START_DEADLINE: Duration = Duration::from_secs(30);
+/// How long a program that is asked whether it could be the core may take (survival.md, "Upgrade").
+pub(super) const CHECK_DEADLINE: Duration = Duration::from_secs(2);
+/// How long a core may take to stand still, so that its state can be copied: its loop never waits, but for a processor.
+pub(super) const FREEZE_DEADLINE: Duration = Duration::from_millis(500);
+/// How long a draining core may take beyond its deadline to write its snapshot and end.
+pub(super) const DRAIN_GRACE: Duration = Duration::from_secs(1);
+/// How long a core on trial may take: it reads what the check has read, and is told all sessions.
+pub(super) const TRIAL_DEADLINE: Duration = Duration::from_secs(10);
 /// How long front and core may take to end in order.
 pub(super) const STOP_DEADLINE: Duration = Duration::from_secs(5);
 /// Between two looks at what tells nothing by itself: a process that dies slowly, a full channel.

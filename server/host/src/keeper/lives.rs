@@ -1,14 +1,17 @@
 //! The core's lives: start, death, restart. In: processes and their ends. Out: messages to the front, notices.
 
+use super::binary::Binary;
 use super::child::Child;
 use super::limits::{END_DEADLINE, FIRST_DEATHS_MAX, START_AGAIN, START_DEADLINE};
 use super::restart::Death;
+use super::upgrade::Step;
 use super::{Keeper, watch};
 use crate::channel::Channel;
-use crate::messages::{KeeperToCore, KeeperToFront};
+use crate::messages::{CHANNEL_VERSION, KeeperToCore, KeeperToFront};
 use crate::words::{MappedWords, create_page};
 use anyhow::bail;
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::fd::OwnedFd;
 use std::time::{Duration, Instant};
 use vmgmt_device::page::{LifePage, TouchedPage};
 
@@ -22,6 +25,22 @@ pub(super) struct CoreLife {
     pub(super) ready: Option<Instant>,
     /// It has closed its channel or was killed, then.
     pub(super) dying: Option<Instant>,
+    pub(super) standing: Standing,
+    /// Why it says that it cannot be the core.
+    pub(super) refusal: Option<String>,
+}
+
+/// What a life of the core is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// The core.
+    Usual,
+    /// It is being tried in an upgrade.
+    Trial,
+    /// And could take over.
+    Able,
+    /// Another is to take over.
+    Leaving,
 }
 
 impl Keeper {
@@ -68,6 +87,17 @@ impl Keeper {
             }
             return Ok(());
         }
+        if core.standing != Standing::Usual {
+            // Its end is part of an upgrade, which says in its report what that means.
+            tracing::info!("core life {} ended: {text}", core.life);
+            self.core_end = core.refusal.unwrap_or_else(|| text.to_owned());
+            self.restart_at = now;
+            if exit.is_none() {
+                self.undead.push(core.child);
+            }
+            return Ok(());
+        }
+        self.core_end = text.to_owned();
         let served = core
             .ready
             .map_or(Duration::ZERO, |ready| now.duration_since(ready));
@@ -110,10 +140,11 @@ impl Keeper {
     }
 
     pub(super) fn restart_core(&mut self) -> anyhow::Result<()> {
-        if self.stop_at.is_some() || self.core.is_some() || Instant::now() < self.restart_at {
+        let held = matches!(&self.upgrading, Some((_, Step::Core(step))) if step.holds_core());
+        if held || self.stop_at.is_some() || self.core.is_some() || Instant::now() < self.restart_at {
             return Ok(());
         }
-        match self.start_core() {
+        match self.start_core(None) {
             Err(error) if self.announced => {
                 self.notice(format!("a core cannot be started now: {error:#}"));
                 self.restart_at = Instant::now() + START_AGAIN;
@@ -123,7 +154,9 @@ impl Keeper {
         }
     }
 
-    fn start_core(&mut self) -> anyhow::Result<()> {
+    /// Starts a core; on trial: this program on this state of the hub.
+    pub(super) fn start_core(&mut self, trial: Option<(&Binary, &OwnedFd)>) -> anyhow::Result<()> {
+        let (binary, hub_state) = trial.unwrap_or((&self.core_binary, &self.hub_state));
         self.last_life += 1;
         let life = self.last_life;
         let (to_core, to_front) = Channel::pair()?;
@@ -139,16 +172,18 @@ impl Keeper {
             page,
             wake_core.try_clone()?,
             wake_front.try_clone()?,
-            self.hub_state.try_clone()?,
+            hub_state.try_clone()?,
             self.control.fd.try_clone()?,
         ];
-        let mut child = Child::start(&self.core_binary, "core", &self.arguments)?;
+        let mut child = Child::start(binary, "core", false, &self.arguments)?;
         watch(&self.poll, &child.pidfd)?;
         watch(&self.poll, &child.channel)?;
         child.queue(
             KeeperToCore::Start {
                 life,
                 config: Box::new(self.core_config.clone()),
+                channel: CHANNEL_VERSION,
+                trial: trial.is_some(),
             },
             fds,
         );
@@ -172,6 +207,12 @@ impl Keeper {
             started: Instant::now(),
             ready: None,
             dying: None,
+            standing: if trial.is_some() {
+                Standing::Trial
+            } else {
+                Standing::Usual
+            },
+            refusal: None,
         });
         Ok(())
     }

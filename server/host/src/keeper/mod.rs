@@ -9,6 +9,7 @@
 mod binary;
 mod child;
 mod comers;
+mod core_upgrade;
 mod fallback;
 mod limits;
 mod lives;
@@ -25,19 +26,18 @@ use crate::config::{Config, CoreConfig, ListenerConfig};
 use crate::control::ControlServer;
 use crate::control::protocol::{Status, Upgrade};
 use crate::messages::{CoreToKeeper, FrontToKeeper, KeeperToCore, KeeperToFront};
+use crate::state_memory;
 use anyhow::{Context, bail};
 use binary::Binary;
 use child::Child;
 use limits::{
     HUB_STATE_BYTES, IMPATIENCE, LOOK_AGAIN, NOTICES_MAX, PACKETS_PER_TURN, START_DEADLINE, STOP_DEADLINE,
 };
-use lives::CoreLife;
+use lives::{CoreLife, Standing};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use restart::Restarts;
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
-use rustix::io::Errno;
 use sockets::{Socket, listen_on};
 use std::collections::{BTreeMap, VecDeque};
 use std::io::Read;
@@ -59,6 +59,7 @@ struct Keeper {
     signals: UnixStream,
     stop_asked: Arc<AtomicBool>,
     upgrade_asked: Arc<AtomicBool>,
+    drain_deadline_ms: u64,
     /// Where this program was started from: an upgrade that names no other is to what is there then.
     path: PathBuf,
     /// What the core runs.
@@ -75,10 +76,14 @@ struct Keeper {
     last_listener: u32,
     vms: Vms,
     hub_state: OwnedFd,
+    /// The sessions' in-flight tables, which the front holds for the cores: here only to be copied.
+    session_states: BTreeMap<u64, OwnedFd>,
     front: Child<KeeperToFront>,
     front_ready: bool,
     core: Option<CoreLife>,
     last_life: u64,
+    /// How the last core ended.
+    core_end: String,
     /// Killed cores that still sleep in the kernel.
     undead: Vec<Child<KeeperToCore>>,
     restarts: Restarts,
@@ -163,7 +168,7 @@ impl Keeper {
             .collect::<anyhow::Result<Vec<_>>>()?;
         let poll = Poll::new()?;
         let binary = Binary::own().context("the own program")?;
-        let front = Child::start(&binary, "front", &arguments)?;
+        let front = Child::start(&binary, "front", false, &arguments)?;
         watch(&poll, &signals)?;
         watch(&poll, &front.pidfd)?;
         watch(&poll, &front.channel)?;
@@ -173,6 +178,7 @@ impl Keeper {
             signals,
             stop_asked,
             upgrade_asked,
+            drain_deadline_ms: server.drain_deadline_ms,
             path: binary.path().to_owned(),
             core_binary: binary,
             upgrades: Upgrades::default(),
@@ -184,11 +190,14 @@ impl Keeper {
             listeners: BTreeMap::new(),
             last_listener: 0,
             vms: Vms::default(),
-            hub_state: state_memory("vmgmt-hub", HUB_STATE_BYTES).context("memory for the hub's state")?,
+            hub_state: state_memory::create("vmgmt-hub", HUB_STATE_BYTES)
+                .context("memory for the hub's state")?,
+            session_states: BTreeMap::new(),
             front,
             front_ready: false,
             core: None,
             last_life: 0,
+            core_end: String::new(),
             undead: Vec::new(),
             restarts: Restarts::default(),
             restart_at: now,
@@ -331,6 +340,11 @@ impl Keeper {
                         self.fallback = None;
                     }
                     CoreToKeeper::Ready { life } => tracing::warn!("the core says it is life {life}"),
+                    CoreToKeeper::Able { .. } if core.standing == Standing::Trial => {
+                        core.standing = Standing::Able;
+                    }
+                    CoreToKeeper::Refused { reason } => core.refusal = Some(reason),
+                    CoreToKeeper::Able { .. } | CoreToKeeper::Checked => {}
                     CoreToKeeper::AddVm {
                         request,
                         vm,
@@ -460,14 +474,6 @@ fn watch(poll: &Poll, fd: &impl AsFd) -> std::io::Result<()> {
     let fd = fd.as_fd().as_raw_fd();
     poll.registry()
         .register(&mut SourceFd(&fd), WAKE, Interest::READABLE | Interest::WRITABLE)
-}
-
-/// Memory for state that outlives cores: its size is fixed, it is taken as it is written.
-fn state_memory(name: &str, bytes: u64) -> Result<OwnedFd, Errno> {
-    let fd = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-    ftruncate(&fd, bytes)?;
-    fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-    Ok(fd)
 }
 
 /// Each device costs the front a handful of descriptors: all that the system allows are asked for. Children inherit it.

@@ -11,6 +11,7 @@
 
 use super::Keeper;
 use super::binary::Binary;
+use super::core_upgrade::CoreStep;
 use crate::control::protocol::{Part, PartReport, Upgrade, UpgradeReport, UpgradeState};
 use crate::messages::KeeperToCore;
 use std::path::Path;
@@ -20,10 +21,10 @@ use std::time::{Duration, SystemTime};
 pub(super) enum Step {
     /// Its turn has just come.
     Begin,
+    Core(CoreStep),
 }
 
 /// What came of a part's step.
-#[allow(dead_code)] // the parts come one by one
 pub(super) enum Progress {
     Running(Step),
     /// The new program is in service; the part was out of service that long.
@@ -192,10 +193,6 @@ impl Keeper {
         if let Some(report) = self.upgrades.report().cloned() {
             self.tell_core(KeeperToCore::Upgrade(Box::new(report)), Vec::new());
         }
-    }
-
-    fn upgrade_core(&mut self, _: &Binary, _: Step) -> Progress {
-        Progress::Denied("not supported by this build".into())
     }
 
     fn upgrade_front(&mut self, _: &Binary, _: Step) -> Progress {

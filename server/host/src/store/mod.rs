@@ -130,6 +130,12 @@ impl Store {
         })
     }
 
+    /// Whether the workers have nothing to do and nothing to tell.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.pool.is_idle()
+    }
+
     /// Readable when [`Store::take_finished`] has something.
     #[must_use]
     pub fn wake_fd(&self) -> BorrowedFd<'_> {

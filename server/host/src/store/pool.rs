@@ -101,6 +101,15 @@ impl<R: Send + 'static> Pool<R> {
         self.shared.work_there.notify_one();
     }
 
+    /// Whether no job waits or runs and no result is left.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        let queues = lock(&self.shared.queues);
+        queues.waiting.values().all(VecDeque::is_empty)
+            && queues.running_of_share.values().all(|running| *running == 0)
+            && queues.finished.is_empty()
+    }
+
     /// Results so far.
     pub fn take_finished(&self) -> VecDeque<R> {
         let mut drained = [0u8; 8];

@@ -25,6 +25,7 @@ pub struct SitePlan {
     shared_socket: bool,
     log: String,
     share: Option<PathBuf>,
+    variables: Vec<(String, String)>,
 }
 
 impl SitePlan {
@@ -42,6 +43,7 @@ impl SitePlan {
             shared_socket: false,
             log: "info".into(),
             share: None,
+            variables: Vec::new(),
         }
     }
 
@@ -113,6 +115,13 @@ impl SitePlan {
         self
     }
 
+    /// A variable of its environment.
+    #[must_use]
+    pub fn variable(mut self, name: &str, value: &str) -> Self {
+        self.variables.push((name.into(), value.into()));
+        self
+    }
+
     fn configuration(&self) -> String {
         let share = self
             .share
@@ -140,9 +149,11 @@ impl SitePlan {
 
     /// Builds it and waits until `vmgmtd` is ready.
     pub fn start(self) -> Result<Site> {
-        let daemon = DaemonBuilder::new(&self.program)
+        let builder = DaemonBuilder::new(&self.program)
             .configuration(self.configuration())
-            .folder("share")
+            .folder("share");
+        let daemon = (self.variables.iter())
+            .fold(builder, |builder, (name, value)| builder.variable(name, value))
             .start()
             .context("starting vmgmtd")?;
         let share = self.share.unwrap_or_else(|| daemon.path("share"));

@@ -36,6 +36,12 @@ impl Bulk {
         !self.ready.is_empty()
     }
 
+    /// Whether there is nothing that has not ended.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.tasks.is_empty()
+    }
+
     /// Whether workers have work of ours and nothing else is to be done.
     #[must_use]
     pub fn is_on_workers(&self) -> bool {

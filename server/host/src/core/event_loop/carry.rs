@@ -15,7 +15,10 @@ impl EventLoop {
                 return;
             };
             let input = match output {
-                Output::Submission(fetched) => interface::Input::Submission(fetched),
+                Output::Submission(fetched) => {
+                    fault::on("submission", fetched.data.as_deref().unwrap_or(&fetched.meta));
+                    interface::Input::Submission(fetched)
+                }
                 Output::Cancel(token) => {
                     session.memory.forget_reads();
                     interface::Input::Cancel(token)

@@ -62,6 +62,11 @@ impl EventLoop {
     pub(super) fn handle_keeper(&mut self, packet: Packet<KeeperToCore>) -> anyhow::Result<()> {
         match packet.header {
             KeeperToCore::Start { .. } => bail!("the keeper said Start twice"),
+            KeeperToCore::Check { .. } => bail!("the keeper asks a core that serves whether it could"),
+            KeeperToCore::Go => {}
+            KeeperToCore::Drain { deadline_ms } => {
+                self.draining = Some(now().after_ns(deadline_ms.saturating_mul(1_000_000)));
+            }
             KeeperToCore::Vm(vm) => {
                 self.vms.insert(vm.vm, vm.clone());
                 self.hub.handle(now(), interface::Input::Vm(vm));

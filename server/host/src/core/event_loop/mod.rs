@@ -12,11 +12,13 @@ use crate::config::{CoreConfig, DeviceConfig, VmConfig};
 use crate::control::limits::TOKENS as CONTROL_TOKENS;
 use crate::control::protocol::UpgradeReport;
 use crate::core::bulk::Bulk;
+use crate::core::fault;
 use crate::core::journal::{Journal, JournalError};
 use crate::core::lines::{Line, Lines};
 use crate::core::memory::MemoryLimits;
 use crate::core::operators::{Ask, Books, Operators, Transfer};
 use crate::core::sessions::{Session, Sessions};
+use crate::core::trial::Held;
 use crate::core::wake::Wake;
 use crate::messages::{CoreToFront, CoreToKeeper, FrontToCore, KeeperToCore};
 use crate::store::{Done, Store};
@@ -34,7 +36,7 @@ use vmgmt_core::effect::{Effect, EffectId, FailedAt, Outcome};
 use vmgmt_core::interface::{self, ControlRequest};
 use vmgmt_core::{Hub, Saved};
 use vmgmt_device::Tick;
-use vmgmt_device::page::{LifePage, TouchedPage};
+use vmgmt_device::page::{LifePage, TouchedPage, Words};
 use vmgmt_device::rings::{Input, Output};
 
 const KEEPER: Token = Token(0);
@@ -83,6 +85,8 @@ pub struct EventLoop {
     adopted: bool,
     ready: bool,
     stopping: bool,
+    /// Another core is to take over: nothing more is fetched, and this one ends when its bulk work has, or then.
+    draining: Option<Tick>,
     wall_told: Tick,
     looked: Tick,
     /// Sessions whose rings are polled.
@@ -158,6 +162,7 @@ impl EventLoop {
             adopted: false,
             ready: false,
             stopping: false,
+            draining: None,
             wall_told: Tick(0),
             looked: Tick(0),
             active: BTreeSet::new(),
@@ -168,12 +173,18 @@ impl EventLoop {
         Ok(this)
     }
 
-    /// Serves until the keeper says stop or is gone.
+    /// Serves until the keeper says stop or is gone. `held`: what came in while this core was on trial.
     ///
     /// # Errors
     /// What makes it impossible to go on.
-    pub fn run(mut self) -> anyhow::Result<()> {
+    pub(super) fn run(mut self, held: Held) -> anyhow::Result<()> {
         let mut events = Events::with_capacity(256);
+        for packet in held.keeper {
+            self.handle_keeper(packet)?;
+        }
+        for packet in held.front {
+            self.handle_front(packet);
+        }
         self.take_in_everything()?;
         while !self.stopping {
             let now = now();
@@ -236,6 +247,9 @@ impl EventLoop {
         self.close_sessions(now)?;
         self.run_fences(now);
         self.wake.tell();
+        if (self.draining).is_some_and(|due| due <= now || (self.bulk.is_idle() && self.store.is_idle())) {
+            self.stopping = true;
+        }
         if self.adopted && !self.ready {
             self.ready = true;
             self.tell_keeper(&CoreToKeeper::Ready { life: self.life })?;
@@ -305,6 +319,11 @@ impl EventLoop {
                 .rings
                 .handle_timeout(now, &session.front, &session.core, &mut session.memory);
         }
+        if self.draining.is_some() {
+            session.handle(now, Input::Poll { budget: 0 });
+            self.active.remove(&number);
+            return false;
+        }
         let turn = session.handle(now, Input::Poll { budget: POLL_BUDGET });
         if turn.progressed() || look {
             session.active_until = now.after_ns(poll_ns);
@@ -347,7 +366,10 @@ impl EventLoop {
 
     /// How long the loop may sleep; zero: not at all.
     fn sleep_time(&mut self, now: Tick) -> Option<Duration> {
-        let mut due = self.hub.poll_timeout();
+        let mut due = [self.hub.poll_timeout(), self.draining]
+            .into_iter()
+            .flatten()
+            .min();
         for (_, session) in self.sessions.iter_mut() {
             due = [due, session.rings.poll_timeout(), session.memory.poll_timeout()]
                 .into_iter()
@@ -370,7 +392,7 @@ impl EventLoop {
 }
 
 /// The hub as an earlier life left it.
-fn recover(journal: &Journal<MappedWords>, life: u64) -> anyhow::Result<Hub> {
+pub(super) fn recover<W: Words>(journal: &Journal<W>, life: u64) -> anyhow::Result<Hub> {
     let recovered = journal.recover().context("the hub's state")?;
     let saved = recovered
         .snapshot

@@ -1,0 +1,63 @@
+//! Faults on demand, for the tests of survival: in debug builds only, and only where `VMGMT_FAULT` asks for them.
+//!
+//! `VMGMT_FAULT=PLACE[@PROGRAM]=WHAT,…`. PROGRAM is the file name of the program that it is for (all, if left out), so that one daemon
+//! can have a good old and a bad new program. PLACE `check`, `trial`, `go`: WHAT is `abort`, `hang` or `exit`. PLACE `submission`,
+//! `worker`: the process aborts when a submission's data, or the name that a worker opens, contains WHAT.
+
+#[cfg(debug_assertions)]
+mod on_demand {
+    use std::sync::OnceLock;
+
+    /// Place and what is to happen there, for this program.
+    fn faults() -> &'static [(String, String)] {
+        static FAULTS: OnceLock<Vec<(String, String)>> = OnceLock::new();
+        FAULTS.get_or_init(|| {
+            let wanted = std::env::var("VMGMT_FAULT").unwrap_or_default();
+            let program = std::env::current_exe().unwrap_or_default();
+            let program = program.file_name().unwrap_or_default().to_string_lossy();
+            wanted
+                .split(',')
+                .filter_map(|fault| fault.split_once('='))
+                .filter_map(|(place, what)| match place.split_once('@') {
+                    Some((place, of)) => (of == program).then_some((place, what)),
+                    None => Some((place, what)),
+                })
+                .map(|(place, what)| (place.to_owned(), what.to_owned()))
+                .collect()
+        })
+    }
+
+    pub(in crate::core) fn at(place: &str) {
+        match faults()
+            .iter()
+            .find(|(at, _)| at == place)
+            .map(|(_, what)| what.as_str())
+        {
+            Some("abort") => std::process::abort(),
+            Some("exit") => std::process::exit(1),
+            Some("hang") => loop {
+                std::thread::park();
+            },
+            _ => {}
+        }
+    }
+
+    pub(in crate::core) fn on(place: &str, bytes: &[u8]) {
+        let hit = |what: &str| {
+            bytes
+                .windows(what.len().max(1))
+                .any(|part| part == what.as_bytes())
+        };
+        if faults().iter().any(|(at, what)| at == place && hit(what)) {
+            std::process::abort();
+        }
+    }
+}
+
+#[cfg(not(debug_assertions))]
+mod on_demand {
+    pub(in crate::core) const fn at(_: &str) {}
+    pub(in crate::core) const fn on(_: &str, _: &[u8]) {}
+}
+
+pub(super) use on_demand::{at, on};

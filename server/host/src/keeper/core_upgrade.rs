@@ -1,0 +1,231 @@
+//! Another program becomes the core: asked on copies first, then tried, and taken back where it fails.
+//!
+//! In: turns of the upgrade (`upgrade.rs`). Out: its steps. Must never know what is in the state.
+//!
+//! 1. The old core stands still for as long as its state is copied; the new program looks at the copies (`--check`). 2. The old core ends
+//!    its bulk work, as far as a deadline lets it, and goes. 3. The new one starts on trial, with a copy of the hub's state: it writes
+//!    no page, no table and no guest memory before it hears `Go`. 4. With `Go` its state is the state. Whatever goes wrong before that
+//!    leaves the old program's state as it was, and the old program is started on it.
+
+use super::Keeper;
+use super::binary::Binary;
+use super::child::Child;
+use super::limits::{CHECK_DEADLINE, DRAIN_GRACE, FREEZE_DEADLINE, TRIAL_DEADLINE};
+use super::lives::Standing;
+use super::upgrade::{Progress, Step};
+use super::watch;
+use crate::messages::{CHANNEL_VERSION, CoreToKeeper, KeeperToCore};
+use crate::state_memory;
+use rustix::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// Where a core's upgrade stands. `begun`: when the old core's service ended.
+pub(super) enum CoreStep {
+    /// The old core is to stand still.
+    Freezing { since: Instant },
+    /// The new program looks at the copies.
+    Checking {
+        checker: Box<Child<KeeperToCore>>,
+        since: Instant,
+    },
+    /// The old core ends its work.
+    Draining { begun: Instant },
+    /// The new program looks at everything, with this copy of the hub's state.
+    Trying {
+        hub: OwnedFd,
+        begun: Instant,
+        since: Instant,
+    },
+    /// It was told to go.
+    Going { old: Binary, begun: Instant },
+    /// The old program is to be in service again.
+    Returning { reason: String, begun: Instant },
+}
+
+impl CoreStep {
+    /// No core is to be started but by the upgrade.
+    pub(super) const fn holds_core(&self) -> bool {
+        matches!(self, Self::Draining { .. } | Self::Trying { .. })
+    }
+}
+
+impl Keeper {
+    pub(super) fn upgrade_core(&mut self, binary: &Binary, step: Step) -> Progress {
+        let Step::Core(step) = step else {
+            return self.freeze_core(binary);
+        };
+        if self.stop_at.is_some() {
+            self.thaw_core();
+            return Progress::Denied("vmgmtd was stopped meanwhile".into());
+        }
+        match step {
+            CoreStep::Freezing { since } => self.copy_state(binary, since),
+            CoreStep::Checking { checker, since } => self.check_core(checker, since),
+            CoreStep::Draining { begun } => self.drain_core(binary, begun),
+            CoreStep::Trying { hub, begun, since } => self.try_core(binary, hub, begun, since),
+            CoreStep::Going { old, begun } => match &self.core {
+                Some(core) if core.ready.is_some() => Progress::Done(begun.elapsed()),
+                Some(_) => running(CoreStep::Going { old, begun }),
+                None => {
+                    self.core_binary = old;
+                    let reason = format!("the new program ended before it served: {}", self.core_end);
+                    running(CoreStep::Returning { reason, begun })
+                }
+            },
+            CoreStep::Returning { reason, begun } => match &self.core {
+                Some(core) if core.ready.is_some() => Progress::RolledBack(reason, begun.elapsed()),
+                _ => running(CoreStep::Returning { reason, begun }),
+            },
+        }
+    }
+
+    fn freeze_core(&mut self, binary: &Binary) -> Progress {
+        let since = Instant::now();
+        if let Some(core) = &self.core {
+            core.child.freeze(true);
+        }
+        self.copy_state(binary, since)
+    }
+
+    fn thaw_core(&self) {
+        if let Some(core) = &self.core {
+            core.child.freeze(false);
+        }
+    }
+
+    /// Copies the state while its writer stands still (or is dead), and has the new program look at the copies.
+    fn copy_state(&mut self, binary: &Binary, since: Instant) -> Progress {
+        if self.core.as_ref().is_some_and(|core| !core.child.is_frozen()) {
+            if since.elapsed() < FREEZE_DEADLINE {
+                return running(CoreStep::Freezing { since });
+            }
+            self.thaw_core();
+            let text = "the old core did not stand still, so its state could not be copied: it waits for a disk; try again";
+            return Progress::Denied(text.into());
+        }
+        let states = std::iter::once(self.hub_state.as_fd());
+        let states = states.chain(self.session_states.values().map(AsFd::as_fd));
+        let copies = state_memory::sealed_copies(states);
+        self.thaw_core();
+        let started = copies
+            .map_err(Into::into)
+            .and_then(|copies| self.start_check(binary, copies));
+        match started {
+            Ok(checker) => running(CoreStep::Checking {
+                checker: Box::new(checker),
+                since: Instant::now(),
+            }),
+            Err(error) => Progress::Denied(format!("the new program cannot be asked: {error:#}")),
+        }
+    }
+
+    fn start_check(&self, binary: &Binary, copies: OwnedFd) -> anyhow::Result<Child<KeeperToCore>> {
+        let mut checker = Child::start(binary, "core", true, &self.arguments)?;
+        watch(&self.poll, &checker.pidfd)?;
+        watch(&self.poll, &checker.channel)?;
+        let sessions = self.session_states.iter();
+        let sessions = sessions.map(|(session, fd)| Ok((*session, state_memory::bytes(fd)?)));
+        let question = KeeperToCore::Check {
+            config: Box::new(self.core_config.clone()),
+            channel: CHANNEL_VERSION,
+            hub_bytes: state_memory::bytes(&self.hub_state)?,
+            sessions: sessions.collect::<anyhow::Result<_>>()?,
+        };
+        checker.queue(question, vec![copies]);
+        Ok(checker)
+    }
+
+    fn check_core(&mut self, mut checker: Box<Child<KeeperToCore>>, since: Instant) -> Progress {
+        checker.flush();
+        // Looked at before its words, so that its last ones are not missed.
+        let exit = checker.ended();
+        match checker.receive() {
+            Ok(Some(packet)) => match packet.header {
+                CoreToKeeper::Checked => return self.begin_drain(),
+                CoreToKeeper::Refused { reason } => {
+                    return Progress::Denied(format!("the new program refuses: {reason}"));
+                }
+                _ => return Progress::Denied("the new program talks nonsense".into()),
+            },
+            Ok(None) | Err(_) => {}
+        }
+        if let Some(exit) = exit {
+            return Progress::Denied(format!(
+                "the new program ended without a word when it was asked ({}): is it a vmgmtd?",
+                exit.text
+            ));
+        }
+        if since.elapsed() > CHECK_DEADLINE {
+            let text = format!(
+                "the new program did not answer within {} s",
+                CHECK_DEADLINE.as_secs()
+            );
+            return Progress::Denied(text);
+        }
+        running(CoreStep::Checking { checker, since })
+    }
+
+    fn begin_drain(&mut self) -> Progress {
+        let deadline_ms = self.drain_deadline_ms;
+        self.tell_core(KeeperToCore::Drain { deadline_ms }, Vec::new());
+        if let Some(core) = &mut self.core {
+            core.standing = Standing::Leaving;
+        }
+        running(CoreStep::Draining {
+            begun: Instant::now(),
+        })
+    }
+
+    fn drain_core(&mut self, binary: &Binary, begun: Instant) -> Progress {
+        if let Some(core) = &mut self.core {
+            if begun.elapsed() > Duration::from_millis(self.drain_deadline_ms) + DRAIN_GRACE {
+                // What it leaves is what any death leaves.
+                core.child.kill(None);
+            }
+            return running(CoreStep::Draining { begun });
+        }
+        let tried = state_memory::duplicate("vmgmt-hub", &self.hub_state)
+            .map_err(Into::into)
+            .and_then(|hub| self.start_core(Some((binary, &hub))).map(|()| hub));
+        match tried {
+            Ok(hub) => running(CoreStep::Trying {
+                hub,
+                begun,
+                since: Instant::now(),
+            }),
+            Err(error) => running(CoreStep::Returning {
+                reason: format!("the new program cannot be started: {error:#}"),
+                begun,
+            }),
+        }
+    }
+
+    fn try_core(&mut self, binary: &Binary, hub: OwnedFd, begun: Instant, since: Instant) -> Progress {
+        let Some(core) = &mut self.core else {
+            let reason = format!("the new program failed on trial: {}", self.core_end);
+            return running(CoreStep::Returning { reason, begun });
+        };
+        if core.standing == Standing::Able {
+            core.standing = Standing::Usual;
+            core.child.queue(KeeperToCore::Go, Vec::new());
+            self.hub_state = hub;
+            let old = std::mem::replace(&mut self.core_binary, binary.clone());
+            return running(CoreStep::Going { old, begun });
+        }
+        if since.elapsed() > TRIAL_DEADLINE {
+            let text = || {
+                format!(
+                    "it was not able to take over within {} s",
+                    TRIAL_DEADLINE.as_secs()
+                )
+            };
+            core.refusal.get_or_insert_with(text);
+            core.child.kill(None);
+        }
+        running(CoreStep::Trying { hub, begun, since })
+    }
+}
+
+const fn running(step: CoreStep) -> Progress {
+    Progress::Running(Step::Core(step))
+}
