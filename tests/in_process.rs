@@ -10,6 +10,8 @@ mod chat;
 mod core_dies;
 #[path = "in_process/files.rs"]
 mod files;
+#[path = "in_process/freeze.rs"]
+mod freeze;
 #[path = "in_process/memory.rs"]
 mod memory;
 #[path = "in_process/streams.rs"]

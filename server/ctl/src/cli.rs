@@ -5,8 +5,8 @@
 use crate::client::{Client, ClientError, default_control_path};
 use crate::output::{self, printable};
 use crate::protocol::{
-    AddVm, Call, ErrorCode, Event, Failure, Log, Receive, Received, Release, RemoveVm, SendMessage, Sent,
-    encode_base64,
+    AddVm, Call, ErrorCode, Event, Failure, Freeze, Frozen, Log, Receive, Received, Release, RemoveVm,
+    SendMessage, Sent, Thaw, encode_base64,
 };
 use crate::{doctor, qemu_args, transfer, upgrade};
 use clap::{Parser, Subcommand};
@@ -113,6 +113,15 @@ enum Command {
     },
     /// Removes a VM: its device ends, its mailbox is gone.
     RemoveVm { name: String },
+    /// No DMA into or out of a VM's memory, until it is thawed; returns when all is quiet. For migrate, save and snapshot.
+    Freeze {
+        name: String,
+        /// Thaw it by itself after this time, in whole seconds [default: never]. What is still being saved then is worth nothing.
+        #[arg(long, value_name = "SECONDS")]
+        timeout: Option<u64>,
+    },
+    /// Ends a freeze. Fails where there is none (any more).
+    Thaw { name: String },
     /// The daemon's last lines: refusals, deaths of the core.
     Log {
         /// And what comes, until interrupted.
@@ -231,6 +240,17 @@ impl Session {
             Command::RemoveVm { name } => {
                 self.show(Call::RemoveVm(RemoveVm { name }), |_: Value| String::new())?;
             }
+            Command::Freeze { name, timeout } => {
+                let call = Freeze {
+                    name,
+                    timeout_seconds: timeout,
+                };
+                self.show(Call::Freeze(call), |frozen: Frozen| match frozen.devices {
+                    0 => "frozen; no device is connected\n".to_owned(),
+                    _ => String::new(),
+                })?;
+            }
+            Command::Thaw { name } => self.show(Call::Thaw(Thaw { name }), |_: Value| String::new())?,
             Command::Log { follow } => {
                 let wait = (!follow).then_some(ANSWER_WAIT);
                 self.call(&Call::Log(Log { follow }), wait)?;

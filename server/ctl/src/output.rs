@@ -112,14 +112,18 @@ pub(crate) fn vms(vms: Vms) -> String {
         .vms
         .into_iter()
         .map(|vm| {
-            let devices = vm.sessions.len();
+            let devices = match (vm.frozen, vm.frozen_seconds_left) {
+                (false, _) => vm.sessions.len().to_string(),
+                (true, None) => format!("{} (frozen)", vm.sessions.len()),
+                (true, Some(seconds)) => format!("{} (frozen, {seconds} s)", vm.sessions.len()),
+            };
             let mailbox = format!("{} ({})", vm.mailbox_messages, bytes(vm.mailbox_bytes));
             let listening = yes(vm.listening);
             let shares = words(&vm.shares);
             let socket = vm.socket.unwrap_or_else(|| "(shared)".into());
             vec![
                 vm.name,
-                devices.to_string(),
+                devices,
                 yes(vm.published),
                 listening,
                 mailbox,

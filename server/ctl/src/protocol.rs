@@ -33,6 +33,8 @@ pub const METHODS: &[&str] = &[
     "pull",
     "add-vm",
     "remove-vm",
+    "freeze",
+    "thaw",
     "log",
     "upgrade",
     "release",
@@ -71,6 +73,10 @@ pub enum Call {
     AddVm(Box<AddVm>),
     /// Removes one: [`Done`].
     RemoveVm(RemoveVm),
+    /// No DMA of a VM until it is thawed: [`Frozen`], when its memory is quiet.
+    Freeze(Freeze),
+    /// DMA goes on: [`Done`].
+    Thaw(Thaw),
     /// The daemon's last lines: events [`Event::Log`], then [`Done`].
     Log(Log),
     /// Another program takes over, part by part: [`Upgrading`], at once; then see [`Status::upgrade`].
@@ -162,6 +168,23 @@ pub struct AddVm {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RemoveVm {
+    pub name: String,
+}
+
+/// Parameters of `freeze`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Freeze {
+    pub name: String,
+    /// It is thawed by itself after so many seconds; left out: never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_seconds: Option<u64>,
+}
+
+/// Parameters of `thaw`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Thaw {
     pub name: String,
 }
 
@@ -362,6 +385,10 @@ pub struct Vm {
     pub listening: bool,
     pub mailbox_messages: u64,
     pub mailbox_bytes: u64,
+    /// The operator has frozen it: no DMA.
+    pub frozen: bool,
+    /// It is thawed by itself after that time; `None`: never, or it is not frozen.
+    pub frozen_seconds_left: Option<u64>,
     /// Counted since the VM exists, by name.
     pub counters: BTreeMap<String, u64>,
 }
@@ -422,6 +449,13 @@ pub struct Transferred {
     pub crc32: String,
 }
 
+/// Result of `freeze`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Frozen {
+    /// Devices of the VM that are quiet now (0: it is not connected; whatever connects is frozen).
+    pub devices: u64,
+}
+
 /// Result of what gives nothing back.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Done {}
@@ -451,6 +485,8 @@ impl Call {
             Self::Pull(_) => "pull",
             Self::AddVm(_) => "add-vm",
             Self::RemoveVm(_) => "remove-vm",
+            Self::Freeze(_) => "freeze",
+            Self::Thaw(_) => "thaw",
             Self::Log(_) => "log",
             Self::Upgrade(_) => "upgrade",
             Self::Release(_) => "release",
@@ -462,7 +498,7 @@ impl Call {
     pub const fn is_repeatable(&self) -> bool {
         matches!(
             self,
-            Self::Hello | Self::Status | Self::Vms | Self::Peers | Self::Shares
+            Self::Hello | Self::Status | Self::Vms | Self::Peers | Self::Shares | Self::Freeze(_)
         )
     }
 
@@ -475,6 +511,8 @@ impl Call {
             Self::Pull(params) => serde_json::to_value(params),
             Self::AddVm(params) => serde_json::to_value(params),
             Self::RemoveVm(params) => serde_json::to_value(params),
+            Self::Freeze(params) => serde_json::to_value(params),
+            Self::Thaw(params) => serde_json::to_value(params),
             Self::Log(params) => serde_json::to_value(params),
             Self::Upgrade(params) => serde_json::to_value(params),
             Self::Release(params) => serde_json::to_value(params),
@@ -495,6 +533,8 @@ impl Call {
             "pull" => Self::Pull(from_params(method, params)?),
             "add-vm" => Self::AddVm(from_params(method, params)?),
             "remove-vm" => Self::RemoveVm(from_params(method, params)?),
+            "freeze" => Self::Freeze(from_params(method, params)?),
+            "thaw" => Self::Thaw(from_params(method, params)?),
             "log" => Self::Log(from_params(method, params)?),
             "upgrade" => Self::Upgrade(from_params(method, params)?),
             "release" => Self::Release(from_params(method, params)?),
@@ -717,6 +757,11 @@ mod tests {
                 ..AddVm::default()
             })),
             Call::RemoveVm(RemoveVm { name: "web".into() }),
+            Call::Freeze(Freeze {
+                name: "web".into(),
+                timeout_seconds: Some(9),
+            }),
+            Call::Thaw(Thaw { name: "web".into() }),
             Call::Log(Log { follow: true }),
             Call::Upgrade(Upgrade {
                 to: Some("/usr/sbin/vmgmtd".into()),

@@ -7,6 +7,7 @@
 use crate::config::{CoreConfig, ListenerConfig, VmConfig};
 use crate::control::protocol::{Upgrade, UpgradeReport};
 use serde::{Deserialize, Serialize};
+use vmgmt_device::Tick;
 
 /// Version of what the roles say to each other. A program that is to take over a role refuses a keeper of another one.
 pub const CHANNEL_VERSION: u32 = 1;
@@ -148,9 +149,16 @@ pub enum FrontToCore {
     Adopted,
     /// Answer to a DMA request of this life. payload: what was read. `error`: the client's errno, 0: done.
     DmaAnswer { session: u64, request: u64, error: u32 },
+    /// Until when a VM is frozen ([`Tick::NEVER`]: until it is thawed; `None`: it is not), after all its front pages say so. Answer to
+    /// [`CoreToFront::Freeze`]; `request` 0: its time is over, or the core life begins.
+    Frozen {
+        vm: u64,
+        until: Option<Tick>,
+        request: u64,
+    },
 }
 
-/// Core to front: DMA for memory that is not shared, at most [`MESSAGE_DMA_BYTES_MAX`] each.
+/// Core to front: DMA for memory that is not shared, at most [`MESSAGE_DMA_BYTES_MAX`] each, and the operator's wish to have no DMA.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum CoreToFront {
     /// `fence`: the front page's fence that the core had seen when it asked. A request from before the front's newest fence is answered
@@ -168,6 +176,12 @@ pub enum CoreToFront {
         request: u64,
         fence: u64,
         iova: u64,
+    },
+    /// All sessions of this VM, those to come too, are frozen until then, or (`None`) let go. `request` is not 0.
+    Freeze {
+        vm: u64,
+        until: Option<Tick>,
+        request: u64,
     },
 }
 

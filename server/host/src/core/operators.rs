@@ -16,6 +16,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 use vmgmt_abi::Status;
 use vmgmt_core::interface::{ControlReply, ControlRequest, VmStatus};
+use vmgmt_device::Tick;
 
 /// Messages held for a client that does not read: more than a burst, and a bounded amount of memory.
 const HELD_MAX: usize = 1024;
@@ -56,6 +57,18 @@ pub enum Ask {
         request: u64,
         vm: String,
     },
+    /// No DMA of this VM from now on; the answer comes when there is none. `timeout_ns`: how long at most.
+    Freeze {
+        client: u64,
+        id: u64,
+        name: String,
+        timeout_ns: Option<u64>,
+    },
+    Thaw {
+        client: u64,
+        id: u64,
+        name: String,
+    },
     /// The connection is gone.
     Closed {
         client: u64,
@@ -90,6 +103,9 @@ pub struct Books<'a> {
     pub sessions: usize,
     /// The last upgrade.
     pub upgrade: Option<&'a UpgradeReport>,
+    /// Until when which VM is frozen.
+    pub frozen: &'a BTreeMap<u64, Tick>,
+    pub now: Tick,
 }
 
 impl Books<'_> {
@@ -110,7 +126,7 @@ impl Books<'_> {
                 .filter(|line| line.vm.is_none())
                 .map(|line| line.text.clone())
                 .collect(),
-            counters: BTreeMap::new(),
+            counters: BTreeMap::from([("frozen VMs".to_owned(), self.frozen.len() as u64)]),
             upgrade: self.upgrade.cloned(),
         }
     }
@@ -333,6 +349,16 @@ impl Operators {
         }
     }
 
+    /// Answers a request with its result.
+    pub fn answer(&mut self, client: u64, id: u64, result: &impl serde::Serialize) {
+        self.server.reply(ClientId::from_number(client), id, result);
+    }
+
+    /// Answers a request with its failure.
+    pub fn refuse(&mut self, client: u64, id: u64, failure: Failure) {
+        self.server.fail(ClientId::from_number(client), id, failure);
+    }
+
     /// Ends a request that could not be begun.
     pub fn fail(&mut self, client: u64, id: u64, status: Status, text: String) {
         self.asked.remove(&(client, id));
@@ -440,6 +466,21 @@ impl Operators {
                 return Ok(Some(Ask::Release {
                     request,
                     vm: release.vm,
+                }));
+            }
+            Call::Freeze(freeze) => {
+                return Ok(Some(Ask::Freeze {
+                    client: number,
+                    id,
+                    name: freeze.name,
+                    timeout_ns: freeze.timeout_seconds.map(|s| s.saturating_mul(1_000_000_000)),
+                }));
+            }
+            Call::Thaw(thaw) => {
+                return Ok(Some(Ask::Thaw {
+                    client: number,
+                    id,
+                    name: thaw.name,
                 }));
             }
             Call::Log(log) => {
@@ -598,6 +639,12 @@ fn vm_of(vm: &VmStatus, books: &Books<'_>) -> Vm {
         listening: vm.receives_posted > 0,
         mailbox_messages: vm.mailbox_messages,
         mailbox_bytes: vm.mailbox_bytes,
+        frozen: books.frozen.contains_key(&vm.vm),
+        frozen_seconds_left: books
+            .frozen
+            .get(&vm.vm)
+            .filter(|until| **until != Tick::NEVER)
+            .map(|until| until.since_ns(books.now).div_ceil(1_000_000_000)),
         counters: counters
             .into_iter()
             .map(|(name, value)| (name.to_owned(), value))

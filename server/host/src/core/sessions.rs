@@ -116,6 +116,11 @@ impl Session {
             .handle(now, &self.front, &self.core, &mut self.memory, input)
     }
 
+    /// When the rings are to be looked at again by themselves: never while there is no DMA, a change of that touches the session.
+    pub fn rings_due(&self) -> Option<Tick> {
+        self.rings.poll_timeout().filter(|_| self.memory.is_allowed())
+    }
+
     /// Whether `fenced` has moved since this was last asked.
     pub fn tell_fenced(&mut self) -> bool {
         let fenced = self.core.fenced();
@@ -170,6 +175,22 @@ impl Sessions {
     pub fn vm_of(&self, session: u64) -> u64 {
         self.sessions.get(&session).map_or(0, |session| session.vm)
     }
+    /// Whether the operator has frozen the session: who needs its memory waits.
+    #[must_use]
+    pub fn is_frozen(&self, session: u64) -> bool {
+        self.sessions
+            .get(&session)
+            .is_some_and(|session| session.memory.is_frozen())
+    }
+
+    /// The sessions of a VM that have not ended.
+    pub fn of_vm(&self, vm: u64) -> impl Iterator<Item = (u64, &Session)> {
+        self.sessions
+            .iter()
+            .filter(move |(_, session)| session.vm == vm && !session.ended)
+            .map(|(number, session)| (*number, session))
+    }
+
     /// Guest memory of a session, within its turn.
     pub fn memory(&mut self, session: u64) -> Option<&mut SessionMemory> {
         self.sessions.get_mut(&session).map(|session| &mut session.memory)

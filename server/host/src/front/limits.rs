@@ -52,6 +52,12 @@ pub const STOP_NS_MAX: u64 = 2_000_000_000;
 /// Message DMA asked for by the core and not yet sent, per session: as many as may be outstanding.
 pub const MESSAGE_DMA_WAITING_MAX: usize = crate::messages::MESSAGE_DMA_OUTSTANDING_MAX;
 
+/// Frozen VMs kept in mind: as many as there can be sessions.
+pub const FROZEN_VMS_MAX: usize = SESSIONS_MAX;
+
+/// Freezes that are not answered yet; the core has fewer operators than that.
+pub const FREEZES_ASKED_MAX: usize = 64;
+
 /// Log lines that one session may cause at once, and how long one more takes to be earned.
 pub const LOG_LINES_MAX: u32 = 10;
 pub const LOG_LINE_NS: u64 = 1_000_000_000;

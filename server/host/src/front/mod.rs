@@ -8,6 +8,7 @@
 
 mod core_link;
 mod descriptors;
+mod frozen;
 mod limits;
 mod log_budget;
 mod message_dma;

@@ -5,6 +5,7 @@
 //! mio reports each readiness once: what was not used up is remembered in the session (`readable`, `writable`) and in `ready`.
 
 use super::core_link::CoreLink;
+use super::frozen::Frozen;
 use super::limits;
 use super::log_budget::LogBudget;
 use super::outbox::Outbox;
@@ -58,6 +59,8 @@ pub struct Front {
     pub(super) waiting: BTreeSet<usize>,
     /// Eventfds that unmask INTx, by slot.
     pub(super) unmask: BTreeMap<usize, Rc<OwnedFd>>,
+    /// VMs without DMA.
+    pub(super) frozen: Frozen,
     pub(super) next_session: u64,
     pub(super) accept_again: Tick,
     pub(super) buffer: Vec<u8>,
@@ -85,6 +88,7 @@ impl Front {
             deadlines: BTreeSet::new(),
             waiting: BTreeSet::new(),
             unmask: BTreeMap::new(),
+            frozen: Frozen::default(),
             next_session: first_session()?,
             accept_again: Tick::NEVER,
             buffer: vec![0; limits::READ_BYTES],
@@ -117,6 +121,7 @@ impl Front {
             self.flush_core();
             self.work();
             self.timeouts();
+            self.freezes();
             self.beat();
             self.keeper.flush();
             if self.is_over() {
@@ -170,6 +175,7 @@ impl Front {
             .min(flush)
             .min(stop)
             .min(self.accept_again)
+            .min(self.frozen.deadline())
             .min(hour)
     }
 

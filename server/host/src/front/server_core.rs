@@ -3,7 +3,7 @@
 //! In: core lives, packets and kicks of the core. Out: packets for it; calls of sessions. Must never know: what a client asks.
 
 use super::core_link::CoreLink;
-use super::limits;
+use super::limits::{self, FREEZES_ASKED_MAX};
 use super::message_dma::Ask;
 use super::server::{CORE, Front, WAKE};
 use super::session::Session;
@@ -12,6 +12,7 @@ use crate::messages::{CoreToFront, FrontToCore, FrontToKeeper};
 use mio::Interest;
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use std::collections::VecDeque;
+use vmgmt_device::Tick;
 
 impl Front {
     pub(super) fn core_begins(&mut self, life: u64, fds: Vec<OwnedFd>) -> anyhow::Result<()> {
@@ -39,6 +40,9 @@ impl Front {
                 Some(slot) => self.serve(slot, Session::tell_core),
                 None => {
                     self.adopting = None;
+                    for (vm, until) in self.frozen.all() {
+                        self.tell_frozen(vm, Some(until), 0);
+                    }
                     if let Some(core) = &mut self.core {
                         core.outbox.send(FrontToCore::Adopted, Vec::new(), Vec::new());
                         core.wake(self.now);
@@ -60,6 +64,7 @@ impl Front {
 
     fn drop_core(&mut self) {
         self.adopting = None;
+        self.frozen.asked.clear();
         self.core_ready = false;
         if let Some(core) = self.core.take() {
             self.deregister(core.outbox.channel().as_fd().as_raw_fd());
@@ -111,6 +116,7 @@ impl Front {
                     data: packet.payload,
                 },
             ),
+            CoreToFront::Freeze { vm, until, request } => return self.freeze(vm, until, request),
         };
         let slot = self.numbers.get(&number).copied();
         let live = slot.filter(|slot| {
@@ -136,6 +142,50 @@ impl Front {
                     );
                 }
             }
+        }
+    }
+
+    /// The operator's wish: a level that outlives sessions and core lives.
+    fn freeze(&mut self, vm: u64, until: Option<Tick>, request: u64) {
+        if !self.frozen.set(vm, until) {
+            tracing::error!(vm, "more VMs are frozen than the front keeps in mind");
+        }
+        let until = self.frozen.until(vm);
+        if until.is_none() {
+            self.frozen.asked.retain(|(asked, _)| *asked != vm);
+        }
+        for slot in self.slots() {
+            if self.sessions.get(slot).is_some_and(|session| session.vm == vm) {
+                self.serve(slot, |session, outside| session.freeze(outside, until.is_some()));
+            }
+        }
+        match until {
+            Some(_) if self.frozen.asked.len() < FREEZES_ASKED_MAX => self.frozen.asked.push((vm, request)),
+            _ => self.tell_frozen(vm, until, request),
+        }
+    }
+
+    /// Lets those go whose time is over, and answers where no client has a message of ours any more that reads or writes its memory (the
+    /// answers do not matter, but a write that comes late would).
+    pub(super) fn freezes(&mut self) {
+        while let Some(vm) = self.frozen.due(self.now) {
+            tracing::warn!(vm, "the time that the VM was to be frozen is over");
+            self.freeze(vm, None, 0);
+        }
+        for (vm, request) in std::mem::take(&mut self.frozen.asked) {
+            let of_vm = self.sessions.iter().filter(|(_, session)| session.vm == vm);
+            if of_vm.into_iter().any(|(_, session)| session.has_messages_out()) {
+                self.frozen.asked.push((vm, request));
+            } else {
+                self.tell_frozen(vm, self.frozen.until(vm), request);
+            }
+        }
+    }
+
+    fn tell_frozen(&mut self, vm: u64, until: Option<Tick>, request: u64) {
+        if let Some(core) = &mut self.core {
+            let told = FrontToCore::Frozen { vm, until, request };
+            core.outbox.send(told, Vec::new(), Vec::new());
         }
     }
 

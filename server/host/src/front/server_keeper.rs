@@ -118,9 +118,14 @@ impl Front {
             return;
         };
         match self.new_function(slot, number, vm, fds) {
-            Ok((function, front_page, state)) => self.serve(slot, |session, outside| {
-                session.admit(outside, vm, name, function, front_page, state);
-            }),
+            Ok((mut function, front_page, state)) => {
+                if self.frozen.until(vm).is_some() {
+                    function.handle(self.now, Input::Freeze(true));
+                }
+                self.serve(slot, |session, outside| {
+                    session.admit(outside, vm, name, function, front_page, state);
+                });
+            }
             Err(error) => self.serve(slot, |session, _| session.refuse(&format!("{error:#}"))),
         }
         self.enqueue(slot);

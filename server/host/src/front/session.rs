@@ -154,6 +154,16 @@ impl Session {
         self.input(outside, Input::CoreDead { life });
     }
 
+    /// The operator stops, or lets go on, all DMA.
+    pub fn freeze(&mut self, outside: &mut Outside<'_>, frozen: bool) {
+        self.input(outside, Input::Freeze(frozen));
+    }
+
+    /// The client has not answered all DMA messages that it was sent, dropped ones included.
+    pub fn has_messages_out(&self) -> bool {
+        self.socket.is_some() && self.connection.dma_outstanding() > 0
+    }
+
     /// The core may have kicked this session.
     pub fn kicks(&mut self, outside: &mut Outside<'_>) {
         let Some(core) = outside.core.as_deref() else {

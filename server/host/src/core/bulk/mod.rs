@@ -27,6 +27,8 @@ pub struct Bulk {
     tasks: BTreeMap<EffectId, Task>,
     ready: VecDeque<EffectId>,
     waiting_for_memory: Vec<EffectId>,
+    /// They hold nothing, and go on when their VM is thawed.
+    frozen: Vec<EffectId>,
 }
 
 impl Bulk {
@@ -45,7 +47,7 @@ impl Bulk {
     /// Whether workers have work of ours and nothing else is to be done.
     #[must_use]
     pub fn is_on_workers(&self) -> bool {
-        self.ready.is_empty() && self.tasks.len() > self.waiting_for_memory.len()
+        self.ready.is_empty() && self.tasks.len() > self.waiting_for_memory.len() + self.frozen.len()
     }
 
     /// Whether an effect is bulk work that has not ended.
@@ -196,6 +198,21 @@ impl Bulk {
         self.ready.extend(self.waiting_for_memory.drain(..));
     }
 
+    /// A session was touched: who waits for its thaw tries again. Where it is frozen, who waits for its messages lets go of it.
+    pub fn look_again(&mut self, session: u64, frozen: bool) {
+        let concerned = |id: &mut EffectId, tasks: &BTreeMap<EffectId, Task>| {
+            let task = tasks.get(id);
+            task.is_none_or(|task| task.work.tokens().iter().any(|token| token.session == session))
+        };
+        let tasks = &self.tasks;
+        self.ready
+            .extend(self.frozen.extract_if(.., |id| concerned(id, tasks)));
+        if frozen {
+            self.ready
+                .extend(self.waiting_for_memory.extract_if(.., |id| concerned(id, tasks)));
+        }
+    }
+
     /// A worker is back. `None`: there is no such work, or it goes on.
     pub fn handle_worker(&mut self, id: EffectId, done: Done) -> Option<Outcome> {
         let task = self.tasks.get_mut(&id)?;
@@ -245,6 +262,7 @@ impl Bulk {
                 }
                 Step::OnWorker => {}
                 Step::OnMemory => self.waiting_for_memory.push(id),
+                Step::Frozen => self.frozen.push(id),
             }
             if budget == 0 {
                 break;

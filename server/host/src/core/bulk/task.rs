@@ -27,6 +27,8 @@ pub(super) struct End {
 pub(super) enum Place {
     Guest(Pieces),
     Port,
+    /// Let go, or not looked up yet, because its session is frozen.
+    Frozen,
 }
 
 #[derive(Debug)]
@@ -76,6 +78,8 @@ pub(super) enum Step {
     OnWorker,
     /// Wait for an answer by message.
     OnMemory,
+    /// Wait for the thaw of a session.
+    Frozen,
 }
 
 /// A step that failed.
@@ -93,6 +97,17 @@ impl Task {
         }
         if self.done >= self.bytes {
             return Step::Finished(self.outcome());
+        }
+        let tokens = self.work.tokens();
+        if tokens.iter().any(|token| sessions.is_frozen(token.session)) {
+            // Also the other end is let go: its session's fences must not wait for this one's thaw.
+            self.work.ends_mut().for_each(End::let_go);
+            return Step::Frozen;
+        }
+        if self.work.ends_mut().any(|end| matches!(end.place, Place::Frozen))
+            && let Err(outcome) = self.look_up_again(sessions)
+        {
+            return Step::Finished(outcome);
         }
         let moved = match &self.work {
             Work::Copy { .. } => self.copy_piece(sessions),
@@ -342,6 +357,16 @@ fn store_piece(
 }
 
 impl Work {
+    fn ends_mut(&mut self) -> impl Iterator<Item = &mut End> {
+        let (one, other) = match self {
+            Self::Copy { from, into } => (from, Some(into)),
+            Self::Fetch { from: end, .. } | Self::Write { from: end, .. } | Self::Read { into: end, .. } => {
+                (end, None)
+            }
+        };
+        std::iter::once(one).chain(other)
+    }
+
     /// The submissions of its ends (one may be there twice).
     pub(super) fn tokens(&self) -> [Token; 2] {
         match self {
@@ -359,17 +384,32 @@ impl End {
         range: BufferRange,
         direction: Direction,
     ) -> Result<Self, Status> {
-        let place = match sessions.resolve(range, direction)? {
-            Some(pieces) => Place::Guest(pieces),
-            None => Place::Port,
+        let place = match sessions.resolve(range, direction) {
+            // Looked up when it is thawed, and found to be wrong then.
+            Err(_) if sessions.is_frozen(range.token.session) => Place::Frozen,
+            place => Self::place(place?),
         };
         Ok(Self { range, place })
+    }
+
+    fn place(pieces: Option<Pieces>) -> Place {
+        match pieces {
+            Some(pieces) => Place::Guest(pieces),
+            None => Place::Port,
+        }
+    }
+
+    /// Holds no memory any more, until it is looked up again.
+    fn let_go(&mut self) {
+        if matches!(self.place, Place::Guest(_)) {
+            self.place = Place::Frozen;
+        }
     }
 
     fn is_slow(&self) -> bool {
         match &self.place {
             Place::Guest(pieces) => pieces.needs_messages(),
-            Place::Port => true,
+            Place::Port | Place::Frozen => true,
         }
     }
 
@@ -378,6 +418,8 @@ impl End {
             Place::Guest(pieces) if !pieces.needs_messages() => pieces
                 .read_bytes(at, into)
                 .map_err(|error| fault(error, FailedAt::From)),
+            // A fence cancelled it: what it named is looked up again, and goes on where it is still there.
+            Place::Guest(pieces) if pieces.is_revoked() => Err(Fault::Revoked),
             Place::Guest(pieces) => {
                 let memory = sessions
                     .memory(self.range.token.session)
@@ -386,6 +428,7 @@ impl End {
                     .read_pieces(pieces, at, into)
                     .map_err(|error| memory_fault(error, FailedAt::From))
             }
+            Place::Frozen => Err(Fault::Revoked),
             Place::Port => {
                 let data = sessions
                     .port_input(self.range, at, into.len())
@@ -401,6 +444,7 @@ impl End {
             Place::Guest(pieces) if !pieces.needs_messages() => pieces
                 .write_bytes(at, from)
                 .map_err(|error| fault(error, FailedAt::Into)),
+            Place::Guest(pieces) if pieces.is_revoked() => Err(Fault::Revoked),
             Place::Guest(pieces) => {
                 let memory = sessions
                     .memory(self.range.token.session)
@@ -409,6 +453,7 @@ impl End {
                     .write_pieces(pieces, at, from)
                     .map_err(|error| memory_fault(error, FailedAt::Into))
             }
+            Place::Frozen => Err(Fault::Revoked),
             Place::Port => {
                 if sessions.port_write(self.range, at, from) {
                     Ok(())

@@ -197,6 +197,8 @@ impl EventLoop {
             started: self.started,
             sessions: self.sessions.count(),
             upgrade: self.upgrade.as_deref(),
+            frozen: self.freezes.levels(),
+            now: now(),
         };
         self.operators.handle_reply(client, id, reply, last, &books);
         for notice in self.operators.take_notices() {

@@ -73,6 +73,7 @@ impl EventLoop {
             }
             KeeperToCore::VmGone { vm } => {
                 self.vms.remove(&vm);
+                self.thaw_unknown();
                 self.hub.handle(now(), interface::Input::VmGone { vm });
             }
             KeeperToCore::Done { request, error } => {
@@ -140,12 +141,14 @@ impl EventLoop {
                 self.bulk.handle_memory();
                 self.look_again(session);
             }
+            FrontToCore::Frozen { vm, until, request } => self.frozen(vm, until, request),
         }
     }
 
     /// All sessions that are still there have been told. What the hub still expects to hear of others' completions it will not hear.
     fn finish_adoption(&mut self) {
         self.adopted = true;
+        self.thaw_unknown();
         for token in self.hub.unresolved() {
             if self.sessions.get_mut(token.session).is_none() {
                 let session = token.session;
@@ -214,6 +217,8 @@ impl EventLoop {
                 started: self.started,
                 sessions: self.sessions.count(),
                 upgrade: self.upgrade.as_deref(),
+                frozen: self.freezes.levels(),
+                now,
             };
             let Some(ask) = self.operators.poll(&books) else {
                 break;
@@ -279,7 +284,17 @@ impl EventLoop {
                 Ask::Release { request, vm } => {
                     self.ask_keeper(request, &CoreToKeeper::Release { request, vm })
                 }
-                Ask::Closed { client } => self.hub.handle(now, interface::Input::ControlClosed { client }),
+                Ask::Freeze {
+                    client,
+                    id,
+                    name,
+                    timeout_ns,
+                } => self.freeze(client, id, &name, timeout_ns, now),
+                Ask::Thaw { client, id, name } => self.thaw(client, id, &name),
+                Ask::Closed { client } => {
+                    self.end_freezes(client);
+                    self.hub.handle(now, interface::Input::ControlClosed { client });
+                }
             }
         }
         self.operators.tell_followers(&self.lines);

@@ -5,6 +5,7 @@
 //! turns (interrupts go out), and sleep if there was nothing to do.
 
 mod carry;
+mod freeze;
 mod intake;
 
 use crate::channel::{Channel, ChannelError, Packet};
@@ -24,6 +25,7 @@ use crate::messages::{CoreToFront, CoreToKeeper, FrontToCore, KeeperToCore};
 use crate::store::{Done, Store};
 use crate::words::MappedWords;
 use anyhow::{Context, anyhow, bail};
+use freeze::Freezes;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
@@ -77,6 +79,7 @@ pub struct EventLoop {
     store: Store,
     bulk: Bulk,
     operators: Operators,
+    freezes: Freezes,
     lines: Lines,
     /// The last upgrade, as the keeper tells it.
     upgrade: Option<Box<UpgradeReport>>,
@@ -156,6 +159,7 @@ impl EventLoop {
             store,
             bulk: Bulk::default(),
             operators,
+            freezes: Freezes::default(),
             lines: Lines::default(),
             upgrade: None,
             started: Instant::now(),
@@ -246,6 +250,7 @@ impl EventLoop {
         }
         self.close_sessions(now)?;
         self.run_fences(now);
+        self.run_freezes(now);
         self.wake.tell();
         if (self.draining).is_some_and(|due| due <= now || (self.bulk.is_idle() && self.store.is_idle())) {
             self.stopping = true;
@@ -287,7 +292,7 @@ impl EventLoop {
             if session.ended || due(session.memory.poll_timeout()) {
                 self.watched.insert(number);
             }
-            if !session.ended && (session.look || due(session.rings.poll_timeout())) {
+            if !session.ended && (session.look || due(session.rings_due())) {
                 self.active.insert(number);
             }
         }
@@ -313,8 +318,9 @@ impl EventLoop {
         let look = std::mem::take(&mut session.look);
         if look {
             session.handle(now, Input::Touched);
+            self.bulk.look_again(number, session.memory.is_frozen());
         }
-        if session.rings.poll_timeout().is_some_and(|due| due <= now) {
+        if session.rings_due().is_some_and(|due| due <= now) {
             session
                 .rings
                 .handle_timeout(now, &session.front, &session.core, &mut session.memory);
@@ -366,12 +372,16 @@ impl EventLoop {
 
     /// How long the loop may sleep; zero: not at all.
     fn sleep_time(&mut self, now: Tick) -> Option<Duration> {
-        let mut due = [self.hub.poll_timeout(), self.draining]
-            .into_iter()
-            .flatten()
-            .min();
+        let mut due = [
+            self.hub.poll_timeout(),
+            self.freezes.poll_timeout(),
+            self.draining,
+        ]
+        .into_iter()
+        .flatten()
+        .min();
         for (_, session) in self.sessions.iter_mut() {
-            due = [due, session.rings.poll_timeout(), session.memory.poll_timeout()]
+            due = [due, session.rings_due(), session.memory.poll_timeout()]
                 .into_iter()
                 .flatten()
                 .min();

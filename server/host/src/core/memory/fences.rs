@@ -53,6 +53,10 @@ impl Fences {
         self.control & DMA_BITS == control::BUS_MASTER
     }
 
+    pub const fn is_frozen(&self) -> bool {
+        self.control & control::FROZEN != 0
+    }
+
     pub const fn seen(&self) -> u64 {
         self.seen
     }

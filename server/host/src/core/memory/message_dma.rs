@@ -92,6 +92,11 @@ impl MessageQueue {
         self.queue.is_empty() && self.outstanding.is_empty()
     }
 
+    /// Requests given out and not answered.
+    pub fn outstanding(&self) -> usize {
+        self.outstanding.len()
+    }
+
     /// Writes wait or are outstanding: later writes must queue behind them.
     pub fn has_writes(&self) -> bool {
         self.queue

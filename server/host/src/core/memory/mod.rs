@@ -277,6 +277,35 @@ impl SessionMemory {
         self.notices.pop_front()
     }
 
+    /// Whether the operator has frozen the session, as far as was looked.
+    #[must_use]
+    pub const fn is_frozen(&self) -> bool {
+        self.fences.is_frozen()
+    }
+
+    /// Whether DMA is allowed, as far as was looked.
+    #[must_use]
+    pub const fn is_allowed(&self) -> bool {
+        self.fences.allowed()
+    }
+
+    /// What of a frozen session is still busy; `None`: nothing, no byte of its memory moves.
+    #[must_use]
+    pub fn busy_with(&self) -> Option<String> {
+        let (leases, messages) = (self.held(), self.messages.outstanding());
+        if !self.fences.is_frozen() || self.open || self.front.fence() != self.fences.seen() {
+            Some("the core has not looked at it yet".into())
+        } else if leases > 0 || self.is_fence_waiting() {
+            Some(format!("{leases} transfers hold its memory"))
+        } else if messages > 0 {
+            Some(format!(
+                "{messages} messages that read or write its memory are under way"
+            ))
+        } else {
+            None
+        }
+    }
+
     /// Counters for the operator.
     #[must_use]
     pub fn counters(&self) -> MemoryCounters {
@@ -307,14 +336,15 @@ impl SessionMemory {
         self.leases.retain(|lease| lease.strong_count() > 0);
         // What the last holder did with the memory comes before what we say now.
         fence(Ordering::Acquire);
-        let held = self
-            .leases
-            .iter()
-            .filter_map(Weak::upgrade)
-            .any(|lease| !lease.is_revoked());
-        if !self.open && !held && self.messages.is_idle() {
+        if !self.open && self.held() == 0 && self.messages.is_idle() {
             self.core.set_busy(false);
         }
+    }
+
+    /// Leases whose memory was not taken away.
+    fn held(&self) -> usize {
+        let held = self.leases.iter().filter_map(Weak::upgrade);
+        held.filter(|lease| !lease.is_revoked()).count()
     }
 
     /// Stores to shared memory that waited behind messages, when their turn has come.

@@ -152,6 +152,7 @@ impl Session {
                 ram.write(iova, &request.payload);
                 self.memory.handle_dma_answer(number, 0, Vec::new());
             }
+            CoreToFront::Freeze { .. } => panic!("memory asks for no freeze"),
         }
     }
 

@@ -28,6 +28,7 @@ fn shape(request: &DmaRequest) -> (u64, u64, usize, bool) {
             iova,
             ..
         } => (number, iova, request.payload.len(), true),
+        CoreToFront::Freeze { .. } => panic!("memory asks for no freeze"),
     }
 }
 

@@ -1,0 +1,229 @@
+//! Freezing a VM: no byte of its memory is read or written by this daemon until it is thawed.
+//!
+//! In: the operators' wishes, the front's word that the level is in all pages. Out: wishes for the front; answers, when every session of
+//! the VM is quiet or that takes too long. The level is the front's: it outlives this core life.
+
+use super::*;
+use crate::control::protocol::{Done, ErrorCode, Failure, Frozen};
+
+/// How long a VM may take to become quiet. Transfers let go of its memory within 100 ms; what can take longer is QEMU's answer to a message.
+const QUIET_NS_MAX: u64 = 6_000_000_000;
+
+/// What the operators wait for, and the levels as the front told them.
+#[derive(Debug, Default)]
+pub(super) struct Freezes {
+    levels: BTreeMap<u64, Tick>,
+    asked: BTreeMap<u64, Asked>,
+    requests: u64,
+}
+
+#[derive(Debug)]
+struct Asked {
+    client: u64,
+    id: u64,
+    vm: u64,
+    wish: Wish,
+}
+
+#[derive(Debug)]
+enum Wish {
+    Freeze {
+        /// The front has put it into all pages.
+        told: bool,
+        /// It was frozen before: what fails now leaves it so.
+        before: bool,
+        give_up: Tick,
+    },
+    Thaw,
+}
+
+impl Freezes {
+    pub(super) const fn levels(&self) -> &BTreeMap<u64, Tick> {
+        &self.levels
+    }
+
+    pub(super) fn poll_timeout(&self) -> Option<Tick> {
+        let times = self.asked.values().filter_map(|asked| match asked.wish {
+            Wish::Freeze { give_up, .. } => Some(give_up),
+            Wish::Thaw => None,
+        });
+        times.min()
+    }
+}
+
+impl EventLoop {
+    pub(super) fn freeze(&mut self, client: u64, id: u64, name: &str, timeout_ns: Option<u64>, now: Tick) {
+        let Some(vm) = self.vm_named(client, id, name) else {
+            return;
+        };
+        let until = timeout_ns.map_or(Tick::NEVER, |timeout_ns| now.after_ns(timeout_ns));
+        let wish = Wish::Freeze {
+            told: false,
+            before: self.freezes.levels.contains_key(&vm),
+            give_up: now.after_ns(QUIET_NS_MAX),
+        };
+        let request = self.ask_front(vm, Some(until));
+        let asked = Asked { client, id, vm, wish };
+        self.freezes.asked.insert(request, asked);
+    }
+
+    pub(super) fn thaw(&mut self, client: u64, id: u64, name: &str) {
+        let Some(vm) = self.vm_named(client, id, name) else {
+            return;
+        };
+        let request = self.ask_front(vm, None);
+        let asked = Asked {
+            client,
+            id,
+            vm,
+            wish: Wish::Thaw,
+        };
+        self.freezes.asked.insert(request, asked);
+    }
+
+    /// The front says how it stands.
+    pub(super) fn frozen(&mut self, vm: u64, until: Option<Tick>, request: u64) {
+        let before = match until {
+            Some(until) => self.freezes.levels.insert(vm, until),
+            None => self.freezes.levels.remove(&vm),
+        };
+        if request == 0 && until.is_none() {
+            self.log(
+                Some(vm),
+                "thawed: the time that it was to be frozen is over".into(),
+            );
+        }
+        let done = match self.freezes.asked.get_mut(&request).map(|asked| &mut asked.wish) {
+            Some(Wish::Freeze { told, .. }) => {
+                *told = true;
+                false
+            }
+            Some(Wish::Thaw) => true,
+            None => false,
+        };
+        if done && let Some(Asked { client, id, vm, .. }) = self.freezes.asked.remove(&request) {
+            let name = self.name_of(vm);
+            match before {
+                Some(_) => self.operators.answer(client, id, &Done {}),
+                None => self.operators.refuse(
+                    client,
+                    id,
+                    Failure::new(
+                        ErrorCode::Stale,
+                        format!("VM {name:?} is not frozen, or not any more"),
+                        "what was saved meanwhile may be torn: freeze it with a longer --timeout, or none, and save it again",
+                    ),
+                ),
+            }
+        }
+    }
+
+    /// Answers those whose VM is quiet, and those who have waited too long.
+    pub(super) fn run_freezes(&mut self, now: Tick) {
+        if self.freezes.asked.is_empty() {
+            return;
+        }
+        let requests: Vec<u64> = self.freezes.asked.keys().copied().collect();
+        for request in requests {
+            let Some(asked) = self.freezes.asked.get(&request) else {
+                continue;
+            };
+            let Asked {
+                client,
+                id,
+                vm,
+                wish:
+                    Wish::Freeze {
+                        told,
+                        before,
+                        give_up,
+                    },
+            } = *asked
+            else {
+                continue;
+            };
+            let busy = self.busy_with(vm, told);
+            let verdict = match busy {
+                None => {
+                    let devices = self.sessions.of_vm(vm).count() as u64;
+                    Ok(Frozen { devices })
+                }
+                Some(_) if told && !self.freezes.levels.contains_key(&vm) => {
+                    Err("it was thawed meanwhile".into())
+                }
+                Some(busy) if now >= give_up => Err(busy),
+                Some(_) => continue,
+            };
+            self.freezes.asked.remove(&request);
+            match verdict {
+                Ok(frozen) => self.operators.answer(client, id, &frozen),
+                Err(busy) => {
+                    if !before {
+                        self.ask_front(vm, None);
+                    }
+                    let failure = Failure::new(
+                        ErrorCode::Busy,
+                        format!("VM {:?} does not become quiet: {busy}", self.name_of(vm)),
+                        "the freeze is taken back unless it was frozen before; try again",
+                    );
+                    self.operators.refuse(client, id, failure);
+                }
+            }
+        }
+    }
+
+    /// The operator has gone before the answer: a freeze that nobody knows of is taken back.
+    pub(super) fn end_freezes(&mut self, client: u64) {
+        let gone = self
+            .freezes
+            .asked
+            .extract_if(.., |_, asked| asked.client == client);
+        let gone: Vec<Asked> = gone.map(|(_, asked)| asked).collect();
+        for asked in gone {
+            if matches!(asked.wish, Wish::Freeze { before: false, .. }) {
+                self.ask_front(asked.vm, None);
+            }
+        }
+    }
+
+    /// Levels of VMs that have ended are of no use.
+    pub(super) fn thaw_unknown(&mut self) {
+        let unknown = self.freezes.levels.keys().filter(|vm| !self.vms.contains_key(vm));
+        for vm in unknown.copied().collect::<Vec<_>>() {
+            self.ask_front(vm, None);
+        }
+    }
+
+    /// What of a VM is busy; `told`: the front has put the level into all its pages.
+    fn busy_with(&self, vm: u64, told: bool) -> Option<String> {
+        if !told {
+            return Some("QEMU has not answered a message that reads or writes its memory".into());
+        }
+        self.sessions.of_vm(vm).find_map(|(number, session)| {
+            let busy = session.memory.busy_with()?;
+            Some(format!("device {number}: {busy}"))
+        })
+    }
+
+    fn ask_front(&mut self, vm: u64, until: Option<Tick>) -> u64 {
+        self.freezes.requests += 1;
+        let request = self.freezes.requests;
+        self.to_front
+            .push_back((CoreToFront::Freeze { vm, until, request }, Vec::new()));
+        request
+    }
+
+    fn vm_named(&mut self, client: u64, id: u64, name: &str) -> Option<u64> {
+        let vm = self.vms.values().find(|vm| vm.name == name).map(|vm| vm.vm);
+        if vm.is_none() {
+            let message = format!("no VM {:?}", name.chars().take(64).collect::<String>());
+            let failure = Failure::new(ErrorCode::NoSuchName, message, "vmgmtctl vms lists them");
+            self.operators.refuse(client, id, failure);
+        }
+        vm
+    }
+
+    fn name_of(&self, vm: u64) -> String {
+        self.vms.get(&vm).map_or_else(String::new, |vm| vm.name.clone())
+    }
+}
