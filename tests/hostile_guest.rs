@@ -1,8 +1,5 @@
 //! Guests that lie: with their rings, with their memory, by leaving. Each fails by itself; its neighbour's transfer goes on, nothing
 //! panics, and front and core stay the processes they were.
-//!
-//! Not here, with its reason: a disk that is slow under an unmap. No file system of an ordinary machine can be made slow without a
-//! kernel module or FUSE; the rule is tested where it is kept (`server/host/src/core/memory/tests`, leases).
 
 #[path = "hostile_guest/leaving.rs"]
 mod leaving;
@@ -10,6 +7,8 @@ mod leaving;
 mod memory;
 #[path = "hostile_guest/rings.rs"]
 mod rings;
+#[path = "hostile_guest/slow_disk.rs"]
+mod slow_disk;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,21 +27,30 @@ struct Street {
     site: Site,
     pids: Pids,
     neighbour: SimulatedVm,
+    /// What it gets, and what is in it.
+    file: &'static str,
     data: Vec<u8>,
 }
 
 fn street() -> Result<Street> {
     let site = SitePlan::new(env!("CARGO_BIN_EXE_vmgmtd"), 2).start()?;
-    let data: Vec<u8> = (0..(4_u32 << 20))
-        .map(|n| (n.wrapping_mul(n) >> 7) as u8)
-        .collect();
+    let data = pattern(4 << 20);
     std::fs::write(site.share().join("neighbour"), &data)?;
+    street_in(site, "work/neighbour", data)
+}
+
+fn pattern(bytes: u32) -> Vec<u8> {
+    (0..bytes).map(|n| (n.wrapping_mul(n) >> 7) as u8).collect()
+}
+
+fn street_in(site: Site, file: &'static str, data: Vec<u8>) -> Result<Street> {
     let neighbour = site.vm(1)?;
     let pids = site.pids()?;
     Ok(Street {
         site,
         pids,
         neighbour,
+        file,
         data,
     })
 }
@@ -74,7 +82,7 @@ impl Street {
 
     fn transfer(&self) -> Result<()> {
         let mut files = self.neighbour.ring(Mode::FILE)?;
-        let (memory, _) = files.get_to_memory("work/neighbour", &TransferOptions::default())?;
+        let (memory, _) = files.get_to_memory(self.file, &TransferOptions::default())?;
         ensure!(
             memory.to_vec(0, self.data.len())? == self.data,
             "the neighbour's bytes are not the same"

@@ -4,4 +4,5 @@ pub mod client;
 pub mod guest;
 pub mod process;
 pub mod setup;
+pub mod slow_disk;
 pub mod vm;

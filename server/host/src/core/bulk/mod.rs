@@ -235,8 +235,8 @@ impl Bulk {
                 }
                 task.scratch = data;
             }
-            // The next step looks the buffers up again.
-            Done::Warm | Done::Revoked | Done::Opened { .. } => {}
+            Done::Revoked => task.revoked = true,
+            Done::Warm | Done::Opened { .. } => {}
         }
         self.ready.push_back(id);
         None
@@ -280,6 +280,7 @@ impl Bulk {
                 done: 0,
                 scratch: Vec::new(),
                 void: false,
+                revoked: false,
             },
         );
         self.ready.push_back(id);

@@ -67,6 +67,8 @@ pub(super) struct Task {
     pub(super) scratch: Vec<u8>,
     /// Its submission is void: it ends when its worker is back.
     pub(super) void: bool,
+    /// A worker found its buffers taken back: they are to be looked up again.
+    pub(super) revoked: bool,
 }
 
 /// What a step came to.
@@ -94,6 +96,9 @@ impl Task {
     pub(super) fn step(&mut self, id: EffectId, sessions: &mut Sessions, store: &Store) -> Step {
         if self.void {
             return Step::Finished(Outcome::failed(Status::CANCELLED, FailedAt::Into));
+        }
+        if std::mem::take(&mut self.revoked) {
+            return self.after(Err(Fault::Revoked), sessions);
         }
         if self.done >= self.bytes {
             return Step::Finished(self.outcome());
