@@ -38,10 +38,10 @@ impl Bulk {
         !self.ready.is_empty()
     }
 
-    /// Whether there is nothing that has not ended.
+    /// Whether there is nothing that has not ended, but for what waits for a thaw (a drain need not wait for that).
     #[must_use]
     pub fn is_idle(&self) -> bool {
-        self.tasks.is_empty()
+        self.tasks.len() <= self.frozen.len()
     }
 
     /// Whether workers have work of ours and nothing else is to be done.

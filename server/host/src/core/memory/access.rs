@@ -392,10 +392,13 @@ impl SessionMemory {
     ) -> Result<(), MemoryError> {
         let (mut iova, mut left) = (iova, bytes);
         while left > 0 {
-            let Some(map) = self.table.find(iova) else {
-                return Err(MemoryError::Unmapped { iova });
-            };
-            let record = map.record;
+            let mut found = self.table.find(iova).map(|map| map.record);
+            // The guest may have mapped it after this turn began, and before it submitted what names it.
+            if found.is_none() && self.table.refresh(&self.front) {
+                self.hits = std::array::from_fn(|_| None);
+                found = self.table.find(iova).map(|map| map.record);
+            }
+            let record = found.ok_or(MemoryError::Unmapped { iova })?;
             if record.rights & self.objects.rights(record.object) & right == 0 {
                 return Err(MemoryError::Denied { iova });
             }

@@ -4,8 +4,35 @@ use super::fixture::{BOTH, NONCE, PAGE, Ram, Session, object, peek, poke};
 use crate::core::memory::MemoryLimits;
 use rustix::fd::AsFd;
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
-use vmgmt_device::page::{control, rights};
+use vmgmt_device::page::{MapRecord, control, rights};
 use vmgmt_device::{Direction, GuestMemory, MemoryError};
+
+/// A guest behind an IOMMU maps a buffer and submits at once: both may come while the core is in the middle of a turn.
+#[test]
+fn what_was_mapped_after_the_turn_began_is_found() {
+    let (mut session, fd) = Session::with_ram(1 << 20, true);
+    let front = session.front.clone();
+    poke(&fd, 0x5000, b"late");
+    let read = session.turn(|memory| {
+        assert_eq!(
+            memory.check(0x8_0000_0000, 4, Direction::FromGuest),
+            Err(MemoryError::Unmapped { iova: 0x8_0000_0000 })
+        );
+        let record = MapRecord {
+            number: 77,
+            iova: 0x8_0000_0000,
+            bytes: PAGE,
+            object: 1,
+            offset: 0x5000,
+            rights: BOTH,
+        };
+        front.set_map(9, Some(&record));
+        let mut into = [0; 4];
+        memory.read(0x8_0000_0000, &mut into)?;
+        Ok(into)
+    });
+    assert_eq!(read, Ok(*b"late"));
+}
 
 #[test]
 fn what_is_written_is_the_vms_memory_sealed_or_not() {
