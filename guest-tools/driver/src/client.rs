@@ -169,7 +169,9 @@ impl Client {
     /// # Errors
     /// As [`Self::await_ok`].
     pub fn call(&mut self, request: Request) -> Result<Finished> {
-        let again = repeatable(request.opcode).then(|| request.clone());
+        // A message with an idempotency key is delivered once, however often it is sent.
+        let keyed = request.opcode == Opcode::SEND && request.argument != 0;
+        let again = (keyed || repeatable(request.opcode)).then(|| request.clone());
         let first = self.start(request).and_then(|tag| self.await_ok(tag));
         match (first, again) {
             (Err(error), Some(again)) if error.is_recoverable() => {

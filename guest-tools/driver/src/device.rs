@@ -62,6 +62,8 @@ struct State {
     rings_taken: u32,
     /// Moves when the device was set up anew: rings from before are void.
     set_up: u64,
+    /// When the device was last known to be the same one.
+    healthy_at: Instant,
 }
 
 /// A device that this program drives.
@@ -92,6 +94,7 @@ impl Device {
             interrupts,
             rings_taken: 0,
             set_up: 0,
+            healthy_at: Instant::now(),
         });
         Ok(Arc::new(Self {
             backing,
@@ -150,6 +153,7 @@ impl Device {
         state.interrupts = interrupts;
         state.rings_taken = 0;
         state.set_up += 1;
+        state.healthy_at = Instant::now();
         Ok(())
     }
 
@@ -203,7 +207,13 @@ impl Device {
     /// Sleeps until `vector` interrupts, the deadline passes or somebody cancels.
     pub(crate) fn sleep(&self, vector: u32, deadline: Option<Instant>) -> Result<Woken> {
         let started = Instant::now();
-        let health = started + HEALTH_INTERVAL;
+        // Counted over all sleeps: a line that others' interrupts share, or short looks without an interrupt, must not put it off.
+        let mut health = self.lock().healthy_at + HEALTH_INTERVAL;
+        if started >= health {
+            self.check_health()?;
+            self.lock().healthy_at = started;
+            health = started + HEALTH_INTERVAL;
+        }
         let descriptor = self.backing.interrupt_descriptor(vector);
         // Without an interrupt there is nothing but looking: as rarely as a register settles.
         let until = if descriptor.is_none() {
@@ -245,8 +255,10 @@ impl Device {
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
             return Ok(Woken::TimedOut);
         }
-        if Instant::now() >= health {
+        let now = Instant::now();
+        if now >= health {
             self.check_health()?;
+            self.lock().healthy_at = now;
         }
         Ok(Woken::Looked)
     }

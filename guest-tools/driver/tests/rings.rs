@@ -238,6 +238,43 @@ fn a_question_that_changes_nothing_is_asked_again_after_a_restore() {
 }
 
 #[test]
+fn a_restore_is_noticed_though_a_neighbours_interrupts_keep_coming() {
+    let fake = Fake::new(false);
+    let (_device, mut client) = open(&fake, Mode::CHAT, Duration::ZERO);
+    client.post_receives(&mut Receiver::default(), 1).unwrap();
+    fake.replace();
+    let enough = std::sync::atomic::AtomicBool::new(false);
+    let waited = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !enough.load(std::sync::atomic::Ordering::Relaxed) {
+                fake.interrupt();
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        });
+        let waited = client
+            .channel()
+            .wait(Some(Instant::now() + Duration::from_secs(60)));
+        enough.store(true, std::sync::atomic::Ordering::Relaxed);
+        waited
+    });
+    assert!(matches!(waited, Err(DriverError::DeviceReplaced)), "{waited:?}");
+}
+
+#[test]
+fn only_a_message_with_a_key_is_sent_again_after_a_restore() {
+    let fake = Fake::new(false);
+    let (_device, mut client) = open(&fake, Mode::CHAT, Duration::ZERO);
+    fake.replace();
+    let unkeyed = client.send("other", b"once", 0);
+    assert!(matches!(unkeyed, Err(DriverError::DeviceReplaced)), "{unkeyed:?}");
+    client.reopen().unwrap();
+    fake.replace();
+    // What the new device answers does not matter: it was asked.
+    let keyed = client.send("other", b"once", 7);
+    assert!(!matches!(keyed, Err(DriverError::DeviceReplaced)), "{keyed:?}");
+}
+
+#[test]
 fn receives_are_posted_cancelled_and_put_together() {
     let fake = Fake::new(false);
     let (device, mut client) = open(&fake, Mode::CHAT, Duration::ZERO);

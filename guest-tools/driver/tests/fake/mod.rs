@@ -154,6 +154,11 @@ impl Fake {
         self.shared.publish(&mut state, ring, &completion);
     }
 
+    /// Somebody else's interrupt on the same line.
+    pub fn interrupt(&self) {
+        rustix::io::write(&self.shared.interrupt, &1_u64.to_ne_bytes()).unwrap();
+    }
+
     pub fn receives(&self) -> usize {
         self.state().receives.len()
     }
