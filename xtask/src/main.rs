@@ -49,7 +49,7 @@ enum Task {
 fn main() -> Result<()> {
     match Arguments::parse().task {
         Task::Setup => {
-            for image in [Image::Small, Image::Large] {
+            for image in [Image::Small, Image::Large, Image::Systemd] {
                 let tools = setup::prepare(Wanted { image, install: true })?;
                 if image == Image::Small {
                     println!(

@@ -165,7 +165,7 @@ fn print_table(rows: &[Row]) {
 }
 
 fn setup_part(_: &mut Counts) -> Result<()> {
-    for image in [Image::Small, Image::Large] {
+    for image in [Image::Small, Image::Large, Image::Systemd] {
         setup::prepare(Wanted { image, install: true })?;
     }
     Ok(())

@@ -25,6 +25,8 @@ pub enum Image {
     Small,
     /// The same with dash as its shell, GNU tar, git and dropbear. Wants 768 MiB of memory.
     Large,
+    /// The small one, with systemd as process 1 (kernel word `vmgmt.systemd=1`). Wants 768 MiB of memory.
+    Systemd,
 }
 
 /// A kernel and its initramfs, ready for `-kernel` and `-initrd`.
@@ -49,6 +51,18 @@ const LARGE_TREE: Tree = Tree {
     preferred: &[],
     packages: "git,tar,dropbear-bin,dash",
 };
+
+const SYSTEMD_TREE: Tree = Tree {
+    name: "guest-systemd-trixie-1",
+    suite: "trixie",
+    preferred: &[],
+    packages: "systemd,libgcc-s1",
+};
+
+/// The unit of the image with systemd that serves the harness's shells.
+const AGENTS_UNIT: &[u8] =
+    b"[Unit]\nDescription=Shells for the test harness\n\n[Service]\nType=oneshot\nRemainAfterExit=yes\n\
+ExecStart=/init agents\n";
 
 /// Modules that init loads, by file name without `.ko.xz`.
 const MODULES: [&str; 8] = [
@@ -94,10 +108,13 @@ pub fn ensure_image(cache: &Cache, lock: &CacheLock, image: Image) -> Result<Ima
     let name = match image {
         Image::Small => "initramfs-small",
         Image::Large => "initramfs-large",
+        Image::Systemd => "initramfs-systemd",
     };
     let mut parts = vec![base_archive(cache, lock, &tree)?];
-    if image == Image::Large {
-        parts.push(large_archive(cache, lock)?);
+    match image {
+        Image::Small => {}
+        Image::Large => parts.push(large_archive(cache, lock)?),
+        Image::Systemd => parts.push(systemd_archive(cache, lock)?),
     }
     let inputs: Vec<String> = parts
         .iter()
@@ -323,14 +340,56 @@ fn module_files(folder: &Path) -> Result<BTreeMap<String, PathBuf>> {
 
 /// git, tar, dropbear and the libraries they need.
 fn large_archive(cache: &Cache, lock: &CacheLock) -> Result<PathBuf> {
-    const NAME: &str = "initramfs-large-part-2";
-    let target = cache.path(NAME);
+    tree_archive(cache, lock, &LARGE_TREE, "initramfs-large-part-2", |archive| {
+        // Busybox's shell prefers its own applets to any program: here GNU tar is to be found.
+        archive.link("usr/bin/sh", "dash")
+    })
+}
+
+/// systemd, and what it is to begin: the shells that serve the harness.
+fn systemd_archive(cache: &Cache, lock: &CacheLock) -> Result<PathBuf> {
+    tree_archive(
+        cache,
+        lock,
+        &SYSTEMD_TREE,
+        "initramfs-systemd-part-1",
+        |archive| {
+            for folder in [
+                "etc/systemd",
+                "etc/systemd/system",
+                "etc/systemd/system/multi-user.target.wants",
+            ] {
+                archive.directory(folder)?;
+            }
+            archive.file("etc/machine-id", 0o444, b"")?;
+            archive.link(
+                "etc/systemd/system/default.target",
+                "/usr/lib/systemd/system/multi-user.target",
+            )?;
+            archive.file("etc/systemd/system/vmgmt-agents.service", 0o644, AGENTS_UNIT)?;
+            archive.link(
+                "etc/systemd/system/multi-user.target.wants/vmgmt-agents.service",
+                "../vmgmt-agents.service",
+            )
+        },
+    )
+}
+
+/// What of a tree lies below `usr`, without what a guest has no use for; `more` adds to it.
+fn tree_archive(
+    cache: &Cache,
+    lock: &CacheLock,
+    tree: &Tree,
+    name: &str,
+    more: impl FnOnce(&mut Writer<BufWriter<File>>) -> std::io::Result<()>,
+) -> Result<PathBuf> {
+    let target = cache.path(name);
     if target.exists() {
         return Ok(target);
     }
-    let tree = LARGE_TREE.ensure(cache, lock)?;
-    step("pack the large part", || {
-        let temporary = cache.path(&format!(".{NAME}.new"));
+    let tree = tree.ensure(cache, lock)?;
+    step(&format!("pack {name}"), || {
+        let temporary = cache.path(&format!(".{name}.new"));
         let mut archive = Writer::new(BufWriter::new(File::create(&temporary)?));
         // Hard links (git has a hundred) become symbolic ones: the archive then holds the bytes once.
         let mut first_names: BTreeMap<u64, String> = BTreeMap::new();
@@ -365,12 +424,44 @@ fn large_archive(cache: &Cache, lock: &CacheLock) -> Result<PathBuf> {
                 }
             }
         }
-        // Busybox's shell prefers its own applets to any program: here GNU tar is to be found.
-        archive.link("usr/bin/sh", "dash")?;
+        more(&mut archive)?;
         archive.finish()?.flush()?;
         fs::rename(&temporary, &target)?;
         Ok(target.clone())
     })
+}
+
+impl Images {
+    /// The same image with more files (name, permission bits, contents), as `target`: the kernel takes archives one after another.
+    ///
+    /// # Errors
+    /// A file cannot be read or written.
+    pub fn with_files(&self, target: &Path, files: &[(&str, u32, Vec<u8>)]) -> Result<Self> {
+        let mut sink = BufWriter::new(File::create(target)?);
+        std::io::copy(&mut File::open(&self.initramfs)?, &mut sink)?;
+        let mut archive = Writer::new(sink);
+        let mut folders = BTreeSet::new();
+        for (name, mode, contents) in files {
+            let mut parents: Vec<&str> = Path::new(name)
+                .ancestors()
+                .skip(1)
+                .filter_map(Path::to_str)
+                .filter(|parent| !parent.is_empty())
+                .collect();
+            parents.reverse();
+            for parent in parents {
+                if folders.insert(parent) {
+                    archive.directory(parent)?;
+                }
+            }
+            archive.file(name, *mode, contents)?;
+        }
+        archive.finish()?.flush()?;
+        Ok(Self {
+            kernel: self.kernel.clone(),
+            initramfs: target.to_path_buf(),
+        })
+    }
 }
 
 /// All entries below `folder`, parents first, in a fixed order.

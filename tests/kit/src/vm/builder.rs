@@ -50,7 +50,7 @@ pub struct VmBuilder {
 impl VmBuilder {
     /// A VM called `name` (QEMU's `-name` and the guest's host name: letters, digits, dashes).
     pub fn new(tools: &Tools, name: &str) -> Self {
-        let large = tools.images.initramfs.ends_with("initramfs-large");
+        let large = !tools.images.initramfs.ends_with("initramfs-small");
         Self {
             tools: tools.clone(),
             name: name.into(),

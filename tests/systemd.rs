@@ -1,0 +1,152 @@
+//! The unit of qemu-configs under a real systemd, inside a VM: start, status, deaths, stop.
+
+use anyhow::{Context, Result, ensure};
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+use vmgmt_testkit::setup::{Image, repository};
+use vmgmt_testkit::vm::{Vm, VmBuilder, tools_or_skip};
+
+const CONFIGURATION: &str = "[[share]]\nname = \"data\"\npath = \"/var/lib/vmgmt\"\n\n[[vm]]\nname = \"vm1\"\n\
+socket = \"/run/vmgmt/vm1.sock\"\nshares = [\"data\"]\n";
+
+/// systemd's own start takes its time in an emulated VM.
+const SLOW: Duration = Duration::from_secs(180);
+
+/// A program without its symbols: what a package would install.
+fn stripped(program: &str, folder: &Path, name: &str) -> Result<Vec<u8>> {
+    let target = folder.join(name);
+    let status = Command::new("strip")
+        .arg("-o")
+        .arg(&target)
+        .arg(program)
+        .status()
+        .context("strip (package binutils)")?;
+    ensure!(status.success(), "strip {program}: {status}");
+    Ok(std::fs::read(target)?)
+}
+
+fn machine(folder: &Path) -> Result<Option<Vm>> {
+    let Some(mut tools) = tools_or_skip(Image::Systemd)? else {
+        return Ok(None);
+    };
+    let unit = std::fs::read(repository().join("qemu-configs/systemd/vmgmtd.service"))?;
+    let files = [
+        (
+            "usr/local/bin/vmgmtd",
+            0o755,
+            stripped(env!("CARGO_BIN_EXE_vmgmtd"), folder, "vmgmtd")?,
+        ),
+        (
+            "usr/local/bin/vmgmtctl",
+            0o755,
+            stripped(env!("CARGO_BIN_EXE_vmgmtctl"), folder, "vmgmtctl")?,
+        ),
+        ("etc/systemd/system/vmgmtd.service", 0o644, unit),
+        ("etc/vmgmt/vmgmtd.toml", 0o644, CONFIGURATION.into()),
+    ];
+    tools.images = tools.images.with_files(&folder.join("initramfs"), &files)?;
+    let vm = VmBuilder::new(&tools, "systemd")
+        .kernel_word("vmgmt.systemd=1")
+        .kernel_word("systemd.getty_auto=no")
+        .start()?;
+    Ok(Some(vm))
+}
+
+/// A line for each process of the service: its id, a colon, its words.
+const PROCESSES: &str = r#"for p in $(cat /sys/fs/cgroup/system.slice/vmgmtd.service/cgroup.procs 2>/dev/null); do
+    echo "$p: $(tr '\0' ' ' < /proc/$p/cmdline)"; done"#;
+
+fn property(vm: &Vm, name: &str) -> Result<String> {
+    let value = vm.ok(&format!("systemctl show -p {name} --value vmgmtd"))?;
+    Ok(value.trim().to_owned())
+}
+
+/// A shell's condition in the VM comes true.
+fn becomes(vm: &Vm, condition: &str) -> Result<()> {
+    vm.ok_for(&format!("until {condition}; do sleep 0.2; done"), SLOW)
+        .map(drop)
+}
+
+#[test]
+fn the_unit_keeps_its_word() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let Some(vm) = machine(folder.path())? else {
+        return Ok(());
+    };
+    let outcome = keeps_its_word(&vm);
+    outcome.map_err(|error| {
+        let journal = vm.run("journalctl --no-pager -u vmgmtd | tail -40; systemctl --failed --no-pager");
+        let journal = journal.map(|output| output.text()).unwrap_or_default();
+        error.context(format!("{journal}\n{}", vm.evidence()))
+    })
+}
+
+fn keeps_its_word(vm: &Vm) -> Result<()> {
+    ensure!(vm.ok("cat /proc/1/comm")?.trim() == "systemd");
+    // What systemd does not know in a unit it only logs.
+    let verified = vm.ok_for(
+        "systemd-analyze verify /etc/systemd/system/vmgmtd.service 2>&1 | grep vmgmtd.service || true",
+        SLOW,
+    )?;
+    ensure!(verified.trim().is_empty(), "systemd-analyze: {verified}");
+
+    // `start` comes back when it serves, not before.
+    vm.ok_for("systemctl start vmgmtd", SLOW)?;
+    let status = vm.ok("vmgmtctl --json status")?;
+    ensure!(
+        status.contains("\"serving\"") && status.contains("\"answered_by\":\"core\""),
+        "{status}"
+    );
+    ensure!(
+        vm.ok("systemctl status --no-pager vmgmtd")?
+            .contains("active (running)")
+    );
+    let main = property(vm, "MainPID")?;
+    ensure!(
+        status.contains(&format!("\"pid\":{main}")),
+        "main process {main}: {status}"
+    );
+    ensure!(vm.ok(&format!("cat /proc/{main}/oom_score_adj"))?.trim() == "-1000");
+    ensure!(property(vm, "OOMPolicy")? == "continue");
+    ensure!(vm.run_for("vmgmtctl doctor", SLOW)?.text().contains("kernel"));
+
+    // The core dies: nobody else notices.
+    let core = format!("{PROCESSES} | grep -w core | cut -d: -f1");
+    let old = vm.ok(&core)?.trim().to_owned();
+    vm.ok(&format!("kill -9 {old}"))?;
+    becomes(vm, &format!("[ \"$({core})\" ] && [ \"$({core})\" != {old} ]"))?;
+    ensure!(vm.ok("vmgmtctl --json status")?.contains("\"life\":2"));
+    ensure!(vm.ok("systemctl is-active vmgmtd")?.trim() == "active");
+    ensure!(property(vm, "MainPID")? == main && property(vm, "NRestarts")? == "0");
+
+    // An upgrade (to the same program): the same main process, another core.
+    vm.ok_for("vmgmtctl upgrade --part core", SLOW)?;
+    ensure!(vm.ok("vmgmtctl --json status")?.contains("\"life\":3"));
+    ensure!(property(vm, "MainPID")? == main && property(vm, "NRestarts")? == "0");
+    ensure!(property(vm, "ExecReload")?.contains("vmgmtctl upgrade"));
+
+    // The keeper dies: all devices are gone, but vmgmtd is there again at once, and nothing of before is left.
+    let others = vm.ok(&format!("{PROCESSES} | cut -d: -f1 | grep -vx {main}"))?;
+    vm.ok(&format!("kill -9 {main}"))?;
+    becomes(
+        vm,
+        "[ \"$(systemctl show -p NRestarts --value vmgmtd)\" = 1 ] && systemctl is-active -q vmgmtd",
+    )?;
+    ensure!(property(vm, "MainPID")? != main);
+    ensure!(vm.ok("vmgmtctl --json status")?.contains("\"life\":1"));
+    for pid in others.split_whitespace() {
+        becomes(vm, &format!("[ ! -e /proc/{pid} ]"))?;
+    }
+
+    // It ends in order and in time.
+    let begin = Instant::now();
+    vm.ok_for("systemctl stop vmgmtd", SLOW)?;
+    let took = begin.elapsed();
+    ensure!(took < Duration::from_secs(10), "it took {took:?} to stop");
+    ensure!(property(vm, "Result")? == "success", "it was killed");
+    let left = vm.run(PROCESSES)?.text();
+    ensure!(left.trim().is_empty(), "processes are left: {left}");
+    ensure!(vm.run("systemctl is-active vmgmtd")?.text().trim() == "inactive");
+    Ok(())
+}
