@@ -11,5 +11,7 @@ mod lives;
 mod memory;
 #[path = "qemu_vms/site.rs"]
 mod site;
+#[path = "qemu_vms/snapshots.rs"]
+mod snapshots;
 #[path = "qemu_vms/together.rs"]
 mod together;

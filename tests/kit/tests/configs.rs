@@ -50,7 +50,11 @@ fn script(name: &str, tools: &Tools) -> Command {
 
 #[test]
 fn scripts_are_valid_bash() -> Result<()> {
-    let mut scripts: Vec<PathBuf> = vec![configs().join("guest/init"), repository().join(".ci/run")];
+    let mut scripts: Vec<PathBuf> = vec![
+        configs().join("guest/init"),
+        configs().join("hooks/qemu"),
+        repository().join(".ci/run"),
+    ];
     for entry in fs::read_dir(configs())? {
         let path = entry?.path();
         if path.extension().is_some_and(|extension| extension == "sh") {
@@ -61,6 +65,85 @@ fn scripts_are_valid_bash() -> Result<()> {
     for path in scripts {
         let output = Command::new("bash").arg("-n").arg(&path).output()?;
         ensure!(output.status.success(), "{}: {}", path.display(), said(&output));
+    }
+    Ok(())
+}
+
+/// A vmgmtctl that writes down what it is asked, and fails where its first word is in `fails`.
+fn recorder(folder: &std::path::Path, fails: &str) -> Result<PathBuf> {
+    use std::os::unix::fs::PermissionsExt;
+    let path = folder.join("vmgmtctl");
+    let text = format!(
+        "#!/bin/sh\necho \"$@\" >> '{}/asked'\ncase ' {fails} ' in *\" $1 \"*) exit 1 ;; esac\n",
+        folder.display()
+    );
+    fs::write(&path, text)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    Ok(path)
+}
+
+/// frozen.sh with that vmgmtctl and this command: (exit code, what vmgmtctl was asked).
+fn frozen(fails: &str, command: &[&str]) -> Result<(i32, String)> {
+    let folder = tempfile::tempdir()?;
+    let output = Command::new(configs().join("frozen.sh"))
+        .env("VMGMTCTL", recorder(folder.path(), fails)?)
+        .args(["--timeout", "60", "web", "--"])
+        .args(command)
+        .current_dir(folder.path())
+        .output()?;
+    let asked = fs::read_to_string(folder.path().join("asked"))?;
+    Ok((output.status.code().unwrap_or(-1), asked))
+}
+
+#[test]
+fn frozen_thaws_however_the_command_ends() -> Result<()> {
+    const BOTH: &str = "freeze web --timeout 60\nthaw web\n";
+    ensure!(frozen("", &["true"])? == (0, BOTH.to_owned()));
+    ensure!(frozen("", &["sh", "-c", "exit 9"])? == (9, BOTH.to_owned()));
+    ensure!(frozen("", &["/not/there"])? == (127, BOTH.to_owned()));
+    // It is not frozen: nothing is run.
+    let (code, asked) = frozen("freeze", &["sh", "-c", "echo run >> asked"])?;
+    ensure!(code == 75 && !asked.contains("run"), "{code}: {asked}");
+    // It was thawed by itself: what was made is not to be used.
+    ensure!(frozen("thaw", &["true"])?.0 == 75);
+    // A signal: first the command's end, then the thaw.
+    let (code, asked) = frozen(
+        "",
+        &[
+            "sh",
+            "-c",
+            "trap 'echo ended >> asked; exit' TERM; kill -TERM $PPID; while :; do sleep 0.1; done",
+        ],
+    )?;
+    ensure!(
+        code == 143 && asked == "freeze web --timeout 60\nended\nthaw web\n",
+        "{code}: {asked}"
+    );
+    Ok(())
+}
+
+#[test]
+fn libvirts_hook_thaws_and_says_nothing() -> Result<()> {
+    for (operation, expected) in [
+        (["prepare", "begin"], true),
+        (["migrate", "begin"], true),
+        (["restore", "begin"], true),
+        (["release", "end"], true),
+        (["started", "begin"], false),
+        (["stopped", "end"], false),
+    ] {
+        // A failing vmgmtctl (not frozen, no daemon) must not keep a domain from starting.
+        let folder = tempfile::tempdir()?;
+        let output = Command::new(configs().join("hooks/qemu"))
+            .env("VMGMTCTL", recorder(folder.path(), "thaw")?)
+            .arg("web")
+            .args(operation)
+            .arg("-")
+            .stdin(Stdio::null())
+            .output()?;
+        ensure!(output.status.success() && output.stdout.is_empty(), "{output:?}");
+        let asked = fs::read_to_string(folder.path().join("asked")).unwrap_or_default();
+        ensure!((asked == "thaw web\n") == expected, "{operation:?}: {asked}");
     }
     Ok(())
 }
