@@ -26,6 +26,9 @@ use vmgmt_device::rings::{Channel, Token};
 
 /// Version of the saved form. A reader knows this one and the one before (there is none before 1).
 const VERSION: u32 = 1;
+const OLDEST: u32 = if VERSION > 1 { VERSION - 1 } else { 1 };
+/// Features that this version understands in a saved hub. None is there yet: all that version 1 writes, version 1 reads.
+const FEATURES_KNOWN: [&str; 0] = [];
 
 /// Why a saved state is refused.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -38,6 +41,11 @@ pub enum RestoreError {
         "the saved state of the hub has version {found}, this program reads version {VERSION}: start the program that wrote it"
     )]
     Version { found: u32 },
+    /// It uses something that this version does not know.
+    #[error(
+        "the saved state of the hub uses {0:?}, which this program does not know: upgrade to one that does"
+    )]
+    Feature(String),
     /// It contradicts itself.
     #[error("the saved state of the hub is wrong: {0}")]
     Inconsistent(&'static str),
@@ -53,6 +61,9 @@ impl From<&'static str> for RestoreError {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Saved {
     version: u32,
+    /// What is in use that an older version would not understand, by name: going back is refused by it, and only by it.
+    #[serde(default)]
+    features: BTreeSet<String>,
     now: Tick,
     wall: Wall,
     ledger: SavedLedger,
@@ -106,12 +117,20 @@ impl Saved {
         #[derive(Deserialize)]
         struct Versioned {
             version: u32,
+            #[serde(default)]
+            features: BTreeSet<String>,
         }
         let unreadable =
             |error: ciborium::de::Error<std::io::Error>| RestoreError::Unreadable(error.to_string());
-        let Versioned { version } = ciborium::from_reader(bytes).map_err(unreadable)?;
-        if version != VERSION {
+        let Versioned { version, features } = ciborium::from_reader(bytes).map_err(unreadable)?;
+        if !(OLDEST..=VERSION).contains(&version) {
             return Err(RestoreError::Version { found: version });
+        }
+        if let Some(name) = features
+            .into_iter()
+            .find(|name| !FEATURES_KNOWN.contains(&name.as_str()))
+        {
+            return Err(RestoreError::Feature(name));
         }
         ciborium::from_reader(bytes).map_err(unreadable)
     }
@@ -157,6 +176,7 @@ impl Hub {
         } = chat;
         Saved {
             version: VERSION,
+            features: BTreeSet::new(),
             now: *now,
             wall: *wall,
             ledger: ledger.save(),
@@ -199,6 +219,7 @@ impl Hub {
     pub fn restore(saved: Saved) -> Result<Self, RestoreError> {
         let Saved {
             version,
+            features: _,
             now,
             wall,
             ledger,
@@ -218,7 +239,7 @@ impl Hub {
             bodies,
             listeners,
         } = saved;
-        if version != VERSION {
+        if !(OLDEST..=VERSION).contains(&version) {
             return Err(RestoreError::Version { found: version });
         }
         let mut hub = Self::new(0);

@@ -10,6 +10,7 @@ pub mod channel;
 pub mod config;
 pub mod control;
 pub mod core;
+mod fault;
 pub mod front;
 pub mod keeper;
 pub mod messages;

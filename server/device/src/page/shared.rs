@@ -1,7 +1,8 @@
 //! The two pages that all sessions share in one core life: by them a sleeper learns that and where to look.
 //!
 //! *Touched page* (front writes): 0 layout, 1 total, 2 front asleep, 3 front's life, 64 + slot: changes of that session.
-//! *Life page* (core writes): 0 layout, 1 asleep, 2 beat, 3 kicks, 4 blame, 64 + slot: "look at this session".
+//! *Life page* (core writes): 0 layout, 1 asleep, 2 beat, 3 kicks, 4 and 5 blame: sessions, 64 + slot: "look at this session", behind
+//! them blame: the VM of each worker.
 //!
 //! The scheme, both ways: the writer writes its words, moves `touched[slot]` and `total`, makes a SeqCst fence, and signals
 //! the eventfd if the other is asleep. The sleeper sets `asleep`, makes a SeqCst fence, compares `total`, and only then sleeps.
@@ -20,6 +21,11 @@ const ASLEEP: usize = 1;
 const BEAT: usize = 2;
 const KICKS: usize = 3;
 const BLAME: usize = 4;
+/// A copy from VM to VM handles two.
+const BLAMED_SESSIONS: usize = 2;
+const BLAMED_VM: usize = SLOTS + SLOTS_MAX;
+/// Places that can blame a VM: the loop, and each worker.
+pub const BLAMED_VMS: usize = 257;
 
 /// View of the touched page.
 #[derive(Clone, Debug)]
@@ -76,7 +82,7 @@ pub struct LifePage<W: Words> {
 }
 
 impl<W: Words> LifePage<W> {
-    pub const WORDS: usize = SLOTS + SLOTS_MAX;
+    pub const WORDS: usize = BLAMED_VM + BLAMED_VMS;
 
     pub const fn new(words: W) -> Self {
         Self { words }
@@ -122,12 +128,27 @@ impl<W: Words> LifePage<W> {
             0
         }
     }
-    /// Number of the session whose input the core is handling, 0: none. Read by the keeper after a death.
-    #[must_use]
-    pub fn blame(&self) -> u64 {
-        self.words.load(BLAME)
+    /// Sessions whose input the core's loop is handling. Read by the keeper after a death.
+    pub fn blamed_sessions(&self) -> impl Iterator<Item = u64> + '_ {
+        (BLAME..BLAME + BLAMED_SESSIONS)
+            .map(|index| self.words.load(index))
+            .filter(|session| *session != 0)
     }
-    pub fn set_blame(&self, session: u64) {
+    /// Sets them (0: none).
+    pub fn set_blame(&self, session: u64, other: u64) {
         self.words.store(BLAME, session);
+        self.words.store(BLAME + 1, other);
+    }
+    /// VMs for which a worker is doing something, or the loop something of which it does not know the session.
+    pub fn blamed_vms(&self) -> impl Iterator<Item = u64> + '_ {
+        (BLAMED_VM..BLAMED_VM + BLAMED_VMS)
+            .map(|index| self.words.load(index))
+            .filter(|vm| *vm != 0)
+    }
+    /// `place` 0 is the loop's, the others are the workers'. 0: no VM.
+    pub fn set_blamed_vm(&self, place: usize, vm: u64) {
+        if place < BLAMED_VMS {
+            self.words.store(BLAMED_VM + place, vm);
+        }
     }
 }

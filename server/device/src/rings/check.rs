@@ -38,6 +38,12 @@ pub fn check_state<W: Words>(state: W) -> Result<(), AttachError> {
     Ok(())
 }
 
+/// Voids all that a table says is in flight, and of which generation it was: of a session whose device has failed for good. Generations
+/// of tokens go on, so that none is given twice.
+pub fn forget_state<W: Words + Clone>(state: &W) {
+    Table::new(state.clone()).forget();
+}
+
 /// Whether the table is new; an error where this version does not understand it.
 pub(super) fn check_header<W: Words>(table: &Table<W>) -> Result<bool, AttachError> {
     match table.layout() {
@@ -75,6 +81,12 @@ mod tests {
             "the in-flight table uses \"coalesce\", which this program does not know: upgrade to one that does"
         );
         words.store(10, 0);
+        let generation = table.use_record(2, 1);
+        forget_state(&words);
+        assert_eq!((table.ring_epoch(2), table.generation()), (None, None));
+        table.open_ring(2, 6);
+        table.use_record(2, 0);
+        assert!(table.use_record(2, 1) > generation, "no token twice");
         table.set_free(2, 0, 1);
         let record = 1024 + 16 * RECORDS_MAX as usize * 2;
         words.store(record, 7);

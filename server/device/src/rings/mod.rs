@@ -36,7 +36,7 @@ mod table;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
-pub use check::check_state;
+pub use check::{check_state, forget_state};
 pub use interface::{
     Answer, AttachError, Buffer, Channel, Counters, Fetched, HostFacts, Input, Modes, Output, PortInput,
     Saved, Segment, Settings, Token, Turn,

@@ -154,6 +154,13 @@ impl<W: Words> Table<W> {
     pub fn init(&self) {
         self.words.store(0, LAYOUT);
     }
+    /// Nothing is in flight and no generation is known.
+    pub fn forget(&self) {
+        self.words.store(GENERATION, 0);
+        self.words.store(FAILED, 0);
+        (RINGS..RINGS + RING_WORDS * RINGS_MAX).for_each(|index| self.words.store(index, 0));
+        self.set_port_free();
+    }
     /// Names of the features in use.
     pub fn features(&self) -> impl Iterator<Item = String> + '_ {
         (FEATURES..FEATURES + FEATURES_MAX)

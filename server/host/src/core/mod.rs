@@ -8,7 +8,6 @@
 
 pub mod bulk;
 mod event_loop;
-mod fault;
 pub mod journal;
 pub mod lines;
 pub mod memory;

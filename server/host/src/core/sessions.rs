@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 use vmgmt_abi::Status;
 use vmgmt_abi::registers::VECTORS_MAX;
 use vmgmt_core::effect::BufferRange;
-use vmgmt_device::page::{CorePage, FrontPage};
-use vmgmt_device::rings::{AttachError, Buffer, Input, Modes, Rings, Segment, Settings, Turn};
+use vmgmt_device::page::{CorePage, FrontPage, control};
+use vmgmt_device::rings::{AttachError, Buffer, Input, Modes, Rings, Segment, Settings, Turn, forget_state};
 use vmgmt_device::{Direction, MemoryError, Tick};
 use vmgmt_mem::MapError;
 
@@ -81,6 +81,10 @@ impl Session {
         let state = MappedWords::writable(&state)?;
         if !front.is_valid() || !core.is_valid() || front.session() != session || core.session() != session {
             return Err(SessionError::Page);
+        }
+        if front.control() & control::QUARANTINED != 0 {
+            // What it had in flight killed cores. Its device has failed, so the guest is owed nothing more.
+            forget_state(&state);
         }
         let rings = Rings::attach(
             Settings {

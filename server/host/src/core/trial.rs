@@ -4,10 +4,10 @@
 //! Writes no page, no table and no guest memory; what comes in meanwhile is held for the core that it may become.
 
 use super::event_loop::recover;
-use super::fault;
 use super::journal::Journal;
 use crate::channel::{Channel, ChannelError, Packet};
 use crate::config::CoreConfig;
+use crate::fault;
 use crate::messages::{CHANNEL_VERSION, CoreToKeeper, FrontToCore, KeeperToCore};
 use crate::store::Store;
 use crate::words::MappedWords;

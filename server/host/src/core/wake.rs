@@ -101,6 +101,23 @@ impl Wake {
 
     /// The session whose input is handled, 0: none.
     pub fn blame(&self, session: u64) {
-        self.life.set_blame(session);
+        self.life.set_blame(session, 0);
+    }
+
+    /// Two whose memories meet (0: none).
+    pub fn blame_both(&self, session: u64, other: u64) {
+        self.life.set_blame(session, other);
+    }
+
+    /// The VM for which the loop does something of which it does not know the session, 0: none.
+    pub fn blame_vm(&self, vm: u64) {
+        self.life.set_blamed_vm(0, vm);
+    }
+
+    /// By which workers say for which VM they work.
+    #[must_use]
+    pub fn worker_blame(&self) -> impl Fn(usize, u64) + Send + Sync + 'static {
+        let life = self.life.clone();
+        move |worker, vm| life.set_blamed_vm(1 + worker, vm)
     }
 }

@@ -77,7 +77,7 @@ impl Keeper {
     pub(super) fn quarantine(&mut self, session: u64) {
         let vm = self.vms.holding(session).unwrap_or("?").to_owned();
         self.notice(format!(
-            "session {session} of VM {vm:?} has killed the core twice: its device is quarantined until `vmgmtctl release {vm}`"
+            "session {session} of VM {vm:?} kills the core again and again: its device is quarantined until `vmgmtctl release {vm}`"
         ));
         let quarantined = true;
         self.front

@@ -16,6 +16,8 @@ pub(super) const BACK_OFF: [Duration; 4] = [
 ];
 /// A core that served this long has ended a row of deaths; and two deaths with the same session within it quarantine that one.
 pub(super) const ROW_OF_DEATHS: Duration = Duration::from_secs(10);
+/// Deaths after which all sessions that were handled at each of them are quarantined, although one of them will have been enough.
+pub(super) const SUSPECT_DEATHS_MAX: usize = 4;
 /// Deaths in a row after which a daemon that never was in service gives up: something is wrong that a restart does not mend.
 pub(super) const FIRST_DEATHS_MAX: usize = 5;
 /// How long a core may take from its start to READY: it adopts in slices and only reads its state before.

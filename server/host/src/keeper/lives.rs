@@ -12,6 +12,7 @@ use crate::words::{MappedWords, create_page};
 use anyhow::bail;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::OwnedFd;
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 use vmgmt_device::page::{LifePage, TouchedPage};
 
@@ -101,26 +102,30 @@ impl Keeper {
         let served = core
             .ready
             .map_or(Duration::ZERO, |ready| now.duration_since(ready));
-        let blame = core.page.blame();
+        let mut suspects: BTreeSet<u64> = core.page.blamed_sessions().collect();
+        for vm in core.page.blamed_vms() {
+            suspects.extend(self.vms.get(vm).into_iter().flat_map(|vm| &vm.sessions));
+        }
+        suspects.retain(|session| self.vms.holding(*session).is_some());
+        let blamed = if suspects.is_empty() {
+            String::new()
+        } else {
+            format!(", while it handled sessions {suspects:?}")
+        };
         let death = Death {
             at: now.duration_since(self.begin),
             served,
             by_itself,
-            blame,
+            suspects,
         };
         let (wait, quarantined) = self.restarts.died(death);
-        let blamed = if blame == 0 {
-            String::new()
-        } else {
-            format!(", while it handled session {blame}")
-        };
         self.notice(format!(
             "core life {} died: {text}{blamed}; it had served {} s; the next starts in {} ms",
             core.life,
             served.as_secs(),
             wait.as_millis()
         ));
-        if let Some(session) = quarantined {
+        for session in quarantined {
             self.quarantine(session);
         }
         if !self.announced && self.restarts.in_a_row() >= FIRST_DEATHS_MAX {

@@ -1,11 +1,11 @@
 //! What follows from the death of a core: when to start the next, and whose input it was. Pure.
 
-use super::limits::{BACK_OFF, ROW_OF_DEATHS};
+use super::limits::{BACK_OFF, ROW_OF_DEATHS, SUSPECT_DEATHS_MAX};
 use std::collections::BTreeSet;
 use std::time::Duration;
 
 /// A core's death.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Death {
     /// When, since the keeper's start.
     pub(super) at: Duration,
@@ -13,8 +13,8 @@ pub(super) struct Death {
     pub(super) served: Duration,
     /// It was its own doing (a fault, a panic, a missed fence), not a kill from outside.
     pub(super) by_itself: bool,
-    /// The session whose input it handled, 0: none.
-    pub(super) blame: u64,
+    /// The sessions whose input it handled: more than one, where workers had some, too.
+    pub(super) suspects: BTreeSet<u64>,
 }
 
 /// The record of deaths.
@@ -22,13 +22,17 @@ pub(super) struct Death {
 pub(super) struct Restarts {
     in_a_row: usize,
     total: u64,
-    last_blamed: Option<Death>,
+    /// The last death with suspects, its own left being those of all such deaths in a row, and how many those were.
+    blamed: Option<(Death, usize)>,
     quarantined: BTreeSet<u64>,
 }
 
 impl Restarts {
-    /// Notes a death; gives the wait before the next start, and a session that is to be quarantined from now on.
-    pub(super) fn died(&mut self, death: Death) -> (Duration, Option<u64>) {
+    /// Notes a death; gives the wait before the next start, and the sessions that are to be quarantined from now on.
+    ///
+    /// The one that was there at two deaths in time is. Where several were, each further death leaves fewer of them; those that were there
+    /// at [`SUSPECT_DEATHS_MAX`] deaths are quarantined all, because the others must live.
+    pub(super) fn died(&mut self, mut death: Death) -> (Duration, Vec<u64>) {
         self.total += 1;
         self.in_a_row = if death.served >= ROW_OF_DEATHS {
             1
@@ -36,17 +40,28 @@ impl Restarts {
             self.in_a_row + 1
         };
         let wait = BACK_OFF[(self.in_a_row - 1).min(BACK_OFF.len() - 1)];
-        if !death.by_itself || death.blame == 0 {
-            return (wait, None);
+        death
+            .suspects
+            .retain(|suspect| !self.quarantined.contains(suspect));
+        if !death.by_itself || death.suspects.is_empty() {
+            return (wait, Vec::new());
         }
-        let before = self.last_blamed.replace(death);
-        let again = before.is_some_and(|before| {
-            before.blame == death.blame && death.at.saturating_sub(before.at) <= ROW_OF_DEATHS
-        });
-        (
-            wait,
-            (again && self.quarantined.insert(death.blame)).then_some(death.blame),
-        )
+        let mut deaths = 1;
+        if let Some((before, count)) = &self.blamed
+            && death.at.saturating_sub(before.at) <= ROW_OF_DEATHS
+            && !before.suspects.is_disjoint(&death.suspects)
+        {
+            death.suspects.retain(|suspect| before.suspects.contains(suspect));
+            deaths = count + 1;
+        }
+        let found = deaths >= SUSPECT_DEATHS_MAX || (deaths >= 2 && death.suspects.len() == 1);
+        if !found {
+            self.blamed = Some((death, deaths));
+            return (wait, Vec::new());
+        }
+        self.blamed = None;
+        self.quarantined.extend(&death.suspects);
+        (wait, death.suspects.into_iter().collect())
     }
 
     pub(super) const fn in_a_row(&self) -> usize {
@@ -61,7 +76,7 @@ impl Restarts {
     }
     /// Takes those of these sessions out of quarantine that are in it, and gives them.
     pub(super) fn release(&mut self, sessions: &BTreeSet<u64>) -> Vec<u64> {
-        self.last_blamed = None;
+        self.blamed = None;
         let released: Vec<_> = self.quarantined.intersection(sessions).copied().collect();
         self.quarantined.retain(|session| !sessions.contains(session));
         released
@@ -75,12 +90,26 @@ impl Restarts {
 mod tests {
     use super::*;
 
-    const fn death(at_s: u64, served_s: u64, by_itself: bool, blame: u64) -> Death {
+    fn suspected(at_s: u64, suspects: &[u64]) -> Death {
         Death {
             at: Duration::from_secs(at_s),
+            served: Duration::ZERO,
+            by_itself: true,
+            suspects: suspects.iter().copied().collect(),
+        }
+    }
+    fn death(at_s: u64, served_s: u64, by_itself: bool, blame: u64) -> Death {
+        Death {
             served: Duration::from_secs(served_s),
             by_itself,
-            blame,
+            ..suspected(
+                at_s,
+                if blame == 0 {
+                    &[]
+                } else {
+                    std::slice::from_ref(&blame)
+                },
+            )
         }
     }
 
@@ -99,20 +128,35 @@ mod tests {
     fn only_two_deaths_of_its_own_with_the_same_session_in_time_quarantine() {
         let mut restarts = Restarts::default();
         let mut quarantined = |death| restarts.died(death).1;
-        assert_eq!(quarantined(death(0, 0, true, 7)), None);
-        assert_eq!(quarantined(death(1, 0, true, 8)), None, "another session");
-        assert_eq!(quarantined(death(2, 0, false, 8)), None, "killed from outside");
-        assert_eq!(quarantined(death(12, 0, true, 8)), None, "too long ago");
-        assert_eq!(quarantined(death(13, 0, true, 0)), None, "nobody");
-        assert_eq!(quarantined(death(14, 0, true, 8)), Some(8));
-        assert_eq!(quarantined(death(15, 0, true, 8)), None, "once");
+        let none: Vec<u64> = Vec::new();
+        assert_eq!(quarantined(death(0, 0, true, 7)), none);
+        assert_eq!(quarantined(death(1, 0, true, 8)), none, "another session");
+        assert_eq!(quarantined(death(2, 0, false, 8)), none, "killed from outside");
+        assert_eq!(quarantined(death(12, 0, true, 8)), none, "too long ago");
+        assert_eq!(quarantined(death(13, 0, true, 0)), none, "nobody");
+        assert_eq!(quarantined(death(14, 0, true, 8)), [8]);
+        assert_eq!(quarantined(death(15, 0, true, 8)), none, "once");
         assert_eq!(restarts.quarantined(), 1);
         assert!(restarts.release(&BTreeSet::from([7])).is_empty());
         assert_eq!(restarts.release(&BTreeSet::from([7, 8])), [8]);
         // What was before counts no more.
-        assert_eq!(restarts.died(death(16, 0, true, 8)).1, None);
-        assert_eq!(restarts.died(death(17, 0, true, 8)).1, Some(8));
+        assert!(restarts.died(death(16, 0, true, 8)).1.is_empty());
+        assert_eq!(restarts.died(death(17, 0, true, 8)).1, [8]);
         restarts.session_gone(8);
         assert_eq!(restarts.quarantined(), 0);
+    }
+
+    #[test]
+    fn of_several_suspects_each_death_leaves_fewer() {
+        let mut restarts = Restarts::default();
+        let mut quarantined = |death| restarts.died(death).1;
+        assert!(quarantined(suspected(0, &[1, 2, 3])).is_empty());
+        assert!(quarantined(suspected(1, &[2, 3, 4])).is_empty());
+        assert_eq!(quarantined(suspected(2, &[3, 5])), [3]);
+        // Where two were always there, both go: the others must live.
+        for at in 3..6 {
+            assert!(quarantined(suspected(at, &[6, 7])).is_empty());
+        }
+        assert_eq!(quarantined(suspected(6, &[6, 7, 8])), [6, 7]);
     }
 }

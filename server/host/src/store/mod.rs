@@ -130,6 +130,11 @@ impl Store {
         })
     }
 
+    /// See [`Pool::set_blame`].
+    pub fn set_blame(&self, blame: impl Fn(usize, u64) + Send + Sync + 'static) {
+        self.pool.set_blame(blame);
+    }
+
     /// Whether the workers have nothing to do and nothing to tell.
     #[must_use]
     pub fn is_idle(&self) -> bool {
@@ -273,9 +278,12 @@ impl Store {
             | Effect::Rename { ref share, .. }
             | Effect::Sweep { ref share, .. } => {
                 let share = self.share(share)?;
-                self.pool.submit(owner, share.index, move || Finished {
-                    effect: id,
-                    done: names::run(&share, None, &effect),
+                self.pool.submit(owner, share.index, move || {
+                    crate::fault::on_any("worker", &effect);
+                    Finished {
+                        effect: id,
+                        done: names::run(&share, None, &effect),
+                    }
                 });
                 Ok(())
             }

@@ -7,9 +7,10 @@
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 type Work<R> = Box<dyn FnOnce() -> R + Send>;
+type Blame = Box<dyn Fn(usize, u64) + Send + Sync>;
 
 struct Job<R> {
     share: usize,
@@ -33,6 +34,18 @@ struct Shared<R> {
     work_there: Condvar,
     wake: OwnedFd,
     per_share_max: usize,
+    blame: OnceLock<Blame>,
+}
+
+/// Ends the process when a job panics: its thread would be gone and its effect would never end.
+struct PanicEndsAll;
+
+impl Drop for PanicEndsAll {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
 }
 
 /// The pool. Dropping it lets the running jobs end in the background (a job in disk sleep cannot be stopped) and starts no other.
@@ -59,13 +72,14 @@ impl<R: Send + 'static> Pool<R> {
             work_there: Condvar::new(),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             per_share_max: workers / 2,
+            blame: OnceLock::new(),
         });
         for number in 0..workers {
             let shared = Arc::clone(&shared);
             // Never joined: a worker in disk sleep would hold up the end of the process.
             std::thread::Builder::new()
                 .name(format!("worker-{number}"))
-                .spawn(move || work(&shared))?;
+                .spawn(move || work(&shared, number))?;
         }
         Ok(Self { shared })
     }
@@ -101,6 +115,12 @@ impl<R: Send + 'static> Pool<R> {
         self.shared.work_there.notify_one();
     }
 
+    /// Each worker calls this with its number and the owner of a job before it, and with 0 after it.
+    pub fn set_blame(&self, blame: impl Fn(usize, u64) + Send + Sync + 'static) {
+        // Set twice, the first stays: it is told the same.
+        let _ = self.shared.blame.set(Box::new(blame));
+    }
+
     /// Whether no job waits or runs and no result is left.
     #[must_use]
     pub fn is_idle(&self) -> bool {
@@ -132,7 +152,7 @@ fn lock<R>(queues: &Mutex<Queues<R>>) -> MutexGuard<'_, Queues<R>> {
 
 impl<R> Queues<R> {
     /// The next job: owners in turn, from the one behind the last; first job of each whose share is not full.
-    fn next(&mut self, per_share_max: usize) -> Option<Job<R>> {
+    fn next(&mut self, per_share_max: usize) -> Option<(u64, Job<R>)> {
         let owners: Vec<u64> = self
             .waiting
             .range(self.last_owner.saturating_add(1)..)
@@ -162,19 +182,25 @@ impl<R> Queues<R> {
                 self.waiting.remove(&owner);
             }
             self.last_owner = owner;
-            return Some(job);
+            return Some((owner, job));
         }
         None
     }
 }
 
-fn work<R>(shared: &Shared<R>) {
+fn work<R>(shared: &Shared<R>, number: usize) {
+    let _end = PanicEndsAll;
+    let blame = |owner| {
+        if let Some(blame) = shared.blame.get() {
+            blame(number, owner);
+        }
+    };
     let mut queues = lock(&shared.queues);
     loop {
         if queues.stop {
             return;
         }
-        let Some(job) = queues.next(shared.per_share_max) else {
+        let Some((owner, job)) = queues.next(shared.per_share_max) else {
             queues = shared
                 .work_there
                 .wait(queues)
@@ -183,7 +209,9 @@ fn work<R>(shared: &Shared<R>) {
         };
         drop(queues);
         let (share, key) = (job.share, job.key);
+        blame(owner);
         let result = (job.work)();
+        blame(0);
         queues = lock(&shared.queues);
         if let Some(running) = queues.running_of_share.get_mut(&share) {
             *running = running.saturating_sub(1);
@@ -269,7 +297,7 @@ mod tests {
             });
         }
         let order: String = std::iter::from_fn(|| queues.next(99))
-            .map(|job| (job.work)())
+            .map(|(_, job)| (job.work)())
             .collect();
         assert_eq!(order, "adebc");
     }

@@ -243,13 +243,22 @@ impl Bulk {
     }
 
     /// Does at most one turn's worth of work; ended effects go to `finished`.
-    pub fn step(&mut self, sessions: &mut Sessions, store: &Store, finished: &mut Vec<(EffectId, Outcome)>) {
+    /// `blame`: is told whose buffers are touched next.
+    pub fn step(
+        &mut self,
+        sessions: &mut Sessions,
+        store: &Store,
+        finished: &mut Vec<(EffectId, Outcome)>,
+        blame: &mut dyn FnMut(u64, u64),
+    ) {
         let mut budget = TURN_BYTES_MAX;
         for _ in 0..self.ready.len() {
             let Some(id) = self.ready.pop_front() else { break };
             let Some(task) = self.tasks.get_mut(&id) else {
                 continue;
             };
+            let mut touched = task.work.tokens().into_iter().map(|token| token.session);
+            blame(touched.next().unwrap_or(0), touched.next().unwrap_or(0));
             match task.step(id, sessions, store) {
                 Step::Moved(bytes) => {
                     self.ready.push_back(id);

@@ -16,7 +16,8 @@ impl EventLoop {
             };
             let input = match output {
                 Output::Submission(fetched) => {
-                    fault::on("submission", fetched.data.as_deref().unwrap_or(&fetched.meta));
+                    fault::on("submission", &fetched.meta);
+                    fault::on("submission", fetched.data.as_deref().unwrap_or_default());
                     interface::Input::Submission(fetched)
                 }
                 Output::Cancel(token) => {
@@ -71,6 +72,7 @@ impl EventLoop {
                     confirm,
                 } => {
                     let poll_ns = self.poll_ns();
+                    self.wake.blame(token.session);
                     if let Some(session) = self.sessions.open(token.session, now) {
                         let turn = session.handle(
                             now,
@@ -87,12 +89,15 @@ impl EventLoop {
                         }
                         self.route(token.session, now);
                     }
+                    self.wake.blame(0);
                 }
                 interface::Output::Effect { id, effect } => {
+                    self.wake.blame_vm(self.hub.owner_of(id));
                     if let Err(outcome) = self.begin_effect(id, effect, now) {
                         self.hub
                             .handle(now, interface::Input::Outcome { effect: id, outcome });
                     }
+                    self.wake.blame_vm(0);
                 }
                 interface::Output::Journal(record) => self.write_record(&record)?,
                 interface::Output::Control {
@@ -155,6 +160,7 @@ impl EventLoop {
             let Some(session) = self.sessions.get_mut(number) else {
                 continue;
             };
+            self.wake.blame(number);
             session.handle(now, Input::TurnEnd);
             self.route(number, now);
             let Some(session) = self.sessions.get_mut(number) else {
@@ -184,6 +190,7 @@ impl EventLoop {
                 self.log(Some(vm), notice.0);
             }
         }
+        self.wake.blame(0);
         // What the ends of the turns told the hub; its answers have the next turn.
         self.send_to_front()
     }

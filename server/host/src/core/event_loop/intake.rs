@@ -3,6 +3,7 @@
 //! In: descriptors that are ready. Out: inputs for the rooms. The keeper's packets go before the front's: a session names a VM.
 
 use super::*;
+use vmgmt_device::page::control;
 
 impl EventLoop {
     pub(super) fn handle_events(&mut self, events: &Events) -> anyhow::Result<()> {
@@ -91,14 +92,24 @@ impl EventLoop {
 
     pub(super) fn handle_front(&mut self, packet: Packet<FrontToCore>) {
         let Packet { header, payload, fds } = packet;
+        self.wake.blame(session_of(&header));
+        self.take_front(header, payload, fds);
+        self.wake.blame(0);
+    }
+
+    fn take_front(&mut self, header: FrontToCore, payload: Vec<u8>, fds: Vec<OwnedFd>) {
         match header {
             FrontToCore::Session { session, slot, vm } => {
                 let limits = self.memory_limits();
                 match Session::attach(session, slot as usize, vm, fds, limits) {
                     Ok(attached) => {
+                        let quarantined = attached.front.control() & control::QUARANTINED != 0;
                         self.sessions.insert(session, attached);
                         self.hub
                             .handle(now(), interface::Input::SessionOpened { session, vm });
+                        if quarantined {
+                            self.hub.handle(now(), interface::Input::SessionReset { session });
+                        }
                     }
                     Err(error) => self.log(
                         Some(vm),
@@ -189,6 +200,7 @@ impl EventLoop {
         let now = now();
         for finished in self.store.take_finished() {
             let effect = finished.effect;
+            self.wake.blame_vm(self.hub.owner_of(effect));
             let outcome = match finished.done {
                 Done::Opened { file, stat, identity } => Some(Outcome::Opened {
                     slot: self.store.insert(Arc::new(*file)),
@@ -204,6 +216,7 @@ impl EventLoop {
                     .handle(now, interface::Input::Outcome { effect, outcome });
             }
         }
+        self.wake.blame_vm(0);
     }
 
     pub(super) fn take_operators(&mut self) {
@@ -305,5 +318,18 @@ impl EventLoop {
         if let Err(error) = self.tell_keeper(message) {
             self.operators.handle_keeper(request, Some(error.to_string()));
         }
+    }
+}
+
+/// The session that a packet of the front is about, 0: none.
+const fn session_of(header: &FrontToCore) -> u64 {
+    match header {
+        FrontToCore::Session { session, .. }
+        | FrontToCore::Object { session, .. }
+        | FrontToCore::ObjectGone { session, .. }
+        | FrontToCore::Vectors { session, .. }
+        | FrontToCore::SessionGone { session }
+        | FrontToCore::DmaAnswer { session, .. } => *session,
+        FrontToCore::Adopted | FrontToCore::Frozen { .. } => 0,
     }
 }

@@ -13,7 +13,6 @@ use crate::config::{CoreConfig, DeviceConfig, VmConfig};
 use crate::control::limits::TOKENS as CONTROL_TOKENS;
 use crate::control::protocol::UpgradeReport;
 use crate::core::bulk::Bulk;
-use crate::core::fault;
 use crate::core::journal::{Journal, JournalError};
 use crate::core::lines::{Line, Lines};
 use crate::core::memory::MemoryLimits;
@@ -21,6 +20,7 @@ use crate::core::operators::{Ask, Books, Operators, Transfer};
 use crate::core::sessions::{Session, Sessions};
 use crate::core::trial::Held;
 use crate::core::wake::Wake;
+use crate::fault;
 use crate::messages::{CoreToFront, CoreToKeeper, FrontToCore, KeeperToCore};
 use crate::store::{Done, Store};
 use crate::words::MappedWords;
@@ -129,6 +129,7 @@ impl EventLoop {
         let front = Channel::from_fd(front);
         let wake = Wake::new(touched, life_page, core_wake, front_wake);
         let store = Store::new(&config.shares, config.workers as usize)?;
+        store.set_blame(wake.worker_blame());
         let poll = Poll::new().context("an event queue")?;
         let watch = |fd: i32, token, interest| poll.registry().register(&mut SourceFd(&fd), token, interest);
         watch(keeper.as_fd().as_raw_fd(), KEEPER, Interest::READABLE)?;
@@ -241,7 +242,11 @@ impl EventLoop {
                 self.sessions.open(session, now);
             }
             let mut finished = Vec::new();
-            self.bulk.step(&mut self.sessions, &self.store, &mut finished);
+            let wake = &self.wake;
+            let mut blame = |session, other| wake.blame_both(session, other);
+            self.bulk
+                .step(&mut self.sessions, &self.store, &mut finished, &mut blame);
+            self.wake.blame(0);
             for (effect, outcome) in finished {
                 self.hub
                     .handle(now, interface::Input::Outcome { effect, outcome });
@@ -352,6 +357,7 @@ impl EventLoop {
                 self.watched.remove(&number);
                 continue;
             };
+            self.wake.blame(number);
             if session.memory.poll_timeout().is_some_and(|due| due <= now) {
                 session.memory.handle_timeout(now);
             } else {
@@ -368,6 +374,7 @@ impl EventLoop {
                 }
             }
         }
+        self.wake.blame(0);
     }
 
     /// How long the loop may sleep; zero: not at all.

@@ -2,7 +2,7 @@
 //!
 //! `VMGMT_FAULT=PLACE[@PROGRAM]=WHAT,…`. PROGRAM is the file name of the program that it is for (all, if left out), so that one daemon
 //! can have a good old and a bad new program. PLACE `check`, `trial`, `go`: WHAT is `abort`, `hang` or `exit`. PLACE `submission`,
-//! `worker`: the process aborts when a submission's data, or the name that a worker opens, contains WHAT.
+//! `worker`: the process aborts when a submission's data, or the names that a worker is given, contain WHAT.
 
 #[cfg(debug_assertions)]
 mod on_demand {
@@ -27,7 +27,7 @@ mod on_demand {
         })
     }
 
-    pub(in crate::core) fn at(place: &str) {
+    pub(crate) fn at(place: &str) {
         match faults()
             .iter()
             .find(|(at, _)| at == place)
@@ -42,7 +42,7 @@ mod on_demand {
         }
     }
 
-    pub(in crate::core) fn on(place: &str, bytes: &[u8]) {
+    pub(crate) fn on(place: &str, bytes: &[u8]) {
         let hit = |what: &str| {
             bytes
                 .windows(what.len().max(1))
@@ -52,12 +52,19 @@ mod on_demand {
             std::process::abort();
         }
     }
+
+    pub(crate) fn on_any(place: &str, value: &impl std::fmt::Debug) {
+        if faults().iter().any(|(at, _)| at == place) {
+            on(place, format!("{value:?}").as_bytes());
+        }
+    }
 }
 
 #[cfg(not(debug_assertions))]
 mod on_demand {
-    pub(in crate::core) const fn at(_: &str) {}
-    pub(in crate::core) const fn on(_: &str, _: &[u8]) {}
+    pub(crate) const fn at(_: &str) {}
+    pub(crate) const fn on(_: &str, _: &[u8]) {}
+    pub(crate) const fn on_any<T: std::fmt::Debug>(_: &str, _: &T) {}
 }
 
-pub(super) use on_demand::{at, on};
+pub(crate) use on_demand::{at, on, on_any};

@@ -1,0 +1,159 @@
+//! The hub's state as version 1 wrote it is read by the code of today; what a later version wrote is refused by name.
+//!
+//! `UPDATE_GOLDEN=1 cargo test -p vmgmt-host --test state_versions` writes `tests/golden/hub-state-v1.bin` anew: once for each version,
+//! and never again once a release has that version.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::path::PathBuf;
+use vmgmt_core::interface::{ControlReply, ControlRequest, Input, Output};
+use vmgmt_core::policy::{VmConfig, VmLimits};
+use vmgmt_core::{Hub, Saved};
+use vmgmt_device::Tick;
+use vmgmt_device::page::{PlainWords, Words};
+use vmgmt_host::core::journal::Journal;
+
+/// Words of the golden state: enough for its snapshots.
+const WORDS: usize = 8 + 2 * 1020;
+
+fn golden() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/hub-state-v1.bin")
+}
+
+fn vm(vm: u64, name: &str) -> VmConfig {
+    VmConfig {
+        vm,
+        name: name.into(),
+        shares: vec![],
+        reach: vec![],
+        send_to_all: false,
+        limits: VmLimits::default(),
+        transient: false,
+    }
+}
+
+fn ask(hub: &mut Hub, request: ControlRequest) -> (Vec<Output>, Option<ControlReply>) {
+    hub.handle(
+        Tick(5),
+        Input::Control {
+            client: 1,
+            id: 1,
+            request,
+        },
+    );
+    let outputs: Vec<_> = std::iter::from_fn(|| hub.poll_output()).collect();
+    let reply = outputs.iter().find_map(|output| match output {
+        Output::Control { reply, .. } => Some(reply.clone()),
+        _ => None,
+    });
+    (outputs, reply)
+}
+
+/// Two VMs in a snapshot, and messages for one of them: the first in the snapshot, the second in a record.
+fn write() -> Vec<u8> {
+    let words = PlainWords::new(WORDS);
+    let mut journal = Journal::open(words.clone()).unwrap();
+    let mut hub = Hub::new(1);
+    hub.handle(
+        Tick(1),
+        Input::WallClock {
+            now_ns: 1_700_000_000_000_000_000,
+        },
+    );
+    hub.handle(Tick(1), Input::Vm(vm(1, "web")));
+    hub.handle(Tick(1), Input::Vm(vm(2, "db")));
+    let send = |text: &str| ControlRequest::Send {
+        target: "web".into(),
+        message: text.into(),
+    };
+    ask(&mut hub, send("in the snapshot"));
+    journal.snapshot(&hub.save().to_bytes()).unwrap();
+    for output in ask(&mut hub, send("in a record")).0 {
+        if let Output::Journal(record) = output {
+            let mut bytes = Vec::new();
+            ciborium::into_writer(&record, &mut bytes).unwrap();
+            journal.append(&bytes).unwrap();
+        }
+    }
+    let mut bytes = vec![0; WORDS * 8];
+    words.read_bytes(0, &mut bytes);
+    bytes
+}
+
+fn words_of(bytes: &[u8]) -> PlainWords {
+    let words = PlainWords::new(bytes.len() / 8);
+    words.write_bytes(0, bytes);
+    words
+}
+
+fn read(words: PlainWords) -> Hub {
+    let recovered = Journal::open(words).unwrap().recover().unwrap();
+    let saved = Saved::from_bytes(&recovered.snapshot.unwrap()).unwrap();
+    assert!(!recovered.records.is_empty());
+    let records = recovered.records.iter();
+    let records = records.map(|record| ciborium::from_reader(record.as_slice()).unwrap());
+    Hub::replay(2, Some(saved), records).unwrap()
+}
+
+#[test]
+fn what_version_1_wrote_is_read() {
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        std::fs::write(golden(), write()).unwrap();
+    }
+    let bytes =
+        std::fs::read(golden()).expect("tests/golden/hub-state-v1.bin is there; UPDATE_GOLDEN=1 makes it");
+    let mut hub = read(words_of(&bytes));
+    let Some(ControlReply::Vms(vms)) = ask(&mut hub, ControlRequest::Vms).1 else {
+        panic!("no answer")
+    };
+    let found: Vec<_> = vms
+        .iter()
+        .map(|vm| (vm.vm, vm.name.as_str(), vm.mailbox_messages))
+        .collect();
+    assert_eq!(found, [(1, "web", 2), (2, "db", 0)]);
+}
+
+#[test]
+fn what_is_written_today_is_what_version_1_wrote_in_effect() {
+    let (then, now) = (
+        read(words_of(&std::fs::read(golden()).unwrap())),
+        read(words_of(&write())),
+    );
+    assert_eq!(then.surviving(), now.surviving());
+}
+
+#[test]
+fn a_later_version_and_an_unknown_feature_are_refused_by_name() {
+    let change = |change: &dyn Fn(&mut Vec<(ciborium::Value, ciborium::Value)>)| {
+        let bytes = Hub::new(1).save().to_bytes();
+        let mut value: ciborium::Value = ciborium::from_reader(bytes.as_slice()).unwrap();
+        change(value.as_map_mut().unwrap());
+        let mut bytes = Vec::new();
+        ciborium::into_writer(&value, &mut bytes).unwrap();
+        Saved::from_bytes(&bytes)
+            .map(|_| ())
+            .map_err(|error| error.to_string())
+    };
+    let set = |key: &'static str, value: ciborium::Value| {
+        change(&|map| {
+            let found = map.iter_mut().find(|(name, _)| name.as_text() == Some(key));
+            found.unwrap().1 = value.clone();
+        })
+    };
+    assert_eq!(change(&|_| ()), Ok(()));
+    assert!(
+        set("version", 2.into())
+            .unwrap_err()
+            .contains("has version 2, this program reads version 1")
+    );
+    let features = ciborium::Value::Array(vec!["threads".into()]);
+    assert!(
+        set("features", features)
+            .unwrap_err()
+            .contains("uses \"threads\"")
+    );
+    // The memory's own layout.
+    let words = PlainWords::new(WORDS);
+    words.store(0, 0x564d_474d_0000_0099);
+    let error = Journal::open(words).unwrap_err().to_string();
+    assert!(error.contains("0x564d474d00000099"), "{error}");
+}
