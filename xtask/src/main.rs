@@ -11,7 +11,10 @@ mod bench_table;
 mod bench_vms;
 mod build;
 mod demo;
+mod endurance;
 mod parts;
+mod soak;
+mod stress;
 mod vm;
 
 use anyhow::Result;
@@ -42,6 +45,10 @@ enum Task {
     Demo(demo::Options),
     /// Measure: the parts by themselves, release builds in real VMs, and virtiofs and virtio-serial beside them.
     Bench(bench::Options),
+    /// Simulated guests without rest while the core is killed and parts are replaced; ends with a ledger.
+    Soak(soak::Options),
+    /// Real VMs and simulated ones on one vmgmtd, everything at once, with resets and kills of both; ends with a ledger.
+    Stress(stress::Options),
     /// One VM on this terminal (leave it with Ctrl-A X).
     Vm(vm::Options),
 }
@@ -78,6 +85,8 @@ fn main() -> Result<()> {
         Task::Test(options) => parts::test(&options),
         Task::Demo(options) => demo::demo(&options),
         Task::Bench(options) => bench::bench(&options),
+        Task::Soak(options) => soak::soak(&options),
+        Task::Stress(options) => stress::stress(&options),
         Task::Vm(options) => vm::vm(&options),
     }
 }

@@ -3,7 +3,7 @@
 //! In: the names of the parts wanted, or none for all. Out: what the test runners say, live, and a table at the end; not zero if any part
 //! failed. It must never judge a part by its words: the exit status decides, the words are only counted.
 
-use crate::build::cargo;
+use crate::{build::cargo, soak, stress};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use std::{
@@ -19,7 +19,7 @@ const QEMU_TESTS_AT_ONCE_MAX: usize = 3;
 
 #[derive(Args)]
 pub struct Options {
-    /// Only these parts (setup, format, lint, unit, integration, uapi, qemu).
+    /// Only these parts (setup, format, lint, unit, integration, uapi, qemu, soak, stress).
     parts: Vec<String>,
 }
 
@@ -30,7 +30,7 @@ struct Part {
     run: fn(&mut Counts) -> Result<()>,
 }
 
-const PARTS: [Part; 7] = [
+const PARTS: [Part; 9] = [
     Part {
         name: "setup",
         what: "QEMU and guest images",
@@ -65,6 +65,16 @@ const PARTS: [Part; 7] = [
         name: "qemu",
         what: "real VMs",
         run: qemu_part,
+    },
+    Part {
+        name: "soak",
+        what: "simulated guests while the core is killed and parts are replaced, short form",
+        run: soak_part,
+    },
+    Part {
+        name: "stress",
+        what: "real VMs and simulated ones, everything at once, short form",
+        run: stress_part,
     },
 ];
 
@@ -282,6 +292,22 @@ fn qemu_part(counts: &mut Counts) -> Result<()> {
         command.args(["--test", name]);
     }
     kit.and(run(command.args(["--", &at_once, "--show-output"]), counts))
+}
+
+/// `cargo xtask soak`, short.
+fn soak_part(counts: &mut Counts) -> Result<()> {
+    one_run(counts, soak::soak(&soak::Options::short()))
+}
+
+/// `cargo xtask stress`, short.
+fn stress_part(counts: &mut Counts) -> Result<()> {
+    one_run(counts, stress::stress(&stress::Options::short()))
+}
+
+fn one_run(counts: &mut Counts, result: Result<()>) -> Result<()> {
+    counts.passed += u64::from(result.is_ok());
+    counts.failed += u64::from(result.is_err());
+    result
 }
 
 /// The names of the root package's integration tests.

@@ -408,6 +408,19 @@ fn the_host_talks_and_listens() {
         *client == 7 && !*last && matches!(reply, ControlReply::Message { .. })
     });
     assert_eq!(to_seven.count(), 2);
+    // An operator reaches the operators who wait.
+    house.control(
+        8,
+        ControlRequest::Send {
+            target: "host".to_owned(),
+            message: b"to ourselves".to_vec(),
+        },
+    );
+    let ours = house.replies.iter().any(|(client, _, reply, _)| {
+        *client == 7
+            && matches!(reply, ControlReply::Message { source, message, .. } if source == "host" && message == b"to ourselves")
+    });
+    assert!(ours, "{:?}", house.replies);
 }
 
 /// The core dies; a new one has the journal, the guests' rings, and nothing else.

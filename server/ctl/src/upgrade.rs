@@ -87,6 +87,11 @@ fn wait(session: &Session, number: u64, patience: Duration) -> Result<UpgradeRep
                 }
                 None
             }
+            // The core that answers is told of its beginning a moment after the request was: this is the one before.
+            Ok(Status {
+                upgrade: Some(report),
+                ..
+            }) if report.number < number => None,
             Ok(status) => {
                 let message = match status.upgrade {
                     Some(other) => format!("upgrade {} has begun meanwhile", other.number),

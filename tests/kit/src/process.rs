@@ -143,7 +143,7 @@ impl Log {
 }
 
 /// A lock whose holder panicked is as good as any here: the state is text.
-pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -540,8 +540,13 @@ impl Daemon {
 
     /// Kills the child that plays `role`, as a crash would; gives its process id.
     pub fn kill_role(&self, role: &str) -> Result<u32> {
+        self.signal_role(role, Signal::KILL)
+    }
+
+    /// Sends a signal to the child that plays `role` (SIGSTOP: it hangs); gives its process id.
+    pub fn signal_role(&self, role: &str, signal: Signal) -> Result<u32> {
         let pid = self.role(role)?;
-        kill_process(process_id(pid)?, Signal::KILL)?;
+        kill_process(process_id(pid)?, signal)?;
         Ok(pid)
     }
 

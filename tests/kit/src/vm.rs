@@ -273,12 +273,13 @@ impl Vm {
         self.qmp.execute("cont", json!({})).map(drop)
     }
 
-    /// Presses the reset button and waits until the guest is up again.
+    /// Presses the reset button, lets the processors go on where they stood still, and waits until the guest is up again.
     pub fn reset(&self) -> Result<()> {
         for channel in &self.channels {
             channel.forget();
         }
         self.qmp.execute("system_reset", json!({}))?;
+        self.go_on()?;
         self.wait_boot()
     }
 

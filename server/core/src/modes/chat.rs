@@ -262,7 +262,11 @@ impl Chat {
                     .collect(),
             )
         } else {
-            let number = office.ledger.number(target).ok_or(Refusal::PeerAbsent)?;
+            // To the host itself: the operators who wait for messages.
+            let number = match target {
+                HOST_NAME => PEER_HOST,
+                name => office.ledger.number(name).ok_or(Refusal::PeerAbsent)?,
+            };
             has_room(office, number, body.len() as u64)?;
             Targets::One(number)
         };

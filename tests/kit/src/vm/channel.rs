@@ -27,6 +27,9 @@ const AGENT_READY: &[u8] = b"VMGMT-AGENT-READY\n";
 /// A command that says more than this is broken, or wants a file.
 const OUTPUT_BYTES_MAX: usize = 64 << 20;
 
+/// Nothing came for so long: all has come.
+const SETTLED: Duration = Duration::from_millis(50);
+
 /// How long a killed command may take to end.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -266,6 +269,24 @@ impl Running {
         let mut kill =
             crate::process::wait_until("the control channel", KILL_DEADLINE, || control.begin(&script))?;
         kill.finish(KILL_DEADLINE)?.ok().map(drop)
+    }
+
+    /// The guest that it runs in is about to be gone: gives what it has said, and nothing more is expected of it. Its processors should
+    /// stand still ([`super::Vm::pause`]), so that all is said.
+    pub fn lost(mut self) -> Vec<u8> {
+        self.done = true;
+        let channel = Arc::clone(&self.channel);
+        let mut length = usize::MAX;
+        loop {
+            // What QEMU has written to its socket is in the reader's hands a moment later.
+            thread::sleep(SETTLED);
+            let mut received = locked(&channel.received);
+            self.begun(&mut received);
+            if received.bytes.len() == length {
+                return std::mem::take(&mut received.bytes);
+            }
+            length = received.bytes.len();
+        }
     }
 
     fn name(&self, what: &str) -> String {

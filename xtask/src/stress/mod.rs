@@ -1,0 +1,236 @@
+//! The caretaker's stress: real VMs and simulated ones on one vmgmtd, everything at once, and everything ends and begins again meanwhile.
+//!
+//! ```text
+//!  mod       options, the daemon, the disruptions of the core
+//!  machine   one real VM: its commands, its ends and beginnings
+//!  work      what a machine does all day
+//! ```
+//!
+//! In: how many VMs, for how long. Out: the ledger's line, an exit code. It must never excuse more than the ledger says.
+
+mod machine;
+mod work;
+
+use crate::endurance::{
+    content,
+    crew::{Course, Crew},
+    disruption::{Kind, Trouble, kills},
+    guest::{self, Plan},
+    ledger::Ledger,
+    operator::Operator,
+    report, site,
+    stall::{Stalls, Watches},
+};
+use crate::soak::{SETTLE_PATIENCE, STOP_DEADLINE, programs, seed_or_clock, upgrades, write_json};
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use machine::Machine;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
+use serde_json::json;
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    thread,
+    time::{Duration, Instant},
+};
+use vmgmt_testkit::guest::SimulatedVm;
+use vmgmt_testkit::process::{Daemon, locked, patience};
+use vmgmt_testkit::setup::{self, Image, Tools, Wanted};
+use work::Yard;
+
+/// Simulated guests that move files as well.
+const FILE_GUESTS_MAX: usize = 8;
+/// Of a simulated guest among real ones: these wait for a processor that is not there.
+const LETTER_PAUSE: Duration = Duration::from_secs(2);
+const FILE_PAUSE: Duration = Duration::from_secs(1);
+const OPERATOR_PAUSE: Duration = Duration::from_millis(500);
+/// Between two disruptions of the daemon.
+const SPACING: Duration = Duration::from_secs(6);
+/// A round of a machine that was begun is finished in this time: it may hold a boot.
+const HOME_DEADLINE: Duration = Duration::from_secs(240);
+/// Upgrades in a row before they begin anew: each part is among them.
+const UPGRADES: u32 = 6;
+const WATCH: &str = "watch0";
+
+#[derive(Args, Clone, Debug)]
+pub struct Options {
+    /// Real VMs, 128 MiB each.
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
+    vms: u16,
+    /// For so long new work is begun.
+    #[arg(long, default_value_t = 2.0)]
+    minutes: f64,
+    /// Simulated guests on the same daemon.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u16).range(0..=512))]
+    simulated: u16,
+    /// Replays what is chosen by chance; default: from the clock.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// A release build of vmgmtd.
+    #[arg(long)]
+    release: bool,
+    /// This vmgmtd instead of building one; vmgmtctl lies beside it.
+    #[arg(long, value_name = "PROGRAM")]
+    server: Option<PathBuf>,
+    /// The ledger as JSON; - for standard output.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+impl Options {
+    /// What `cargo xtask test` runs.
+    pub const fn short() -> Self {
+        Self {
+            vms: 4,
+            minutes: 1.0,
+            simulated: 8,
+            seed: None,
+            release: false,
+            server: None,
+            json: None,
+        }
+    }
+}
+
+fn names(kind: &str, count: u16) -> Vec<String> {
+    (1..=count).map(|number| format!("{kind}{number}")).collect()
+}
+
+/// Boots all at once.
+fn boot(tools: &Tools, daemon: &Daemon, names: &[String]) -> Result<Vec<Mutex<Machine>>> {
+    thread::scope(|scope| {
+        let start = |name: &'_ String| Machine::start(tools, name, daemon.path(&format!("{name}.sock")));
+        let starting: Vec<_> = names
+            .iter()
+            .map(|name| scope.spawn(move || start(name)))
+            .collect();
+        starting
+            .into_iter()
+            .map(|machine| Ok(Mutex::new(machine.join().ok().context("a thread died")??)))
+            .collect()
+    })
+}
+
+/// Runs it.
+pub fn stress(options: &Options) -> Result<()> {
+    let tools = setup::prepare(Wanted {
+        image: Image::Small,
+        install: true,
+    })?;
+    let (server, vmgmtctl, built) = programs(options.server.as_deref(), options.release)?;
+    let seed = seed_or_clock(options.seed);
+    let (real, simulated) = (names("vm", options.vms), names("sim", options.simulated));
+    println!(
+        "* stress: {} VMs, {} simulated, {} minutes, {built}, --seed {seed}",
+        real.len(),
+        simulated.len(),
+        options.minutes
+    );
+    site::allow_guests(u64::from(options.simulated) + 1)?;
+    let all = [real.clone(), simulated.clone(), vec![WATCH.to_owned()]].concat();
+    let daemon = site::open(&server, &all)?;
+    let mut course = Course::new(Ledger::new(false), daemon.path("share"), seed);
+    site::stock(&mut course)?;
+    course.addressees = [real.clone(), simulated.clone()].concat();
+    course.acceptors = simulated.iter().take(FILE_GUESTS_MAX).cloned().collect();
+    let course = Arc::new(course);
+    let begin = Instant::now();
+    let yard = Arc::new(Yard {
+        machines: boot(&tools, &daemon, &real)?,
+        control: daemon.path("control.sock"),
+    });
+    println!(
+        "* {} VMs are up after {:.0} s",
+        real.len(),
+        begin.elapsed().as_secs_f64()
+    );
+    let upgrades = upgrades(&vmgmtctl, &daemon, UPGRADES)?;
+
+    let mut crew = Crew::default();
+    let operator = Operator::start(&mut crew, &course, &yard.control, OPERATOR_PAUSE)?;
+    let mut vms: Vec<Arc<SimulatedVm>> = Vec::new();
+    for name in &simulated {
+        let vm = site::connect(&daemon, name)?;
+        let plan = Plan {
+            name: name.clone(),
+            files: course.acceptors.contains(name),
+            letter_pause: LETTER_PAUSE,
+            file_pause: FILE_PAUSE,
+        };
+        guest::start(&mut crew, &course, &vm, &plan)?;
+        vms.push(vm);
+    }
+    for (number, name) in real.iter().enumerate() {
+        let (yard, sender) = (Arc::clone(&yard), course.sender());
+        let mut chance = ChaCha8Rng::seed_from_u64(content::mix(&[name], seed));
+        crew.hire(&course, name.clone(), move |course, hand| {
+            work::live(course, hand, &yard, number, &mut chance, sender)
+        })?;
+    }
+    let machine = SimulatedVm::plug(daemon.path(&format!("{WATCH}.sock")), guest::options())?;
+    let watched: Vec<_> = vms.iter().take(1).cloned().collect();
+    let watches = Watches::start(&mut crew, &course, vec![machine], &watched)?;
+    let mut trouble = Trouble {
+        daemon: &daemon,
+        vmgmtctl,
+        course: &course,
+        watches: &watches,
+        stalls: Stalls::default(),
+    };
+    if let Err(error) = disturb(options, seed, upgrades, &mut trouble) {
+        course.ledger.mismatch(format!("{error:#}"));
+    }
+    let stalls = trouble.stalls;
+    course.quiet();
+    // Work that was begun is finished first: a boot among it takes its time.
+    site::settle(&course, patience(HOME_DEADLINE.max(SETTLE_PATIENCE)));
+    if let Err(error) = operator.farewell() {
+        course
+            .ledger
+            .mismatch(format!("the operator's last message: {error:#}"));
+    }
+    course.end();
+    crew.wait(&course, patience(HOME_DEADLINE));
+    site::inspect(&daemon, &course)?;
+    drop((yard, vms));
+    let balance = course.ledger.close();
+    let answers = locked(&operator.answers).clone();
+    report::print_stalls(&stalls);
+    if let Some(path) = &options.json {
+        let facts = json!({"vms": options.vms, "simulated": options.simulated, "minutes": options.minutes, "vmgmtd": built, "seed": seed});
+        write_json(path, &report::document(&facts, &balance, &answers, &stalls))?;
+    }
+    for mismatch in &balance.mismatches {
+        println!("MISMATCH {mismatch}");
+    }
+    println!("{}", report::ledger_line(&balance, &answers));
+    daemon.stop(STOP_DEADLINE).context("stopping vmgmtd")?;
+    ensure!(
+        balance.mismatch_count == 0,
+        "the ledger does not balance; again: cargo xtask stress --vms {} --simulated {} --minutes {} --seed {seed}",
+        options.vms,
+        options.simulated,
+        options.minutes
+    );
+    Ok(())
+}
+
+/// Kills and upgrades for so long, kills twice as often.
+fn disturb(options: &Options, seed: u64, upgrades: Vec<Kind>, trouble: &mut Trouble<'_>) -> Result<()> {
+    let mut chance = ChaCha8Rng::seed_from_u64(seed);
+    let end = Instant::now() + Duration::try_from_secs_f64(options.minutes * 60.0)?;
+    let kills = kills(10);
+    let mut turn = 0;
+    while Instant::now() < end {
+        let pause = SPACING.mul_f64(0.5 + f64::from(chance.next_u32()) / f64::from(u32::MAX));
+        thread::sleep(pause.min(end.saturating_duration_since(Instant::now())));
+        let upgrade = turn % 3 == 2 && !upgrades.is_empty();
+        let among = if upgrade { &upgrades } else { &kills };
+        if let Some(kind) = among.get(turn % among.len().max(1)) {
+            trouble.cause(*kind, &mut chance)?;
+        }
+        turn += 1;
+    }
+    Ok(())
+}
