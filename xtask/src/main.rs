@@ -12,6 +12,7 @@ mod bench_vms;
 mod build;
 mod demo;
 mod endurance;
+mod fuzz;
 mod parts;
 mod soak;
 mod stress;
@@ -49,6 +50,8 @@ enum Task {
     Soak(soak::Options),
     /// Real VMs and simulated ones on one vmgmtd, everything at once, with resets and kills of both; ends with a ledger.
     Stress(stress::Options),
+    /// Fuzz every way in with libFuzzer (needs the nightly compiler).
+    Fuzz(fuzz::Options),
     /// One VM on this terminal (leave it with Ctrl-A X).
     Vm(vm::Options),
 }
@@ -87,6 +90,7 @@ fn main() -> Result<()> {
         Task::Bench(options) => bench::bench(&options),
         Task::Soak(options) => soak::soak(&options),
         Task::Stress(options) => stress::stress(&options),
+        Task::Fuzz(options) => fuzz::fuzz(&options),
         Task::Vm(options) => vm::vm(&options),
     }
 }

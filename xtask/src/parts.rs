@@ -19,7 +19,7 @@ const QEMU_TESTS_AT_ONCE_MAX: usize = 3;
 
 #[derive(Args)]
 pub struct Options {
-    /// Only these parts (setup, format, lint, unit, integration, uapi, qemu, soak, stress).
+    /// Only these parts (setup, format, lint, unit, integration, uapi, fuzz, qemu, soak, stress).
     parts: Vec<String>,
 }
 
@@ -30,7 +30,7 @@ struct Part {
     run: fn(&mut Counts) -> Result<()>,
 }
 
-const PARTS: [Part; 9] = [
+const PARTS: [Part; 10] = [
     Part {
         name: "setup",
         what: "QEMU and guest images",
@@ -60,6 +60,11 @@ const PARTS: [Part; 9] = [
         name: "uapi",
         what: "our numbers against the kernel's headers",
         run: uapi_part,
+    },
+    Part {
+        name: "fuzz",
+        what: "a few seconds of libFuzzer for every way in",
+        run: fuzz_part,
     },
     Part {
         name: "qemu",
@@ -259,6 +264,13 @@ fn uapi_part(counts: &mut Counts) -> Result<()> {
         command.args(["--test", name]);
     }
     run(&mut command, counts)
+}
+
+fn fuzz_part(counts: &mut Counts) -> Result<()> {
+    if let Some(reason) = crate::fuzz::fuzz_short()? {
+        counts.skipped.push(format!("skipped: {reason}"));
+    }
+    Ok(())
 }
 
 /// The tests that boot VMs or parse what boots them, a few at a time. Setup has run, so a test that skips itself says why.

@@ -41,6 +41,7 @@ pub mod operations;
 pub mod port;
 mod records;
 pub mod ring;
+pub mod suppression;
 pub mod tags;
 pub mod transfer;
 

@@ -5,13 +5,12 @@
 //! Protocol and fences: `vmgmt_abi::ring`.
 
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 use vmgmt_abi::registers::{self as registers, RING_STRIDE, RINGS, RingState};
 use vmgmt_abi::ring::{
-    COMPLETION_BYTES, LIST_ENTRY_BYTES, RING_EVENTS_BYTES, SUBMISSION_BYTES, completion_flag, event_due,
-    event_offset, flag, phase,
+    COMPLETION_BYTES, LIST_ENTRY_BYTES, RING_EVENTS_BYTES, SUBMISSION_BYTES, completion_flag, event_offset,
+    flag, phase,
 };
 use vmgmt_abi::{Completion, Mode, Opcode, Status, Submission, feature};
 use zerocopy::IntoBytes;
@@ -24,6 +23,7 @@ use crate::limits::{
 };
 use crate::list::{cover, cut};
 use crate::memory::{Buffer, DmaMemory};
+use crate::suppression;
 use crate::tags::TagTable;
 
 /// How a ring is opened.
@@ -280,12 +280,8 @@ impl Ring {
             .write(slot * SUBMISSION_BYTES, submission.as_bytes())?;
         let old = lanes.tail;
         lanes.tail = old.wrapping_add(1);
-        lanes
-            .events
-            .store32(event_offset::SUBMISSION_TAIL as usize, lanes.tail)?;
-        fence(Ordering::SeqCst);
-        let event = lanes.events.load32(event_offset::SUBMISSION_EVENT as usize)?;
-        if !suppression || event_due(event, old, lanes.tail) {
+        let due = suppression::publish(&lanes.events, old, lanes.tail)?;
+        if !suppression || due {
             let (register, tail) = (registers::DOORBELLS + 4 * lanes.index, lanes.tail);
             self.device.backing().write32(register, tail)?;
             self.counters.doorbells += 1;
@@ -402,10 +398,7 @@ impl Channel for Ring {
                 }
             }
             // Arm, full fence, look again, and only then sleep (`vmgmt_abi::ring`).
-            lanes
-                .events
-                .store32(event_offset::COMPLETION_EVENT as usize, lanes.completion_head)?;
-            fence(Ordering::SeqCst);
+            suppression::arm(&lanes.events, lanes.completion_head)?;
             if lanes.has_completion()? {
                 return Ok(true);
             }

@@ -212,7 +212,7 @@ impl<W: Words> FrontPage<W> {
     }
     /// Moves the fence counter and gives its new value.
     pub fn move_fence(&self) -> u64 {
-        let fence = self.words.load(FENCE) + 1;
+        let fence = self.words.load(FENCE).wrapping_add(1);
         self.words.store(FENCE, fence);
         fence
     }
@@ -246,7 +246,8 @@ impl<W: Words> FrontPage<W> {
         self.words.load(VECTORS)
     }
     pub fn move_vectors_changed(&self) {
-        self.words.store(VECTORS, self.words.load(VECTORS) + 1);
+        self.words
+            .store(VECTORS, self.words.load(VECTORS).wrapping_add(1));
     }
     #[must_use]
     pub fn features(&self) -> u64 {
@@ -262,8 +263,10 @@ impl<W: Words> FrontPage<W> {
     }
     pub fn set_host_page(&self, iova: u64) {
         self.words.store(HOST_PAGE, iova);
-        self.words
-            .store(HOST_PAGE_SEQUENCE, self.words.load(HOST_PAGE_SEQUENCE) + 1);
+        self.words.store(
+            HOST_PAGE_SEQUENCE,
+            self.words.load(HOST_PAGE_SEQUENCE).wrapping_add(1),
+        );
     }
 
     /// Reads ring `n`'s set-up whole; `None` while it is being written (the front will touch the session again).
@@ -424,7 +427,7 @@ impl<W: Words> FrontPage<W> {
         let events = self.words.load(EVENTS);
         self.words
             .store(CHANGED + (events % CHANGED_LOG) as usize, slot as u64);
-        self.words.store(EVENTS, events + 1);
+        self.words.store(EVENTS, events.wrapping_add(1));
     }
 
     /// Slots that changed since `seen` (an earlier value of [`FrontPage::events`]), and the value up to which they are given.

@@ -6,7 +6,7 @@
 //!
 //! The scheme, both ways: the writer writes its words, moves `touched[slot]` and `total`, makes a SeqCst fence, and signals
 //! the eventfd if the other is asleep. The sleeper sets `asleep`, makes a SeqCst fence, compares `total`, and only then sleeps.
-//! (The fences are the shell's: it owns the memory.)
+//! Both halves of it are here, so that a model checker can run them (tests/fuzz-bodies/tests/ordering.rs).
 
 use super::{LAYOUT, Words};
 
@@ -73,6 +73,19 @@ impl<W: Words> TouchedPage<W> {
     pub fn set_front_asleep(&self, asleep: bool) {
         self.words.store(FRONT_ASLEEP, u64::from(asleep));
     }
+    /// Core, after its kicks: whether the front sleeps and is to be signalled.
+    #[must_use]
+    pub fn must_wake_front(&self) -> bool {
+        self.words.fence();
+        self.front_asleep()
+    }
+    /// Front: says that it goes to sleep. False: the core kicked since `kicks_seen`, it must not.
+    #[must_use]
+    pub fn front_falls_asleep(&self, life: &LifePage<W>, kicks_seen: u64) -> bool {
+        self.set_front_asleep(true);
+        self.words.fence();
+        life.kicks() == kicks_seen
+    }
 }
 
 /// View of the life page.
@@ -100,6 +113,19 @@ impl<W: Words> LifePage<W> {
     }
     pub fn set_core_asleep(&self, asleep: bool) {
         self.words.store(ASLEEP, u64::from(asleep));
+    }
+    /// Front, after its touches: whether the core sleeps and is to be signalled.
+    #[must_use]
+    pub fn must_wake_core(&self) -> bool {
+        self.words.fence();
+        self.core_asleep()
+    }
+    /// Core: says that it goes to sleep. False: something was touched since `total_seen`, it must not.
+    #[must_use]
+    pub fn core_falls_asleep(&self, touched: &TouchedPage<W>, total_seen: u64) -> bool {
+        self.set_core_asleep(true);
+        self.words.fence();
+        touched.total() == total_seen
     }
     #[must_use]
     pub fn beat(&self) -> u64 {

@@ -1,7 +1,7 @@
 //! Shared words behind a trait: the shell maps them, tests use plain memory.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 /// An array of shared 64-bit words. Indexes out of range read 0 and are not written: layouts are constants of ours, and
 /// a page that a peer made too small must not bring the process down.
@@ -16,6 +16,10 @@ pub trait Words: Clone {
     fn load(&self, index: usize) -> u64;
     /// Stores with release order.
     fn store(&self, index: usize, value: u64);
+    /// A sequentially consistent fence between what was stored before and what is loaded after.
+    fn fence(&self) {
+        fence(Ordering::SeqCst);
+    }
     /// Copies bytes out, from the start of word `index` on; the shorter of both ends it. Not atomic as a whole.
     fn read_bytes(&self, index: usize, into: &mut [u8]) {
         for (offset, chunk) in into.chunks_mut(8).enumerate() {

@@ -1,11 +1,10 @@
-//! Sleeping and waking between front and core: the scheme of `device/page/shared.rs`, with its fences and eventfds.
+//! Sleeping and waking between front and core: the scheme of `device/page/shared.rs`, with its eventfds.
 //!
 //! In: "I am about to sleep", "look at this session". Out: whether there is something to look at; a signal if the other
 //! sleeps. Must never know what there is to look at.
 
 use crate::words::MappedWords;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{Ordering, fence};
 use vmgmt_device::page::{LifePage, TouchedPage};
 
 /// The core's side of one core life.
@@ -71,8 +70,7 @@ impl Wake {
     /// Wakes the front if it was kicked and sleeps.
     pub fn tell(&mut self) {
         if std::mem::take(&mut self.kicked) {
-            fence(Ordering::SeqCst);
-            if self.touched.front_asleep() {
+            if self.touched.must_wake_front() {
                 let _ = rustix::io::write(&self.front, &1u64.to_ne_bytes());
             }
         }
@@ -80,9 +78,7 @@ impl Wake {
 
     /// Says that the core is about to sleep. False: something was touched meanwhile, it must not.
     pub fn fall_asleep(&mut self) -> bool {
-        self.life.set_core_asleep(true);
-        fence(Ordering::SeqCst);
-        let sleeps = self.touched.total() == self.seen;
+        let sleeps = self.life.core_falls_asleep(&self.touched, self.seen);
         if !sleeps {
             self.life.set_core_asleep(false);
         }

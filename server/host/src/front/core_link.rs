@@ -2,7 +2,7 @@
 //!
 //! In: what Core{life} brought. Out: packets, touches, wake-ups; "it is stuck". Must never know: a session's contents.
 //!
-//! The sleep scheme is in `vmgmt_device::page::shared`; its fences are here.
+//! The sleep scheme is in `vmgmt_device::page::shared`.
 
 use super::limits::BEAT_NS_MAX;
 use super::outbox::Outbox;
@@ -11,7 +11,6 @@ use crate::messages::FrontToCore;
 use crate::words::MappedWords;
 use anyhow::{Context, bail};
 use rustix::fd::OwnedFd;
-use std::sync::atomic::{Ordering, fence};
 use vmgmt_device::Tick;
 use vmgmt_device::page::{LifePage, TouchedPage};
 
@@ -66,8 +65,7 @@ impl CoreLink {
 
     /// Wakes the core if it sleeps.
     pub fn wake(&mut self, now: Tick) {
-        fence(Ordering::SeqCst);
-        if self.page.core_asleep() {
+        if self.page.must_wake_core() {
             // A full counter is as good as a signal.
             let _ = rustix::io::write(&self.wake_core, &1u64.to_ne_bytes());
         }
@@ -89,9 +87,7 @@ impl CoreLink {
 
     /// Says that we go to sleep. False: something came meanwhile, stay awake.
     pub fn fall_asleep(&self) -> bool {
-        self.touched.set_front_asleep(true);
-        fence(Ordering::SeqCst);
-        self.page.kicks() == self.kicks_seen
+        self.touched.front_falls_asleep(&self.page, self.kicks_seen)
     }
 
     pub fn wake_up(&self) {

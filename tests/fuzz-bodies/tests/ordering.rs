@@ -1,0 +1,498 @@
+//! No wake-up is lost: the code of both sides of a ring, and of front and core, under a model checker that tries every interleaving and every
+//! order that the memory model allows; and the same on two real processors, a great many times.
+//!
+//! What runs is the product's own code (`vmgmt_driver::suppression`, `vmgmt_device::rings`, `vmgmt_device::page`); only the memory below it is the
+//! checker's. That the checker would find a weaker fence is tested too.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test's own helper may fail the test
+
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64 as RealU64, Ordering};
+use std::time::{Duration, Instant};
+use vmgmt_abi::Submission;
+use vmgmt_abi::ring::{COMPLETION_BYTES, event_offset};
+use vmgmt_device::page::{LifePage, PlainWords, TouchedPage, Words};
+use vmgmt_device::rings::testing::{Bed, FlatGuest, FlatMemory, RingPlan};
+use vmgmt_device::rings::{Input, Output};
+use vmgmt_device::{Direction, GuestMemory, MemoryError};
+use vmgmt_driver::suppression::{EventWords, arm, publish};
+
+/// Which side's full fence is replaced by a weaker one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Weak {
+    Nobody,
+    Guest,
+    Host,
+}
+
+fn checked_fence(weak: bool) {
+    loom::sync::atomic::fence(if weak { Ordering::AcqRel } else { Ordering::SeqCst });
+}
+
+// ---- rings
+
+/// The words of a ring that both sides look at without asking each other, as the checker knows them.
+#[derive(Debug)]
+struct Shared {
+    tail: loom::sync::atomic::AtomicU32,
+    submission_event: loom::sync::atomic::AtomicU32,
+    completion_event: loom::sync::atomic::AtomicU32,
+    /// The last word of the first completion.
+    completion: loom::sync::atomic::AtomicU64,
+}
+
+impl Shared {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            tail: loom::sync::atomic::AtomicU32::new(0),
+            submission_event: loom::sync::atomic::AtomicU32::new(0),
+            completion_event: loom::sync::atomic::AtomicU32::new(0),
+            completion: loom::sync::atomic::AtomicU64::new(0),
+        })
+    }
+
+    /// The ring of the tests lies at guest address 0.
+    fn word(&self, address: u64) -> Option<&loom::sync::atomic::AtomicU32> {
+        match address {
+            event_offset::SUBMISSION_TAIL => Some(&self.tail),
+            event_offset::SUBMISSION_EVENT => Some(&self.submission_event),
+            event_offset::COMPLETION_EVENT => Some(&self.completion_event),
+            _ => None,
+        }
+    }
+}
+
+const FIRST_COMPLETION_LAST_WORD: u64 = 0x1000 + COMPLETION_BYTES as u64 - 8;
+
+/// Guest memory for the core: those words are the checker's, the rest is plain.
+struct CheckedMemory {
+    flat: FlatMemory,
+    shared: Arc<Shared>,
+    weak: bool,
+}
+
+impl GuestMemory for CheckedMemory {
+    fn read(&mut self, iova: u64, into: &mut [u8]) -> Result<(), MemoryError> {
+        self.flat.read(iova, into)
+    }
+    fn write(&mut self, iova: u64, from: &[u8]) -> Result<(), MemoryError> {
+        self.flat.write(iova, from)
+    }
+    fn load_u32(&mut self, iova: u64) -> Result<u32, MemoryError> {
+        match self.shared.word(iova) {
+            Some(word) => Ok(word.load(Ordering::Acquire)),
+            None => self.flat.load_u32(iova),
+        }
+    }
+    fn store_u32(&mut self, iova: u64, value: u32) -> Result<(), MemoryError> {
+        match self.shared.word(iova) {
+            Some(word) => {
+                word.store(value, Ordering::Release);
+                Ok(())
+            }
+            None => self.flat.store_u32(iova, value),
+        }
+    }
+    fn store_u64(&mut self, iova: u64, value: u64) -> Result<(), MemoryError> {
+        if iova == FIRST_COMPLETION_LAST_WORD {
+            self.shared.completion.store(value, Ordering::Release);
+            return Ok(());
+        }
+        self.flat.store_u64(iova, value)
+    }
+    fn fence(&mut self) {
+        checked_fence(self.weak);
+    }
+    fn settled(&mut self) -> Result<(), MemoryError> {
+        self.flat.settled()
+    }
+    fn check(&mut self, iova: u64, bytes: u64, direction: Direction) -> Result<(), MemoryError> {
+        self.flat.check(iova, bytes, direction)
+    }
+    fn is_shared(&mut self, _: u64) -> bool {
+        true
+    }
+    fn prove(&mut self, iova: u64, nonce: u64) -> Result<bool, MemoryError> {
+        self.flat.prove(iova, nonce)
+    }
+}
+
+/// The same words for the guest's driver.
+struct CheckedWords {
+    shared: Arc<Shared>,
+    weak: bool,
+}
+
+impl EventWords for CheckedWords {
+    fn load32(&self, start: usize) -> vmgmt_driver::Result<u32> {
+        Ok(self.shared.word(start as u64).unwrap().load(Ordering::Acquire))
+    }
+    fn store32(&self, start: usize, value: u32) -> vmgmt_driver::Result<()> {
+        self.shared
+            .word(start as u64)
+            .unwrap()
+            .store(value, Ordering::Release);
+        Ok(())
+    }
+    fn full_fence(&self) {
+        checked_fence(self.weak);
+    }
+}
+
+type CheckedBed = Bed<PlainWords, CheckedMemory>;
+
+/// An open ring, and one NOOP that is written but not published.
+fn ring(weak: Weak) -> (CheckedBed, CheckedWords) {
+    let guest = FlatGuest::new(0x2_0000);
+    let shared = Shared::new();
+    let memory = CheckedMemory {
+        flat: FlatMemory::new(&guest),
+        shared: Arc::clone(&shared),
+        weak: weak == Weak::Host,
+    };
+    let mut bed = Bed::new(&guest, memory, PlainWords::new).unwrap();
+    let mut plan = RingPlan::new(0, 0, 16, 16, 1);
+    bed.enable(&mut plan);
+    bed.poll(1);
+    bed.outputs();
+    plan.submit(&guest, &Submission::default());
+    let words = CheckedWords {
+        shared,
+        weak: weak == Weak::Guest,
+    };
+    (bed, words)
+}
+
+/// The guest publishes and perhaps rings; the core looks, arms, looks and perhaps sleeps.
+fn doorbell(weak: Weak) {
+    loom::model(move || {
+        let (mut bed, words) = ring(weak);
+        let core = loom::thread::spawn(move || {
+            let fetched = bed.poll(1).fetched;
+            // The shell's rule: it sleeps unless there is work.
+            fetched == 0 && !bed.arm()
+        });
+        let rings = publish(&words, 0, 1).unwrap();
+        let sleeps = core.join().unwrap();
+        assert!(
+            rings || !sleeps,
+            "lost: the core sleeps over a submission whose doorbell was spared"
+        );
+    });
+}
+
+/// The core publishes a completion and perhaps signals; the guest arms, looks and perhaps sleeps.
+fn interrupt(weak: Weak) {
+    loom::model(move || {
+        let (mut bed, words) = ring(weak);
+        // The submission is there; the guest has looked at its ring before, and wants no interrupt yet.
+        publish(&words, 0, 1).unwrap();
+        words
+            .store32(event_offset::COMPLETION_EVENT as usize, u32::MAX)
+            .unwrap();
+        let core = loom::thread::spawn(move || {
+            bed.poll(1);
+            bed.end_turn();
+            let outputs = bed.outputs();
+            outputs
+                .iter()
+                .any(|output| matches!(output, Output::Signal { .. }))
+        });
+        arm(&words, 0).unwrap();
+        let sleeps = words.shared.completion.load(Ordering::Acquire) == 0;
+        let signalled = core.join().unwrap();
+        assert!(
+            signalled || !sleeps,
+            "lost: the guest sleeps over a completion whose interrupt was spared"
+        );
+    });
+}
+
+// ---- front and core
+
+/// The two words of the scheme that one side writes and the other reads, as the checker knows them.
+#[derive(Clone, Debug)]
+struct CheckedPage {
+    words: Arc<[loom::sync::atomic::AtomicU64; 2]>,
+    plain: PlainWords,
+    /// Indexes of the two words.
+    places: [usize; 2],
+    weak: bool,
+}
+
+impl CheckedPage {
+    fn new(places: [usize; 2], weak: bool) -> Self {
+        Self {
+            words: Arc::new(std::array::from_fn(|_| loom::sync::atomic::AtomicU64::new(0))),
+            plain: PlainWords::new(TouchedPage::<PlainWords>::WORDS),
+            places,
+            weak,
+        }
+    }
+    fn word(&self, index: usize) -> Option<&loom::sync::atomic::AtomicU64> {
+        let at = self.places.iter().position(|place| *place == index)?;
+        self.words.get(at)
+    }
+}
+
+impl Words for CheckedPage {
+    fn len(&self) -> usize {
+        self.plain.len()
+    }
+    fn load(&self, index: usize) -> u64 {
+        self.word(index)
+            .map_or_else(|| self.plain.load(index), |word| word.load(Ordering::Acquire))
+    }
+    fn store(&self, index: usize, value: u64) {
+        match self.word(index) {
+            Some(word) => word.store(value, Ordering::Release),
+            None => self.plain.store(index, value),
+        }
+    }
+    fn fence(&self) {
+        checked_fence(self.weak);
+    }
+}
+
+/// Touched page: total and front asleep; life page: asleep and kicks.
+fn pages(
+    weak_waker: bool,
+    weak_sleeper: bool,
+    front_sleeps: bool,
+) -> (TouchedPage<CheckedPage>, LifePage<CheckedPage>) {
+    // Each fence is made on the page that its side writes or asks: see page/shared.rs.
+    let (touched, life) = if front_sleeps {
+        // must_wake_front and front_falls_asleep are both the touched page's.
+        (weak_waker || weak_sleeper, false)
+    } else {
+        (false, weak_waker || weak_sleeper)
+    };
+    (
+        TouchedPage::new(CheckedPage::new([1, 2], touched)),
+        LifePage::new(CheckedPage::new([1, 3], life)),
+    )
+}
+
+fn core_sleeps(weak: bool) {
+    loom::model(move || {
+        let (touched, life) = pages(weak, weak, false);
+        let (core_touched, core_life) = (touched.clone(), life.clone());
+        let core = loom::thread::spawn(move || core_life.core_falls_asleep(&core_touched, 0));
+        touched.touch(5);
+        let wakes = life.must_wake_core();
+        let sleeps = core.join().unwrap();
+        assert!(wakes || !sleeps, "lost: the core sleeps over a touch");
+    });
+}
+
+fn front_sleeps(weak: bool) {
+    loom::model(move || {
+        let (touched, life) = pages(weak, weak, true);
+        let (front_touched, front_life) = (touched.clone(), life.clone());
+        let front = loom::thread::spawn(move || front_touched.front_falls_asleep(&front_life, 0));
+        life.kick(5);
+        let wakes = touched.must_wake_front();
+        let sleeps = front.join().unwrap();
+        assert!(wakes || !sleeps, "lost: the front sleeps over a kick");
+    });
+}
+
+/// The checker must find the lost wake-up.
+fn caught(what: &str, model: impl FnOnce()) {
+    let failure = catch_unwind(AssertUnwindSafe(model)).expect_err(what);
+    let text = failure
+        .downcast_ref::<String>()
+        .cloned()
+        .or_else(|| failure.downcast_ref::<&str>().map(|text| (*text).to_owned()))
+        .unwrap_or_default();
+    assert!(text.starts_with("lost: "), "{what}: {text}");
+}
+
+#[test]
+fn no_doorbell_is_lost_in_any_order() {
+    doorbell(Weak::Nobody);
+}
+
+#[test]
+fn no_interrupt_is_lost_in_any_order() {
+    interrupt(Weak::Nobody);
+}
+
+#[test]
+fn neither_front_nor_core_sleeps_over_work_in_any_order() {
+    core_sleeps(false);
+    front_sleeps(false);
+}
+
+#[test]
+fn a_weaker_fence_on_any_side_is_caught() {
+    for weak in [Weak::Guest, Weak::Host] {
+        caught("a doorbell with a weaker fence", || doorbell(weak));
+        caught("an interrupt with a weaker fence", || interrupt(weak));
+    }
+    caught("the core's sleep with weaker fences", || core_sleeps(true));
+    caught("the front's sleep with weaker fences", || front_sleeps(true));
+}
+
+// ---- two processors
+
+/// An eventfd made of a word. Waiting for it has an end: a wake-up that does not come is named.
+#[derive(Clone, Default)]
+struct Bell(Arc<RealU64>);
+
+/// Far more than any scheduler lets a thread wait that can run.
+const WATCHDOG: Duration = Duration::from_secs(60);
+
+impl Bell {
+    fn ring(&self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+    fn wait(&self, heard: &Cell<u64>, who: &str, round: u64) {
+        let started = Instant::now();
+        let mut looks = 0u32;
+        loop {
+            let rung = self.0.load(Ordering::SeqCst);
+            if rung != heard.get() {
+                heard.set(rung);
+                return;
+            }
+            looks += 1;
+            if looks.is_multiple_of(256) {
+                std::thread::yield_now();
+                assert!(
+                    started.elapsed() < WATCHDOG,
+                    "lost wake-up: {who} sleeps for ever in round {round}"
+                );
+            }
+            std::hint::spin_loop();
+        }
+    }
+}
+
+/// The guest's event words in memory that is really shared.
+struct FlatWords(FlatGuest);
+
+impl EventWords for FlatWords {
+    fn load32(&self, start: usize) -> vmgmt_driver::Result<u32> {
+        Ok(self.0.load_u32(start as u64))
+    }
+    fn store32(&self, start: usize, value: u32) -> vmgmt_driver::Result<()> {
+        self.0.store_u32(start as u64, value);
+        Ok(())
+    }
+}
+
+#[test]
+fn a_million_rounds_of_a_ring_between_two_processors() {
+    const ROUNDS: u64 = 1_000_000;
+    let guest = FlatGuest::new(0x2_0000);
+    let mut bed = Bed::new(&guest, FlatMemory::new(&guest), PlainWords::new).unwrap();
+    let mut plan = RingPlan::new(0, 0, 16, 16, 1);
+    bed.enable(&mut plan);
+    bed.poll(1);
+    bed.outputs();
+    let front = bed.front.clone();
+    let (to_core, to_guest) = (Bell::default(), Bell::default());
+    let (core_bell, guest_bell) = (to_core.clone(), to_guest.clone());
+    let core = std::thread::spawn(move || {
+        let heard = Cell::new(0);
+        let (mut done, mut sleeps) = (0u64, 0u64);
+        while done < ROUNDS {
+            let turn = bed.poll(16);
+            bed.end_turn();
+            done += u64::from(turn.fetched);
+            for output in bed.outputs() {
+                if matches!(output, Output::Signal { .. }) {
+                    guest_bell.ring();
+                }
+            }
+            if turn.fetched == 0 && !bed.arm() {
+                sleeps += 1;
+                core_bell.wait(&heard, "the core", done);
+                bed.handle(Input::Touched);
+            }
+        }
+        sleeps
+    });
+    let words = FlatWords(guest.clone());
+    let heard = Cell::new(0);
+    let (mut sleeps, mut doorbells) = (0u64, 0u64);
+    for round in 0..ROUNDS {
+        let old = plan.tail;
+        // Written, not published: the driver's own code does that.
+        let slot = u64::from(old % plan.setup.submission_entries) * 64;
+        guest.write(plan.setup.submissions + slot, &[0; 64]);
+        plan.tail = old.wrapping_add(1);
+        if publish(&words, old, plan.tail).unwrap() {
+            doorbells += 1;
+            front.ring_doorbell(0, plan.tail);
+            to_core.ring();
+        }
+        while plan.take(&guest).is_none() {
+            arm(&words, plan.head).unwrap();
+            if plan.take(&guest).is_some() {
+                break;
+            }
+            sleeps += 1;
+            to_guest.wait(&heard, "the guest", round);
+        }
+    }
+    let core_sleeps = core.join().unwrap();
+    println!(
+        "{ROUNDS} rounds: the guest slept {sleeps} times, the core {core_sleeps} times, {doorbells} doorbells"
+    );
+    assert!(sleeps > 0 && core_sleeps > 0, "nobody slept: nothing was tried");
+}
+
+#[test]
+fn a_million_sleeps_of_front_and_core_between_two_processors() {
+    const ROUNDS: u64 = 1_000_000;
+    let touched = TouchedPage::new(PlainWords::new(TouchedPage::<PlainWords>::WORDS));
+    let life = LifePage::new(PlainWords::new(LifePage::<PlainWords>::WORDS));
+    let (to_core, to_front) = (Bell::default(), Bell::default());
+    let (core_touched, core_life) = (touched.clone(), life.clone());
+    let (core_bell, front_bell) = (to_core.clone(), to_front.clone());
+    // The core answers each touch with a kick.
+    let core = std::thread::spawn(move || {
+        let heard = Cell::new(0);
+        let (mut seen, mut sleeps) = (0, 0u64);
+        while seen < ROUNDS {
+            let total = core_touched.total();
+            if total == seen {
+                if core_life.core_falls_asleep(&core_touched, seen) {
+                    sleeps += 1;
+                    core_bell.wait(&heard, "the core", seen);
+                }
+                core_life.set_core_asleep(false);
+                continue;
+            }
+            seen = total;
+            core_life.kick(1);
+            if core_touched.must_wake_front() {
+                front_bell.ring();
+            }
+        }
+        sleeps
+    });
+    let heard = Cell::new(0);
+    let mut sleeps = 0u64;
+    for round in 0..ROUNDS {
+        let kicks_seen = life.kicks();
+        touched.touch(1);
+        if life.must_wake_core() {
+            to_core.ring();
+        }
+        while life.kicks() == kicks_seen {
+            if touched.front_falls_asleep(&life, kicks_seen) {
+                sleeps += 1;
+                to_front.wait(&heard, "the front", round);
+            }
+            touched.set_front_asleep(false);
+        }
+    }
+    let core_sleeps = core.join().unwrap();
+    println!("{ROUNDS} rounds: the front slept {sleeps} times, the core {core_sleeps} times");
+    assert!(sleeps > 0 && core_sleeps > 0, "nobody slept: nothing was tried");
+}
