@@ -29,17 +29,21 @@ pub struct LogWriter {
 }
 
 impl LogWriter {
-    /// Starts the thread that writes to `sink`.
+    /// Starts the thread that writes to `sink`; it runs when this returns, so that a filter of system calls may be put on.
     ///
     /// # Errors
     /// The system gives no thread.
     pub fn start(sink: impl Write + Send + 'static) -> std::io::Result<Self> {
         let (queue, lines) = sync_channel(LINES_MAX);
+        let (runs, running) = sync_channel(1);
         let lost = Arc::new(AtomicU64::new(0));
         let counted = Arc::clone(&lost);
-        std::thread::Builder::new()
-            .name("log".into())
-            .spawn(move || write_lines(sink, &lines, &counted))?;
+        std::thread::Builder::new().name("log".into()).spawn(move || {
+            // Its starter waits for this.
+            let _ = runs.send(());
+            write_lines(sink, &lines, &counted);
+        })?;
+        let _ = running.recv();
         Ok(Self { queue, lost })
     }
 

@@ -6,12 +6,13 @@
 mod log;
 
 use anyhow::Context;
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use log::LogWriter;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 use vmgmt_host::config::{self, Config, Flags};
+use vmgmt_host::sandbox::{self, Account, Role, SandboxConfig};
 use vmgmt_host::{core, front, keeper};
 
 /// Gives many QEMU virtual machines one management device (vfio-user) for files, messages and more.
@@ -39,34 +40,72 @@ struct Arguments {
     /// Reads the configuration, says what is wrong with it, and exits. (With a role: looks whether it could take that over.)
     #[arg(long)]
     check: bool,
+    /// Whether the parts that guests speak with are shut in: other users, no capabilities, landlock, seccomp. On, if nothing is said.
+    #[arg(long, value_name = "on|off")]
+    sandbox: Option<Switch>,
     /// What this process is; given by the keeper to its children.
     #[arg(long, hide = true, requires = "parent")]
     role: Option<String>,
     #[arg(long, hide = true)]
     parent: Option<u32>,
+    /// User and group of the front.
+    #[arg(long, hide = true)]
+    front_account: Option<Account>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Switch {
+    On,
+    Off,
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    match (&arguments.role, arguments.parent) {
-        (Some(role), Some(parent)) => end(run_child(
-            role,
-            parent,
-            arguments.check,
-            arguments.log.as_deref().unwrap_or("info"),
-        )),
+    match (arguments.role.as_deref(), arguments.parent) {
+        (Some("front"), Some(parent)) => end(run_front(&arguments, parent)),
+        (Some("core"), Some(parent)) if arguments.check => end(run_check(&arguments, parent)),
+        (Some("core"), Some(parent)) => end(run_core(&arguments, parent)),
+        (Some("namespace"), Some(_)) => end(sandbox::hold_namespace()),
+        (Some(other), Some(_)) => end(Err(anyhow::anyhow!("there is no role {other:?}"))),
         _ => run_keeper(arguments),
     }
 }
 
-fn run_child(role: &str, parent: u32, check: bool, log: &str) -> anyhow::Result<()> {
-    let log = start_log(log)?;
-    let result = keeper::enter_role(role, parent).and_then(|channel| match role {
-        "front" => front::run(channel),
-        "core" if check => core::check(channel),
-        "core" => core::run(channel),
-        other => anyhow::bail!("there is no role {other:?}"),
-    });
+// Both enter the sandbox while they have one thread; the log is the second.
+
+fn run_front(arguments: &Arguments, parent: u32) -> anyhow::Result<()> {
+    let channel = keeper::enter_role("front", parent)?;
+    let config = SandboxConfig {
+        enabled: arguments.sandbox != Some(Switch::Off),
+        front: arguments.front_account,
+        core: None,
+    };
+    let entered = sandbox::enter(Role::Front, &config, parent, &[])?;
+    with_log(arguments, || front::run(channel, entered))
+}
+
+fn run_core(arguments: &Arguments, parent: u32) -> anyhow::Result<()> {
+    let channel = keeper::enter_role("core", parent)?;
+    let Some(start) = core::Start::receive(channel)? else {
+        return Ok(());
+    };
+    let entered = sandbox::enter(Role::Core, start.sandbox(), parent, &start.share_roots())?;
+    with_log(arguments, || core::run(start, entered))
+}
+
+/// A program that is asked whether it could be the core: it reads the same state, so it is shut in as well.
+fn run_check(arguments: &Arguments, parent: u32) -> anyhow::Result<()> {
+    let channel = keeper::enter_role("core", parent)?;
+    let Some(question) = core::Question::receive(channel)? else {
+        return Ok(());
+    };
+    let entered = sandbox::enter(Role::Core, question.sandbox(), parent, &[])?;
+    with_log(arguments, || core::check(question, entered))
+}
+
+fn with_log(arguments: &Arguments, run: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let log = start_log(arguments.log.as_deref().unwrap_or("info"))?;
+    let result = run();
     log.finish();
     result
 }
@@ -79,14 +118,17 @@ fn run_keeper(arguments: Arguments) -> ExitCode {
         control,
         log,
         check,
+        sandbox,
         role: _,
         parent: _,
+        front_account: _,
     } = arguments;
     let flags = Flags {
         sockets: socket,
         shares: share,
         control,
         log,
+        sandbox: sandbox.map(|switch| switch == Switch::On),
     };
     if config.is_none() && flags.sockets.is_empty() {
         eprintln!(
@@ -111,7 +153,13 @@ fn run_keeper(arguments: Arguments) -> ExitCode {
         print_summary(&config);
         return ExitCode::SUCCESS;
     }
-    let result = keeper::run(config, vec!["--log".into(), log]);
+    let mut for_children = vec!["--log".into(), log];
+    let SandboxConfig { enabled, front, .. } = config.core.sandbox;
+    if !enabled {
+        for_children.extend(["--sandbox".into(), "off".into()]);
+    }
+    for_children.extend(front.map(|account| format!("--front-account={account}")));
+    let result = keeper::run(config, for_children);
     writer.finish();
     end(result)
 }

@@ -14,6 +14,8 @@ mod files;
 mod freeze;
 #[path = "in_process/memory.rs"]
 mod memory;
+#[path = "in_process/rules.rs"]
+mod rules;
 #[path = "in_process/streams.rs"]
 mod streams;
 

@@ -1,6 +1,8 @@
 //! Answers as words and tables. Values in, text out.
 
-use crate::protocol::{LogLine, Message, Peers, Shares, Status, UpgradeReport, UpgradeState, Vms};
+use crate::protocol::{
+    LogLine, Message, Peers, SandboxedRole, Shares, Status, UpgradeReport, UpgradeState, Vms,
+};
 use std::fmt::Write;
 
 /// Replaces control characters except line ends and tabs: what a guest says must not move an operator's cursor.
@@ -68,6 +70,7 @@ pub(crate) fn status(status: Status) -> String {
         notices,
         counters,
         upgrade,
+        sandbox,
     } = status;
     let mut text = format!(
         "vmgmtd {version} is {state} (process {pid}; the {answered_by} answers)\n\
@@ -76,6 +79,9 @@ pub(crate) fn status(status: Status) -> String {
     for (name, number) in counters {
         // Writing to a string does not fail.
         let _ = writeln!(text, "{name}: {number}");
+    }
+    for role in sandbox {
+        text.push_str(&sandboxed(&role));
     }
     if let Some(upgrade) = upgrade {
         text.push_str(&self::upgrade(&upgrade));
@@ -103,6 +109,27 @@ pub(crate) fn upgrade(report: &UpgradeReport) -> String {
             let _ = write!(text, ": {}", part.reason);
         }
         text.push('\n');
+    }
+    text
+}
+
+fn sandboxed(role: &SandboxedRole) -> String {
+    let capabilities = match role.capabilities {
+        0 => "no capabilities".to_owned(),
+        mask => format!("CAPABILITIES {mask:#x}"),
+    };
+    let landlock = match role.landlock {
+        0 => "NO landlock".to_owned(),
+        abi => format!("landlock (ABI {abi})"),
+    };
+    let seccomp = if role.seccomp { "seccomp" } else { "NO seccomp" };
+    let mut text = format!(
+        "{}: process {} as user {}, {capabilities}, {landlock}, {seccomp}\n",
+        role.role, role.process, role.user
+    );
+    for note in &role.notes {
+        // Writing to a string does not fail.
+        let _ = writeln!(text, "! {}: {note}", role.role);
     }
     text
 }
@@ -306,10 +333,31 @@ mod tests {
                 ],
                 ..UpgradeReport::default()
             }),
+            sandbox: vec![
+                SandboxedRole {
+                    role: "front".into(),
+                    process: 8,
+                    user: "61184:61184".into(),
+                    landlock: 7,
+                    seccomp: true,
+                    ..SandboxedRole::default()
+                },
+                SandboxedRole {
+                    role: "core".into(),
+                    process: 9,
+                    user: "0:0".into(),
+                    capabilities: 0x21,
+                    notes: vec!["the sandbox is off by configuration".into()],
+                    ..SandboxedRole::default()
+                },
+            ],
         };
         assert_eq!(
             status(given),
             "vmgmtd 0.1.0 is serving (process 7; the core answers)\ncore life 2, for 5 s; 3 VMs, 1 devices connected\nrefusals: 4\n\
+             front: process 8 as user 61184:61184, no capabilities, landlock (ABI 7), seccomp\n\
+             core: process 9 as user 0:0, CAPABILITIES 0x21, NO landlock, NO seccomp\n\
+             ! core: the sandbox is off by configuration\n\
              upgrade 3 to /new: denied\n    core: done, out of service for 12 ms\n    front: denied: it is old\n! core life 1 died\n"
         );
     }

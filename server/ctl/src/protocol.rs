@@ -356,6 +356,27 @@ pub struct Status {
     /// The last upgrade.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub upgrade: Option<UpgradeReport>,
+    /// How front and core are sandboxed; empty while the keeper answers.
+    pub sandbox: Vec<SandboxedRole>,
+}
+
+/// What a role may still do to the host.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SandboxedRole {
+    /// `front` or `core`.
+    pub role: String,
+    pub process: u32,
+    /// User and group it runs as: `UID:GID`.
+    pub user: String,
+    /// Capabilities that it has, as a mask: 0 is none.
+    pub capabilities: u64,
+    /// The kernel's ABI of landlock that is in force; 0: none.
+    pub landlock: u32,
+    /// Its system calls are filtered.
+    pub seccomp: bool,
+    /// What is not as it should be, and why.
+    pub notes: Vec<String>,
 }
 
 /// Result of `vms`.

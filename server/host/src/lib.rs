@@ -14,6 +14,7 @@ mod fault;
 pub mod front;
 pub mod keeper;
 pub mod messages;
+pub mod sandbox;
 mod state_memory;
 pub mod store;
 pub mod words;

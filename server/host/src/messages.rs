@@ -7,6 +7,7 @@
 use crate::config::{CoreConfig, ListenerConfig, VmConfig};
 use crate::control::protocol::{Upgrade, UpgradeReport};
 use serde::{Deserialize, Serialize};
+use vmgmt_ctl::protocol::SandboxedRole;
 use vmgmt_device::Tick;
 
 /// Version of what the roles say to each other. A program that is to take over a role refuses a keeper of another one.
@@ -64,7 +65,8 @@ pub enum FrontToKeeper {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum KeeperToCore {
     /// First packet. fds: channel, touched page (read-only), life page (read-write), the core's wake-up eventfd, the
-    /// front's wake-up eventfd, hub state, control listener (accepted by the core while it is READY).
+    /// front's wake-up eventfd, hub state, control listener (accepted by the core while it is READY), then the directory of each
+    /// share, in the order of the configuration.
     ///
     /// `trial`: it looks whether it could take over, writes nothing but the hub state that it was given, says
     /// [`CoreToKeeper::Able`], and begins when it hears [`KeeperToCore::Go`].
@@ -145,6 +147,8 @@ pub enum FrontToCore {
     Vectors { session: u64, present: u32 },
     /// The session has ended; everything of it is to be let go (its fence is in its front page).
     SessionGone { session: u64 },
+    /// How the front is sandboxed, for the status. First packet.
+    Sandboxed(Box<SandboxedRole>),
     /// All sessions that existed when this core life began have been told.
     Adopted,
     /// Answer to a DMA request of this life. payload: what was read. `error`: the client's errno, 0: done.

@@ -53,15 +53,13 @@ impl Words for MappedWords {
     }
 }
 
-/// Makes the memory of a page of `words` words: (read-write, read-only) descriptors, close-on-exec.
+/// Makes the memory of a page of `words` words, close-on-exec.
 ///
-/// It is sealed against any change of its size, so that no access to it can raise SIGBUS. The second descriptor is open for reading
-/// and the file's mode is 0: under another user id it can neither be mapped writable nor be opened again for writing (survival.md,
-/// "Front and core").
+/// It is sealed against any change of its size, so that no access to it can raise SIGBUS.
 ///
 /// # Errors
-/// The operating system's: no memory, no descriptors, or no /proc.
-pub fn create_page(name: &str, words: usize) -> Result<(OwnedFd, OwnedFd), Errno> {
+/// The operating system's: no memory, no descriptors.
+pub fn create_writable_page(name: &str, words: usize) -> Result<OwnedFd, Errno> {
     let bytes = u64::try_from(words)
         .ok()
         .and_then(|words| words.checked_mul(8))
@@ -69,6 +67,18 @@ pub fn create_page(name: &str, words: usize) -> Result<(OwnedFd, OwnedFd), Errno
     let writable = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     ftruncate(&writable, bytes)?;
     fcntl_add_seals(&writable, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(writable)
+}
+
+/// The same with a second descriptor, (read-write, read-only), for a page that one role writes and the other reads.
+///
+/// The second one is open for reading and the file's mode is 0: under another user id it can neither be mapped writable nor be opened
+/// again for writing (survival.md, "Front and core"); nor in a sandbox, where nothing changes a mode.
+///
+/// # Errors
+/// As [`create_writable_page`], or there is no /proc.
+pub fn create_page(name: &str, words: usize) -> Result<(OwnedFd, OwnedFd), Errno> {
+    let writable = create_writable_page(name, words)?;
     let read_only = open(
         format!("/proc/self/fd/{}", writable.as_raw_fd()),
         OFlags::RDONLY | OFlags::CLOEXEC,

@@ -20,6 +20,7 @@ use vmgmt_device::page::{CorePage, FrontPage, LifePage, TouchedPage, Words};
 use vmgmt_host::channel::{Channel, ChannelError};
 use vmgmt_host::config::{DeviceConfig, Identity, ListenerConfig};
 use vmgmt_host::messages::{CoreToFront, FrontToCore, FrontToKeeper, KeeperToFront};
+use vmgmt_host::sandbox::{self, Role, SandboxConfig};
 use vmgmt_host::words::{MappedWords, create_page};
 
 /// Nothing here takes as long, on any machine: what does is a finding.
@@ -130,7 +131,17 @@ impl<'a> Play<'a> {
         let theirs = theirs.into_fd();
         let thread = std::thread::Builder::new()
             .name("front".into())
-            .spawn(move || vmgmt_host::front::run(theirs).map_err(|error| format!("{error:#}")))
+            .spawn(move || {
+                // The fuzzer is this process: what a sandbox forbids is tested with real ones.
+                let off = SandboxConfig {
+                    enabled: false,
+                    front: None,
+                    core: None,
+                };
+                sandbox::enter(Role::Front, &off, 0, &[])
+                    .and_then(|entered| vmgmt_host::front::run(theirs, entered))
+                    .map_err(|error| format!("{error:#}"))
+            })
             .unwrap();
         for (listener, socket) in (HOSTILE..).zip(&site.listeners) {
             let config = ListenerConfig {

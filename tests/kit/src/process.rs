@@ -370,6 +370,9 @@ pub enum Ready {
 /// What `vmgmtd` says on stderr when it serves.
 pub const VMGMTD_READY: &str = "vmgmtd: ready";
 
+/// A folder: daemons are traced by strace(1) then, each into a file there.
+pub const TRACE_VARIABLE: &str = "VMGMT_TRACE_DIR";
+
 /// How to start a daemon in a temporary folder of its own.
 pub struct DaemonBuilder {
     program: PathBuf,
@@ -444,7 +447,21 @@ impl DaemonBuilder {
             fs::create_dir_all(folder.path().join(name))?;
         }
         let log = new_log_path("vmgmtd")?;
-        let mut start = Start::new(&self.program, &log);
+        let mut start = match std::env::var_os(TRACE_VARIABLE) {
+            None => Start::new(&self.program, &log),
+            Some(traces) => {
+                let name = folder
+                    .path()
+                    .file_name()
+                    .context("the temporary folder has no name")?;
+                let trace = Path::new(&traces).join(name).with_extension("trace");
+                // The tracer stays behind (-D): the daemon is still our own child.
+                Start::new("strace", &log)
+                    .arguments(["-D", "-f", "-qq", "-s", "64", "--signal=none", "-o"])
+                    .argument(trace)
+                    .argument(&self.program)
+            }
+        };
         if let Some(text) = &self.configuration {
             let path = folder.path().join("vmgmtd.toml");
             fs::write(&path, here(text))?;

@@ -3,9 +3,10 @@
 use super::file::{DeviceSection, LimitsSection, Section, Sections, ShareSection};
 use super::limits::{
     ANONYMOUS_PREFIX, DEVICES_MAX, DRAIN_DEADLINE_MS_DEFAULT, DRAIN_DEADLINE_MS_MAX, MAPS_MAX,
-    NAME_BYTES_MAX, OBJECTS_MAX, POLL_US_DEFAULT, POLL_US_MAX, SOCKET_PATH_BYTES_MAX, WORKERS_DEFAULT,
-    WORKERS_MAX,
+    NAME_BYTES_MAX, OBJECTS_MAX, POLL_US_DEFAULT, POLL_US_MAX, SHARES_MAX, SOCKET_PATH_BYTES_MAX,
+    WORKERS_DEFAULT, WORKERS_MAX,
 };
+use super::sandbox;
 use super::{
     Access, Config, CoreConfig, DeviceConfig, Flags, Identity, ListenerConfig, Mistake, Mistakes,
     ServerConfig, ShareConfig, ShareGrant, VmConfig, VmLimits,
@@ -46,11 +47,15 @@ pub(super) fn check(sections: Sections, flags: &Flags, mistakes: &mut Mistakes) 
             sockets: Vec::new(),
             device: device.clone(),
             vm_limits: limits.clone(),
+            sandbox: sandbox::check(&sections.sandbox, flags, mistakes),
         },
         server,
         listeners: Vec::new(),
         warnings: Vec::new(),
     };
+    config
+        .warnings
+        .extend(sandbox::warning(&config.core.sandbox, &sections.sandbox));
     let mut names = BTreeMap::new();
     let mut paths = BTreeMap::from([(config.server.control.clone(), "the control socket".to_owned())]);
     for section in &sections.vms {
@@ -380,6 +385,14 @@ fn check_shares(sections: &[Section<ShareSection>], mistakes: &mut Mistakes) -> 
                 format!("{shown}: {error}"),
                 "let vmgmtd's user look into it",
             ),
+        }
+        if shares.len() == SHARES_MAX {
+            let what = format!("this is share {}", SHARES_MAX + 1);
+            mistakes.push(
+                section.place("name"),
+                what,
+                format!("{SHARES_MAX} at most: share a directory above"),
+            );
         }
         shares.push(ShareConfig {
             name,

@@ -49,6 +49,7 @@ pub(super) struct Sections {
     pub(super) server: Section<ServerSection>,
     pub(super) device: Section<DeviceSection>,
     pub(super) limits: Section<LimitsSection>,
+    pub(super) sandbox: Section<SandboxSection>,
     pub(super) shares: Vec<Section<ShareSection>>,
     pub(super) vms: Vec<Section<VmSection>>,
     pub(super) sockets: Vec<Section<SocketSection>>,
@@ -78,6 +79,14 @@ pub(super) struct DeviceSection {
     pub(super) maps_max: Option<u32>,
     pub(super) mapped_bytes_max: Option<Bytes>,
     pub(super) objects_max: Option<u32>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct SandboxSection {
+    pub(super) enabled: Option<bool>,
+    pub(super) front_user: Option<String>,
+    pub(super) core_user: Option<String>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -217,12 +226,14 @@ pub(super) fn parse(file: &str, text: &str, mistakes: &mut Mistakes) -> Sections
             "server" => sections.server = reader.one("[server]", value),
             "device" => sections.device = reader.one("[device]", value),
             "limits" => sections.limits = reader.one("[limits]", value),
+            "sandbox" => sections.sandbox = reader.one("[sandbox]", value),
             "share" => sections.shares = reader.many("[[share]]", value),
             "vm" => sections.vms = reader.many("[[vm]]", value),
             "socket" => sections.sockets = reader.many("[[socket]]", value),
             other => {
                 let line = line_of(text, key.span().start);
-                let remedy = "there are [server], [device], [limits], [[share]], [[vm]] and [[socket]]";
+                let remedy =
+                    "there are [server], [sandbox], [device], [limits], [[share]], [[vm]] and [[socket]]";
                 reader
                     .mistakes
                     .push(format!("{file}:{line}"), format!("no section {other:?}"), remedy);

@@ -7,6 +7,7 @@ mod check;
 mod file;
 mod mistake;
 mod roles;
+mod sandbox;
 
 pub use check::added_vm;
 pub(crate) use check::group_id;
@@ -41,6 +42,8 @@ pub mod limits {
     pub const DRAIN_DEADLINE_MS_MAX: u64 = 60_000;
     /// The same, if nothing is said.
     pub const DRAIN_DEADLINE_MS_DEFAULT: u64 = 2_000;
+    /// Shares: their directories go to the core in one packet, which takes 253 descriptors.
+    pub const SHARES_MAX: usize = 200;
     /// Worker threads, if nothing is said.
     pub const WORKERS_DEFAULT: u32 = 4;
     /// Names that begin so are given to VMs of shared sockets.
@@ -80,6 +83,8 @@ pub struct Flags {
     pub shares: Vec<String>,
     pub control: Option<PathBuf>,
     pub log: Option<String>,
+    /// Whether front and core are sandboxed.
+    pub sandbox: Option<bool>,
 }
 
 /// Reads the configuration: a file, flags, or both.

@@ -1,5 +1,6 @@
 //! The parts of the configuration that travel to the roles.
 
+use crate::sandbox::SandboxConfig;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 pub use vmgmt_core::policy::{Access, ShareGrant, VmConfig, VmLimits};
@@ -76,6 +77,7 @@ pub struct CoreConfig {
     pub device: DeviceConfig,
     /// The same: its budgets.
     pub vm_limits: VmLimits,
+    pub sandbox: SandboxConfig,
 }
 
 impl Default for DeviceConfig {

@@ -45,6 +45,8 @@ fn the_example_is_read() {
             "reach",
             "bytes-max",
             "files",
+            "front-user",
+            "core-user",
         ]
         .iter()
         .any(|start| key.starts_with(start));
@@ -98,6 +100,7 @@ fn flags_alone_are_enough() {
         ],
         control: Some("/run/c.sock".into()),
         log: Some("debug".into()),
+        sandbox: None,
     };
     let config = load(None, &flags).unwrap();
     assert_eq!(config.server.control, PathBuf::from("/run/c.sock"));
@@ -263,4 +266,51 @@ fn a_vm_added_at_run_time_keeps_the_same_rules() {
         added_vm(&wrong, &core).unwrap_err().message,
         "shares: no share \"x\""
     );
+}
+
+#[test]
+fn the_sandbox_is_on_and_its_accounts_are_checked() {
+    let vm = "[[vm]]\nname = \"web\"\nsocket = \"/run/web.sock\"\n";
+    let config = |text: &str| {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vmgmtd.toml");
+        std::fs::write(&path, format!("{vm}{text}")).unwrap();
+        load(Some(&path), &Flags::default())
+    };
+    let is_root = rustix::process::geteuid().is_root();
+    let default = config("").unwrap();
+    assert!(default.core.sandbox.enabled && default.warnings.is_empty());
+    assert_eq!(default.core.sandbox.front.is_some(), is_root);
+    assert!(!is_root || default.core.sandbox.front != default.core.sandbox.core);
+    let off = config("[sandbox]\nenabled = false\n").unwrap();
+    assert!(
+        !off.core.sandbox.enabled
+            && off
+                .warnings
+                .iter()
+                .any(|warning| warning.what.contains("not sandboxed"))
+    );
+    let mistake = |text: &str| config(text).unwrap_err().to_string();
+    if is_root {
+        for (text, expected) in [
+            ("front-user = \"root\"", "is root"),
+            ("core-user = \"nobody-is-called-so\"", "no user"),
+            (
+                "front-user = \"5000\"\ncore-user = \"5000:7\"",
+                "would both be user 5000",
+            ),
+        ] {
+            let found = mistake(&format!("[sandbox]\n{text}\n"));
+            assert!(
+                found.contains(expected) && found.contains("vmgmtd.toml:5"),
+                "{found}"
+            );
+        }
+    } else {
+        assert!(mistake("[sandbox]\nfront-user = \"5000\"\n").contains("does not run as root"));
+    }
+    let many: String = (0..=limits::SHARES_MAX)
+        .map(|number| format!("[[share]]\nname = \"s{number}\"\npath = \"/\"\n"))
+        .collect();
+    assert!(mistake(&many).contains("this is share 201"));
 }

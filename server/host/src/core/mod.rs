@@ -16,48 +16,115 @@ pub mod sessions;
 mod trial;
 pub mod wake;
 
-pub use trial::check;
+pub use trial::{Question, check};
 
 use crate::channel::{Channel, Packet};
+use crate::config::CoreConfig;
 use crate::messages::{CHANNEL_VERSION, KeeperToCore};
+use crate::sandbox::{Entered, SandboxConfig, ShareRoot};
 use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, OwnedFd};
+use rustix::fs::Mode;
+use rustix::process::umask;
 
-/// The core's process: speaks with the keeper over `keeper` until it is told to stop or the keeper is gone.
+/// What the keeper says first. Nothing in it comes from a guest.
+#[derive(Debug)]
+pub struct Start {
+    keeper: Channel,
+    life: u64,
+    config: CoreConfig,
+    fds: Vec<OwnedFd>,
+    /// The directories of the shares, in the order of the configuration.
+    shares: Vec<OwnedFd>,
+    umask: u32,
+    /// It is only to look whether it could be the core, until the keeper says more.
+    trial: bool,
+}
+
+impl Start {
+    /// Waits for it; `None`: the keeper is gone.
+    ///
+    /// # Errors
+    /// The keeper says something else.
+    pub fn receive(keeper: OwnedFd) -> anyhow::Result<Option<Self>> {
+        let keeper = Channel::from_fd(keeper);
+        let Some(packet) = first_packet(&keeper)? else {
+            return Ok(None);
+        };
+        let Packet {
+            header:
+                KeeperToCore::Start {
+                    life,
+                    config,
+                    channel,
+                    trial,
+                },
+            mut fds,
+            ..
+        } = packet
+        else {
+            bail!("the keeper's first packet is not Start");
+        };
+        if channel != CHANNEL_VERSION {
+            bail!("the keeper speaks version {channel} of the roles' words, this program {CHANNEL_VERSION}");
+        }
+        crate::fault::read();
+        let (count, shares) = (fds.len(), config.shares.len());
+        if count != event_loop::START_FDS + shares {
+            bail!(
+                "Start came with {count} descriptors, {} are needed",
+                event_loop::START_FDS + shares
+            );
+        }
+        Ok(Some(Self {
+            keeper,
+            life,
+            config: *config,
+            shares: fds.split_off(event_loop::START_FDS),
+            fds,
+            // From here on files get the mode that is asked for: nothing in the sandbox can change it afterwards.
+            umask: umask(Mode::empty()).as_raw_mode(),
+            trial,
+        }))
+    }
+
+    /// How the core is to be sandboxed.
+    #[must_use]
+    pub const fn sandbox(&self) -> &SandboxConfig {
+        &self.config.sandbox
+    }
+
+    /// The directories that it works in.
+    #[must_use]
+    pub fn share_roots(&self) -> Vec<ShareRoot<'_>> {
+        let named = self.config.shares.iter().zip(&self.shares);
+        named
+            .map(|(share, fd)| ShareRoot {
+                name: &share.name,
+                fd: fd.as_fd(),
+            })
+            .collect()
+    }
+}
+
+/// The core's process: serves until the keeper says stop or is gone. `sandbox` was entered; it is sealed here, when all threads run.
 ///
 /// # Errors
 /// What makes it impossible to serve: the keeper then logs it and starts another.
-pub fn run(keeper: OwnedFd) -> anyhow::Result<()> {
-    let keeper = Channel::from_fd(keeper);
-    let Some(packet) = first_packet(&keeper)? else {
-        return Ok(());
-    };
-    let Packet {
-        header:
-            KeeperToCore::Start {
-                life,
-                config,
-                channel,
-                trial,
-            },
-        fds,
-        ..
-    } = packet
-    else {
-        bail!("the keeper's first packet is not Start");
-    };
-    if channel != CHANNEL_VERSION {
-        bail!("the keeper speaks version {channel} of the roles' words, this program {CHANNEL_VERSION}");
-    }
+pub fn run(start: Start, sandbox: Entered) -> anyhow::Result<()> {
+    let seen = start.trial.then(|| trial::Seen::of(&start.fds)).transpose()?;
+    let hands = event_loop::Hands::new(start)?;
+    // All threads run, and nothing of a guest was read yet.
+    let sandbox = sandbox.seal()?;
     let mut held = trial::Held::default();
-    if trial {
-        match trial::run(&keeper, life, &config, &fds)? {
+    if let Some(seen) = seen {
+        match trial::run(hands.keeper(), hands.life(), &seen)? {
             Some(told) => held = told,
             None => return Ok(()),
         }
     }
-    event_loop::EventLoop::new(keeper, life, *config, fds)?.run(held)
+    event_loop::EventLoop::new(hands, sandbox)?.run(held)
 }
 
 /// Waits for the first packet; `None`: the keeper is gone.

@@ -96,6 +96,8 @@ pub struct Books<'a> {
     pub config: &'a CoreConfig,
     pub vms: &'a BTreeMap<u64, VmConfig>,
     pub lines: &'a Lines,
+    /// How front and core are sandboxed.
+    pub sandbox: &'a [protocol::SandboxedRole],
     /// Number of this core life, and when it began.
     pub life: u64,
     pub started: Instant,
@@ -128,6 +130,7 @@ impl Books<'_> {
                 .collect(),
             counters: BTreeMap::from([("frozen VMs".to_owned(), self.frozen.len() as u64)]),
             upgrade: self.upgrade.cloned(),
+            sandbox: self.sandbox.to_vec(),
         }
     }
 }

@@ -9,9 +9,9 @@ use crate::channel::{Channel, ChannelError, Packet};
 use crate::config::CoreConfig;
 use crate::fault;
 use crate::messages::{CHANNEL_VERSION, CoreToKeeper, FrontToCore, KeeperToCore};
-use crate::store::Store;
+use crate::sandbox::{Entered, SandboxConfig};
 use crate::words::MappedWords;
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
@@ -31,17 +31,65 @@ pub(super) struct Held {
     pub(super) front: Vec<Packet<FrontToCore>>,
 }
 
-/// The process that only looks: answers the keeper's one question and ends.
+/// What a process that only looks is asked.
+#[derive(Debug)]
+pub struct Question {
+    keeper: Channel,
+    config: Box<CoreConfig>,
+    channel: u32,
+    hub_bytes: u64,
+    sessions: Vec<(u64, u64)>,
+    fds: Vec<OwnedFd>,
+}
+
+impl Question {
+    /// Waits for it; `None`: the keeper is gone.
+    ///
+    /// # Errors
+    /// The keeper cannot be understood, or asks something else (which it is told).
+    pub fn receive(keeper: OwnedFd) -> anyhow::Result<Option<Self>> {
+        let keeper = Channel::from_fd(keeper);
+        let Some(packet) = super::first_packet(&keeper)? else {
+            return Ok(None);
+        };
+        fault::read();
+        let KeeperToCore::Check {
+            config,
+            channel,
+            hub_bytes,
+            sessions,
+        } = packet.header
+        else {
+            let unknown = anyhow!("the keeper asks something that this program does not know");
+            answer(&keeper, Err(unknown))?;
+            return Ok(None);
+        };
+        Ok(Some(Self {
+            keeper,
+            config,
+            channel,
+            hub_bytes,
+            sessions,
+            fds: packet.fds,
+        }))
+    }
+
+    /// How the process is to be sandboxed.
+    #[must_use]
+    pub const fn sandbox(&self) -> &SandboxConfig {
+        &self.config.sandbox
+    }
+}
+
+/// The process that only looks: answers the keeper's one question and ends. `sandbox` was entered; it is sealed here.
 ///
 /// # Errors
-/// The keeper cannot be understood or told.
-pub fn check(keeper: OwnedFd) -> anyhow::Result<()> {
-    let keeper = Channel::from_fd(keeper);
-    let Some(packet) = super::first_packet(&keeper)? else {
-        return Ok(());
-    };
+/// The keeper cannot be told.
+pub fn check(question: Question, sandbox: Entered) -> anyhow::Result<()> {
+    sandbox.seal()?;
     fault::at("check");
-    answer(&keeper, look_at_copies(packet).map(|()| CoreToKeeper::Checked))
+    let result = look_at_copies(&question).map(|()| CoreToKeeper::Checked);
+    answer(&question.keeper, result)
 }
 
 /// Tells the keeper what came of it.
@@ -55,31 +103,22 @@ fn answer(keeper: &Channel, result: anyhow::Result<CoreToKeeper>) -> anyhow::Res
     Ok(keeper.send(&message, &[], &[])?)
 }
 
-fn look_at_copies(packet: Packet<KeeperToCore>) -> anyhow::Result<()> {
-    let KeeperToCore::Check {
-        config,
-        channel,
-        hub_bytes,
-        sessions,
-    } = packet.header
-    else {
-        bail!("the keeper asks something that this program does not know");
-    };
-    look_at_channel(channel)?;
-    let fd = packet.fds.first().context("no copy of the state came")?;
+fn look_at_copies(question: &Question) -> anyhow::Result<()> {
+    look_at_channel(question.channel)?;
+    let fd = question.fds.first().context("no copy of the state came")?;
     let words = MappedWords::read_only(fd).context("the copy of the state")?;
     let part = |begin: u64, bytes: u64| Part {
         words: words.clone(),
         begin: usize::try_from(begin / 8).unwrap_or(usize::MAX),
         length: usize::try_from(bytes / 8).unwrap_or(usize::MAX),
     };
+    let hub_bytes = question.hub_bytes;
     recover(&Journal::open(part(0, hub_bytes))?, 0)?;
     let mut begin = hub_bytes;
-    for (session, bytes) in sessions {
-        check_state(part(begin, bytes)).with_context(|| format!("session {session}"))?;
-        begin = begin.saturating_add(bytes);
+    for (session, bytes) in &question.sessions {
+        check_state(part(begin, *bytes)).with_context(|| format!("session {session}"))?;
+        begin = begin.saturating_add(*bytes);
     }
-    Store::new(&config.shares, 1)?;
     Ok(())
 }
 
@@ -126,19 +165,38 @@ impl Words for Part {
     }
 }
 
+/// What a core on trial looks at, of what it was given.
+pub(super) struct Seen {
+    front: Channel,
+    life_page: OwnedFd,
+    hub_state: OwnedFd,
+}
+
+impl Seen {
+    /// Copies of the descriptors of Start.
+    ///
+    /// # Errors
+    /// There are not enough, or no more can be had.
+    pub(super) fn of(fds: &[OwnedFd]) -> anyhow::Result<Self> {
+        let [front, _, life_page, _, _, hub_state, _] = fds else {
+            bail!("Start came with {} descriptors, 7 are needed", fds.len());
+        };
+        Ok(Self {
+            front: Channel::from_fd(front.try_clone()?),
+            life_page: life_page.try_clone()?,
+            hub_state: hub_state.try_clone()?,
+        })
+    }
+}
+
 /// A core on trial: looks at all that it is given until the keeper says go (what was held is given back) or that it is not needed
 /// (`None`). What it finds wrong is told to the keeper, and ends it.
 ///
 /// # Errors
 /// Why this program cannot be the core.
-pub(super) fn run(
-    keeper: &Channel,
-    life: u64,
-    config: &CoreConfig,
-    fds: &[OwnedFd],
-) -> anyhow::Result<Option<Held>> {
+pub(super) fn run(keeper: &Channel, life: u64, seen: &Seen) -> anyhow::Result<Option<Held>> {
     fault::at("trial");
-    let held = look_at_everything(keeper, life, config, fds);
+    let held = look_at_everything(keeper, life, seen);
     if let Err(error) = &held {
         let reason = format!("{error:#}");
         // A keeper that cannot be told sees how this process ends.
@@ -150,22 +208,13 @@ pub(super) fn run(
     held
 }
 
-fn look_at_everything(
-    keeper: &Channel,
-    life: u64,
-    config: &CoreConfig,
-    fds: &[OwnedFd],
-) -> anyhow::Result<Option<Held>> {
-    let [front, _, life_page, _, _, hub_state, _] = fds else {
-        bail!("Start came with {} descriptors, 7 are needed", fds.len());
-    };
-    let front = Channel::from_fd(front.try_clone()?);
-    let life_page = LifePage::new(MappedWords::writable(life_page).context("the life page")?);
+fn look_at_everything(keeper: &Channel, life: u64, seen: &Seen) -> anyhow::Result<Option<Held>> {
+    let front = &seen.front;
+    let life_page = LifePage::new(MappedWords::writable(&seen.life_page).context("the life page")?);
     if !life_page.is_valid() {
         bail!("the pages of this core life are not of this version");
     }
-    recover(&Journal::open(MappedWords::read_only(hub_state)?)?, life)?;
-    Store::new(&config.shares, 1)?;
+    recover(&Journal::open(MappedWords::read_only(&seen.hub_state)?)?, life)?;
     let mut held = Held::default();
     loop {
         life_page.move_beat();
@@ -176,7 +225,7 @@ fn look_at_everything(
                 _ => held.keeper.push(packet),
             }
         }
-        while let Some(packet) = receive::<FrontToCore>(&front)? {
+        while let Some(packet) = receive::<FrontToCore>(front)? {
             let adopted = matches!(packet.header, FrontToCore::Adopted);
             if let FrontToCore::Session { session, .. } = packet.header {
                 look_at_session(&packet.fds).with_context(|| format!("session {session}"))?;

@@ -23,14 +23,19 @@ mod socket;
 mod tests;
 
 use crate::channel::Channel;
+use crate::sandbox::Entered;
 use rustix::fd::OwnedFd;
 
 /// Runs the front until the keeper says Stop or its channel ends.
 ///
 /// `keeper`: the SEQPACKET channel on which [`crate::messages::KeeperToFront`] comes and [`crate::messages::FrontToKeeper`] goes.
 ///
+/// It has no thread but this one and the log's, and has entered its sandbox, which is sealed here.
+///
 /// # Errors
 /// The event loop cannot be set up or breaks. Nothing that a client or the core does leads to an error here.
-pub fn run(keeper: OwnedFd) -> anyhow::Result<()> {
-    server::Front::new(Channel::from_fd(keeper))?.run()
+pub fn run(keeper: OwnedFd, sandbox: Entered) -> anyhow::Result<()> {
+    let mut front = server::Front::new(Channel::from_fd(keeper))?;
+    front.sandbox = sandbox.seal()?;
+    front.run()
 }

@@ -25,6 +25,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::time::Duration;
+use vmgmt_ctl::protocol::SandboxedRole;
 use vmgmt_device::Tick;
 
 const KEEPER: Token = Token(0);
@@ -69,6 +70,8 @@ pub struct Front {
     pub(super) stopping: Option<Tick>,
     /// Lines about connections that come and go.
     pub(super) log: LogBudget,
+    /// What this process may still do, for the operators: told to each core.
+    pub(super) sandbox: SandboxedRole,
     pub(super) now: Tick,
 }
 
@@ -96,6 +99,7 @@ impl Front {
             core_ready: false,
             stopping: None,
             log: LogBudget::new(now()?),
+            sandbox: SandboxedRole::default(),
             now: now()?,
         };
         let channel = front.keeper.channel().as_fd().as_raw_fd();

@@ -16,7 +16,10 @@ use vmgmt_device::Tick;
 
 impl Front {
     pub(super) fn core_begins(&mut self, life: u64, fds: Vec<OwnedFd>) -> anyhow::Result<()> {
-        let core = CoreLink::new(life, fds)?;
+        let mut core = CoreLink::new(life, fds)?;
+        let sandbox = Box::new(self.sandbox.clone());
+        core.outbox
+            .send(FrontToCore::Sandboxed(sandbox), Vec::new(), Vec::new());
         self.drop_core();
         self.register(
             core.outbox.channel().as_fd().as_raw_fd(),

@@ -7,7 +7,7 @@ use super::core_link::CoreLink;
 use super::message_dma::Answer;
 use super::session::{Outside, Session};
 use crate::messages::FrontToCore;
-use crate::words::{MappedWords, create_page};
+use crate::words::{MappedWords, create_writable_page};
 use rustix::fd::OwnedFd;
 use std::rc::Rc;
 use vmgmt_device::Tick;
@@ -36,7 +36,7 @@ impl Session {
         let Some(device) = &mut self.device else {
             return Ok(());
         };
-        let (core_page, _) = create_page("vmgmt core page", CorePage::<MappedWords>::WORDS)?;
+        let core_page = create_writable_page("vmgmt core page", CorePage::<MappedWords>::WORDS)?;
         let page = MappedWords::writable(&core_page)?;
         device.function.handle(
             now,

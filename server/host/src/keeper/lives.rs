@@ -171,7 +171,7 @@ impl Keeper {
         LifePage::new(MappedWords::writable(&page)?).init();
         let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let (wake_core, wake_front) = (event()?, event()?);
-        let fds = vec![
+        let mut fds = vec![
             to_front.into_fd(),
             touched_ro,
             page,
@@ -180,6 +180,10 @@ impl Keeper {
             hub_state.try_clone()?,
             self.control.fd.try_clone()?,
         ];
+        fds.extend(
+            self.shares
+                .open(&self.core_config.shares, &self.core_config.sandbox)?,
+        );
         let mut child = Child::start(binary, "core", false, &self.arguments)?;
         watch(&self.poll, &child.pidfd)?;
         watch(&self.poll, &child.channel)?;

@@ -26,6 +26,7 @@ use crate::config::{Config, CoreConfig, ListenerConfig};
 use crate::control::ControlServer;
 use crate::control::protocol::{Status, Upgrade};
 use crate::messages::{CoreToKeeper, FrontToKeeper, KeeperToCore, KeeperToFront};
+use crate::sandbox::Shares;
 use crate::state_memory;
 use anyhow::{Context, bail};
 use binary::Binary;
@@ -68,6 +69,7 @@ struct Keeper {
     /// The upgrade that is under way: to what, and where it stands.
     upgrading: Option<(Binary, Step)>,
     core_config: CoreConfig,
+    shares: Shares,
     arguments: Vec<String>,
     control: Socket,
     /// Serves the control socket while no core does.
@@ -184,6 +186,7 @@ impl Keeper {
             upgrades: Upgrades::default(),
             upgrading: None,
             core_config: core,
+            shares: Shares::default(),
             arguments,
             control,
             fallback: None,
@@ -465,6 +468,7 @@ impl Keeper {
                 ),
             ]),
             upgrade: self.upgrades.report().cloned(),
+            sandbox: Vec::new(),
         }
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Runs on workers. Must never know: names, guests.
 
-use super::{Share, over_quota, refused};
+use super::quota::Quota;
+use super::{over_quota, refused};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,7 +17,8 @@ const CHECKSUM_PIECE_BYTES: usize = 256 * 1024;
 #[derive(Debug)]
 pub struct OpenFile {
     fd: OwnedFd,
-    share: Arc<Share>,
+    share_index: usize,
+    quota: Arc<Quota>,
     /// Length up to which the share's quota has been charged.
     charged_bytes: Mutex<u64>,
     /// The file system refuses RWF_NOWAIT (or it is not known yet that it does).
@@ -33,10 +35,11 @@ pub enum Piecewise {
 }
 
 impl OpenFile {
-    pub(super) const fn new(fd: OwnedFd, share: Arc<Share>, charged_bytes: u64) -> Self {
+    pub(super) const fn new(fd: OwnedFd, share_index: usize, quota: Arc<Quota>, charged_bytes: u64) -> Self {
         Self {
             fd,
-            share,
+            share_index,
+            quota,
             charged_bytes: Mutex::new(charged_bytes),
             no_nowait: AtomicBool::new(false),
         }
@@ -48,8 +51,8 @@ impl OpenFile {
         self.fd.as_fd()
     }
 
-    pub(super) fn share_index(&self) -> usize {
-        self.share.index
+    pub(super) const fn share_index(&self) -> usize {
+        self.share_index
     }
 
     /// How reads may go.
@@ -72,12 +75,12 @@ impl OpenFile {
     /// # Errors
     /// The outcome that names the quota.
     pub fn charge_growth(&self, end: u64) -> Result<(), Outcome> {
-        if !self.share.quota.is_limited() {
+        if !self.quota.is_limited() {
             return Ok(());
         }
         let mut charged = self.charged_bytes.lock().unwrap_or_else(PoisonError::into_inner);
         if end > *charged {
-            self.share.quota.charge(end - *charged, 0).map_err(over_quota)?;
+            self.quota.charge(end - *charged, 0).map_err(over_quota)?;
             *charged = end;
         }
         Ok(())
@@ -87,7 +90,7 @@ impl OpenFile {
     pub(super) fn cut_charge(&self, bytes: u64) {
         let mut charged = self.charged_bytes.lock().unwrap_or_else(PoisonError::into_inner);
         if *charged > bytes {
-            self.share.quota.give_back(*charged - bytes, 0);
+            self.quota.give_back(*charged - bytes, 0);
             *charged = bytes;
         }
     }

@@ -18,7 +18,7 @@ use crate::config::ShareConfig;
 use pool::Pool;
 use quota::Quota;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::Mode;
 use rustix::io::Errno;
 use slab::Slab;
 use std::collections::BTreeMap;
@@ -31,7 +31,9 @@ use vmgmt_core::effect::{Effect, EffectId, FailedAt, FileSlot, Identity, Outcome
 pub struct Share {
     index: usize,
     root: OwnedFd,
-    quota: Quota,
+    quota: Arc<Quota>,
+    /// Permission bits that new files and directories do not get unless they are asked for: vmgmtd's umask.
+    masked: u32,
 }
 
 /// Why the store could not be set up.
@@ -83,20 +85,30 @@ pub struct Store {
     files: Slab<(u32, Arc<OpenFile>)>,
     generation: u32,
     pool: Pool<Finished>,
-    /// Files that are the operator's (push, pull) belong to no share; they have a turn of their own.
-    host_files: Arc<Share>,
+    /// Of files that are the operator's (push, pull): they belong to no share, and nothing limits them.
+    no_quota: Arc<Quota>,
 }
 
 impl Store {
-    /// Opens the shares and starts the workers.
+    /// Takes the shares' directories over, one for each share, and starts the workers. `umask`: permission bits that new files do not get.
     ///
     /// # Errors
     /// See [`StoreError`].
-    pub fn new(shares: &[ShareConfig], workers: usize) -> Result<Self, StoreError> {
+    pub fn new(
+        shares: &[ShareConfig],
+        roots: Vec<OwnedFd>,
+        workers: usize,
+        umask: u32,
+    ) -> Result<Self, StoreError> {
         let pool = Pool::new(workers)?;
         let mut open = BTreeMap::new();
-        for (index, config) in shares.iter().enumerate() {
-            let share = Share::open(index + 1, config)?;
+        for (index, (config, root)) in shares.iter().zip(roots).enumerate() {
+            let share = Arc::new(Share {
+                index: index + 1,
+                root,
+                quota: Arc::new(Quota::new(config.bytes_max, config.files_max)),
+                masked: umask,
+            });
             if share.quota.is_limited() {
                 let (counted, began) = (Arc::clone(&share), Quota::now());
                 pool.submit(0, share.index, move || {
@@ -110,23 +122,12 @@ impl Store {
             }
             open.insert(config.name.clone(), share);
         }
-        let slash = rustix::fs::open(
-            "/",
-            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )
-        .map_err(std::io::Error::from)?;
-        let host_files = Arc::new(Share {
-            index: 0,
-            root: slash,
-            quota: Quota::new(None, None),
-        });
         Ok(Self {
             shares: open,
             files: Slab::new(),
             generation: 0,
             pool,
-            host_files,
+            no_quota: Arc::new(Quota::new(None, None)),
         })
     }
 
@@ -162,7 +163,8 @@ impl Store {
 
     /// Takes over a file that the operator opened.
     pub fn adopt(&mut self, fd: OwnedFd) -> FileSlot {
-        let file = OpenFile::new(fd, Arc::clone(&self.host_files), 0);
+        // They have a turn of their own: no share has number 0.
+        let file = OpenFile::new(fd, 0, Arc::clone(&self.no_quota), 0);
         self.insert(Arc::new(file))
     }
 
@@ -315,22 +317,14 @@ impl Store {
 }
 
 impl Share {
-    fn open(index: usize, config: &ShareConfig) -> Result<Arc<Self>, StoreError> {
-        let root = rustix::fs::open(
-            &config.path,
-            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )
-        .map_err(|errno| StoreError::Share {
-            name: config.name.clone(),
-            path: config.path.display().to_string(),
-            errno,
-        })?;
-        Ok(Arc::new(Self {
-            index,
-            root,
-            quota: Quota::new(config.bytes_max, config.files_max),
-        }))
+    /// An open file of it.
+    fn opened(&self, fd: OwnedFd, charged_bytes: u64) -> OpenFile {
+        OpenFile::new(fd, self.index, Arc::clone(&self.quota), charged_bytes)
+    }
+
+    /// The mode of a new file or directory whose permissions nobody asked for.
+    const fn mode(&self, permissions: u32) -> Mode {
+        Mode::from_raw_mode(permissions & !self.masked)
     }
 
     fn root(&self) -> BorrowedFd<'_> {

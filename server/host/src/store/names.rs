@@ -110,14 +110,10 @@ fn open(
     } else if create && exclusive {
         return Err(Outcome::failed(Status::EXISTS, FailedAt::File));
     }
-    let mode = if is_new {
-        Mode::from_raw_mode(0o644)
-    } else {
-        Mode::empty()
-    };
+    let mode = if is_new { share.mode(0o644) } else { Mode::empty() };
     let opened = resolve::file(share.root(), path, flags, mode).and_then(|fd| {
         let (stat, identity) = resolve::stat_of(fd.as_fd())?;
-        let file = Box::new(OpenFile::new(fd, Arc::clone(share), stat.size));
+        let file = Box::new(share.opened(fd, stat.size));
         Ok(Done::Opened { file, stat, identity })
     });
     opened.map_err(|errno| {
@@ -155,16 +151,14 @@ fn create_temporary(
                 Err(errno) => return Err(errno),
             }
         }
-        let mode = Mode::from_raw_mode(permissions.unwrap_or(0o644) & 0o777);
+        // (The process's own umask is 0: a mode that was asked for is had without a chmod.)
+        let mode = permissions.map_or(share.mode(0o644), |asked| Mode::from_raw_mode(asked & 0o777));
         let fd = resolve::file(
             share.root(),
             temporary,
             OFlags::RDWR | OFlags::CREATE | OFlags::EXCL,
             mode,
         )?;
-        if permissions.is_some() {
-            rustix::fs::fchmod(&fd, mode)?;
-        }
         Ok((fd, true))
     };
     share.quota.charge(0, 1).map_err(over_quota)?;
@@ -176,7 +170,7 @@ fn create_temporary(
         share.quota.give_back(0, 1);
     }
     let (stat, identity) = resolve::stat_of(fd.as_fd()).map_err(refused)?;
-    let file = Box::new(OpenFile::new(fd, Arc::clone(share), stat.size));
+    let file = Box::new(share.opened(fd, stat.size));
     Ok(Done::Opened { file, stat, identity })
 }
 
@@ -267,7 +261,7 @@ fn sync_parent(share: &Share, path: &str) -> Result<(), Errno> {
 
 fn make_directory(share: &Share, path: &str) -> Result<Outcome, Errno> {
     let (directory, name) = resolve::parent(share.root(), path)?;
-    mkdirat(&directory, name, Mode::from_raw_mode(0o755)).map(|()| Outcome::Done)
+    mkdirat(&directory, name, share.mode(0o755)).map(|()| Outcome::Done)
 }
 
 fn remove(share: &Share, path: &str) -> Result<Outcome, Errno> {
@@ -334,12 +328,13 @@ fn sweep(share: &Share, older_than_seconds: u64) -> Result<Outcome, Errno> {
             Err(Errno::NOENT | Errno::ACCESS | Errno::LOOP | Errno::NOTDIR) => continue,
             Err(errno) => return Err(errno),
         };
-        for entry in Dir::read_from(&directory)? {
-            let Ok(entry) = entry else { break };
+        let mut entries = Dir::new(directory)?;
+        while let Some(Ok(entry)) = entries.next() {
+            let directory = entries.fd()?;
             let Ok(name) = entry.file_name().to_str() else {
                 continue;
             };
-            let Ok(stat) = statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW) else {
+            let Ok(stat) = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) else {
                 continue;
             };
             let record = resolve::record(&stat);
@@ -352,7 +347,7 @@ fn sweep(share: &Share, older_than_seconds: u64) -> Result<Outcome, Errno> {
             } else if record.kind == kind::FILE
                 && name.starts_with(TEMPORARY_PREFIX)
                 && now.saturating_sub(stat.st_mtime) > i64::try_from(older_than_seconds).unwrap_or(i64::MAX)
-                && unlinkat(&directory, name, AtFlags::empty()).is_ok()
+                && unlinkat(directory, name, AtFlags::empty()).is_ok()
             {
                 share.quota.give_back(record.size, 1);
             }

@@ -7,7 +7,7 @@
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 
 type Work<R> = Box<dyn FnOnce() -> R + Send>;
 type Blame = Box<dyn Fn(usize, u64) + Send + Sync>;
@@ -54,7 +54,7 @@ pub struct Pool<R: Send + 'static> {
 }
 
 impl<R: Send + 'static> Pool<R> {
-    /// Starts `workers` threads (at least 2).
+    /// Starts `workers` threads (at least 2); they all run when it returns, so that a filter of system calls may be put on.
     ///
     /// # Errors
     /// The system's, for want of descriptors or threads.
@@ -74,13 +74,22 @@ impl<R: Send + 'static> Pool<R> {
             per_share_max: workers / 2,
             blame: OnceLock::new(),
         });
+        let (runs, running) = mpsc::channel();
         for number in 0..workers {
-            let shared = Arc::clone(&shared);
+            let (shared, runs) = (Arc::clone(&shared), runs.clone());
             // Never joined: a worker in disk sleep would hold up the end of the process.
             std::thread::Builder::new()
                 .name(format!("worker-{number}"))
-                .spawn(move || work(&shared, number))?;
+                .spawn(move || {
+                    // Nobody listens where another thread could not be started.
+                    let _ = runs.send(());
+                    drop(runs);
+                    work(&shared, number);
+                })?;
         }
+        drop(runs);
+        // One for each, then the channel is closed.
+        running.iter().for_each(drop);
         Ok(Self { shared })
     }
 
@@ -229,7 +238,6 @@ fn work<R>(shared: &Shared<R>, number: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::mpsc;
 
     fn wait_finished<R: Send>(pool: &Pool<R>, count: usize) -> Vec<R> {
         let mut all = Vec::new();

@@ -4,7 +4,9 @@
 //! once, by a walk on a worker, which passes over what has changed since it began: that has been charged by its writer. Until it is
 //! done a quota is not yet exact.
 
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, openat, statat};
+use super::resolve;
+use rustix::fd::AsFd;
+use rustix::fs::{AtFlags, Dir, FileType, statat};
 use rustix::io::Errno;
 use rustix::time::{ClockId, Timespec, clock_gettime};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -90,7 +92,7 @@ impl Quota {
     }
 
     /// Counts what is beneath a directory and was there when it `began`, without following links or leaving its file system depth unbounded.
-    pub fn count_tree(&self, root: impl rustix::fd::AsFd, began: Timespec) {
+    pub fn count_tree(&self, root: impl AsFd, began: Timespec) {
         let mut open = vec![rustix::io::fcntl_dupfd_cloexec(root.as_fd(), 3)];
         while let Some(Ok(directory)) = open.pop() {
             if let Err(errno) = self.count_directory(&directory, &mut open, began) {
@@ -105,12 +107,7 @@ impl Quota {
         open: &mut Vec<Result<rustix::fd::OwnedFd, Errno>>,
         began: Timespec,
     ) -> Result<(), Errno> {
-        let entries = Dir::read_from(openat(
-            directory,
-            ".",
-            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?)?;
+        let entries = Dir::new(resolve::directory_to_read(directory.as_fd(), "")?)?;
         for entry in entries {
             let entry = entry?;
             let name = entry.file_name();
@@ -120,8 +117,7 @@ impl Quota {
             let stat = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
             match FileType::from_raw_mode(stat.st_mode) {
                 FileType::Directory if open.len() < DIRECTORIES_OPEN_MAX => {
-                    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                    open.push(openat(directory, name, flags, Mode::empty()));
+                    open.push(resolve::directory(directory.as_fd(), name));
                 }
                 FileType::RegularFile
                     if (stat.st_ctime, stat.st_ctime_nsec as i64) < (began.tv_sec, began.tv_nsec) =>

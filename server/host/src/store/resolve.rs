@@ -5,6 +5,7 @@
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, fstat, openat2};
 use rustix::io::Errno;
+use rustix::path::Arg;
 use vmgmt_abi::file::kind;
 use vmgmt_core::effect::{Identity, StatRecord};
 
@@ -12,17 +13,16 @@ use vmgmt_core::effect::{Identity, StatRecord};
 /// may rename above us.
 const RACE_RETRIES: usize = 16;
 
-fn open_beneath(root: BorrowedFd<'_>, path: &str, flags: OFlags, mode: Mode) -> Result<OwnedFd, Errno> {
+fn open_beneath(
+    root: BorrowedFd<'_>,
+    path: impl Arg + Copy,
+    flags: OFlags,
+    mode: Mode,
+) -> Result<OwnedFd, Errno> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     let mut last = Errno::AGAIN;
     for _ in 0..RACE_RETRIES {
-        match openat2(
-            root,
-            if path.is_empty() { "." } else { path },
-            flags | OFlags::CLOEXEC,
-            mode,
-            resolve,
-        ) {
+        match openat2(root, path, flags | OFlags::CLOEXEC, mode, resolve) {
             Err(errno @ (Errno::AGAIN | Errno::INTR)) => last = errno,
             other => return other,
         }
@@ -30,11 +30,16 @@ fn open_beneath(root: BorrowedFd<'_>, path: &str, flags: OFlags, mode: Mode) -> 
     Err(last)
 }
 
-/// A directory beneath the root, for name operations (O_PATH). The empty path is the root.
+/// The empty path is the root.
+const fn or_itself(path: &str) -> &str {
+    if path.is_empty() { "." } else { path }
+}
+
+/// A directory beneath the root, for name operations (O_PATH).
 ///
 /// # Errors
 /// The system's: no such name, a link in the way (LOOP), not a directory.
-pub fn directory(root: BorrowedFd<'_>, path: &str) -> Result<OwnedFd, Errno> {
+pub fn directory(root: BorrowedFd<'_>, path: impl Arg + Copy) -> Result<OwnedFd, Errno> {
     open_beneath(
         root,
         path,
@@ -50,7 +55,7 @@ pub fn directory(root: BorrowedFd<'_>, path: &str) -> Result<OwnedFd, Errno> {
 pub fn directory_to_read(root: BorrowedFd<'_>, path: &str) -> Result<OwnedFd, Errno> {
     open_beneath(
         root,
-        path,
+        or_itself(path),
         OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW,
         Mode::empty(),
     )
@@ -75,7 +80,7 @@ pub fn split(path: &str) -> Result<(&str, &str), Errno> {
 /// As [`directory`] and [`split`].
 pub fn parent<'a>(root: BorrowedFd<'_>, path: &'a str) -> Result<(OwnedFd, &'a str), Errno> {
     let (above, name) = split(path)?;
-    Ok((directory(root, above)?, name))
+    Ok((directory(root, or_itself(above))?, name))
 }
 
 /// What lies at a path, without opening it for use; a link as the last component is itself what lies there.
@@ -83,7 +88,12 @@ pub fn parent<'a>(root: BorrowedFd<'_>, path: &'a str) -> Result<(OwnedFd, &'a s
 /// # Errors
 /// As [`directory`].
 pub fn stat(root: BorrowedFd<'_>, path: &str) -> Result<(StatRecord, Identity), Errno> {
-    let fd = open_beneath(root, path, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty())?;
+    let fd = open_beneath(
+        root,
+        or_itself(path),
+        OFlags::PATH | OFlags::NOFOLLOW,
+        Mode::empty(),
+    )?;
     stat_of(fd.as_fd())
 }
 
@@ -108,14 +118,19 @@ pub fn stat_of(fd: BorrowedFd<'_>) -> Result<(StatRecord, Identity), Errno> {
 /// # Errors
 /// The system's; OPNOTSUPP for what is no regular file, ISDIR for a directory.
 pub fn file(root: BorrowedFd<'_>, path: &str, flags: OFlags, mode: Mode) -> Result<OwnedFd, Errno> {
-    match open_beneath(root, path, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty()) {
+    match open_beneath(
+        root,
+        or_itself(path),
+        OFlags::PATH | OFlags::NOFOLLOW,
+        Mode::empty(),
+    ) {
         Ok(seen) => refuse_special(seen.as_fd())?,
         Err(Errno::NOENT) if flags.contains(OFlags::CREATE) => {}
         Err(errno) => return Err(errno),
     }
     let fd = open_beneath(
         root,
-        path,
+        or_itself(path),
         flags | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY,
         mode,
     )?;

@@ -19,7 +19,8 @@ fn bench(bytes_max: Option<u64>, files_max: Option<u64>) -> Bench {
         files_max,
     };
     std::fs::create_dir(&share.path).unwrap();
-    let store = Store::new(&[share], 2).unwrap();
+    let root = crate::sandbox::open_directory(&share).unwrap();
+    let store = Store::new(&[share], vec![root], 2, 0o022).unwrap();
     Bench {
         directory,
         store,

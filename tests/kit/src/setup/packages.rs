@@ -12,11 +12,16 @@ use std::{
 
 /// What the build and the tests need from the host, by a file that proves its presence, and its Debian package.
 /// A file, not dpkg's list: another distribution's package, or a hand-made one, is as good.
-const HOST_NEEDS: [(&str, &[&str], &str); 4] = [
+const HOST_NEEDS: [(&str, &[&str], &str); 5] = [
     (
         "mmdebstrap, extracts Debian packages",
         &["/usr/bin/mmdebstrap"],
         "mmdebstrap",
+    ),
+    (
+        "strace, shows what the sandboxed processes call",
+        &["/usr/bin/strace"],
+        "strace",
     ),
     ("xz, unpacks kernel modules", &["/usr/bin/xz"], "xz-utils"),
     (

@@ -200,6 +200,7 @@ impl EventLoop {
             config: &self.config,
             vms: &self.vms,
             lines: &self.lines,
+            sandbox: &self.sandbox,
             life: self.life,
             started: self.started,
             sessions: self.sessions.count(),

@@ -100,6 +100,8 @@ impl EventLoop {
     fn take_front(&mut self, header: FrontToCore, payload: Vec<u8>, fds: Vec<OwnedFd>) {
         match header {
             FrontToCore::Session { session, slot, vm } => {
+                #[cfg(debug_assertions)]
+                crate::sandbox::probe::front_page(&fds);
                 let limits = self.memory_limits();
                 match Session::attach(session, slot as usize, vm, fds, limits) {
                     Ok(attached) => {
@@ -140,6 +142,10 @@ impl EventLoop {
                 }
             }
             FrontToCore::SessionGone { session } => self.end_session(session),
+            FrontToCore::Sandboxed(front) => {
+                self.sandbox.retain(|role| role.role != front.role);
+                self.sandbox.insert(0, *front);
+            }
             FrontToCore::Adopted => self.finish_adoption(),
             FrontToCore::DmaAnswer {
                 session,
@@ -226,6 +232,7 @@ impl EventLoop {
                 config: &self.config,
                 vms: &self.vms,
                 lines: &self.lines,
+                sandbox: &self.sandbox,
                 life: self.life,
                 started: self.started,
                 sessions: self.sessions.count(),
@@ -330,6 +337,6 @@ const fn session_of(header: &FrontToCore) -> u64 {
         | FrontToCore::Vectors { session, .. }
         | FrontToCore::SessionGone { session }
         | FrontToCore::DmaAnswer { session, .. } => *session,
-        FrontToCore::Adopted | FrontToCore::Frozen { .. } => 0,
+        FrontToCore::Adopted | FrontToCore::Frozen { .. } | FrontToCore::Sandboxed(_) => 0,
     }
 }

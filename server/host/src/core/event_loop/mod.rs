@@ -12,6 +12,7 @@ use crate::channel::{Channel, ChannelError, Packet};
 use crate::config::{CoreConfig, DeviceConfig, VmConfig};
 use crate::control::limits::TOKENS as CONTROL_TOKENS;
 use crate::control::protocol::UpgradeReport;
+use crate::core::Start;
 use crate::core::bulk::Bulk;
 use crate::core::journal::{Journal, JournalError};
 use crate::core::lines::{Line, Lines};
@@ -37,6 +38,7 @@ use vmgmt_abi::Status;
 use vmgmt_core::effect::{Effect, EffectId, FailedAt, Outcome};
 use vmgmt_core::interface::{self, ControlRequest};
 use vmgmt_core::{Hub, Saved};
+use vmgmt_ctl::protocol::SandboxedRole;
 use vmgmt_device::Tick;
 use vmgmt_device::page::{LifePage, TouchedPage, Words};
 use vmgmt_device::rings::{Input, Output};
@@ -56,6 +58,8 @@ const LOOK_NS: u64 = 50_000;
 const WALL_CLOCK_NS: u64 = 1_000_000;
 /// A journal longer than this and four times its snapshot is worth a new snapshot.
 const JOURNAL_BYTES_MIN: usize = 1 << 20;
+/// Descriptors of the keeper's Start, without those of the shares.
+pub(super) const START_FDS: usize = 7;
 /// Packets taken from a channel in one turn, so that nobody's flood holds up the rings.
 const PACKETS_MAX: usize = 64;
 
@@ -83,6 +87,8 @@ pub struct EventLoop {
     lines: Lines,
     /// The last upgrade, as the keeper tells it.
     upgrade: Option<Box<UpgradeReport>>,
+    /// What this process may still do, and the front.
+    sandbox: Vec<SandboxedRole>,
     started: Instant,
     /// Whole until all sessions of before have been told.
     adopted: bool,
@@ -100,13 +106,35 @@ pub struct EventLoop {
     scan: bool,
 }
 
-impl EventLoop {
-    /// Sets the process up from the keeper's first packet.
+/// All that the core works with, before it has looked at anything that comes from a guest: after this no thread and no event queue
+/// is made any more.
+pub struct Hands {
+    keeper: Channel,
+    front: Channel,
+    wake: Wake,
+    hub_state: OwnedFd,
+    life: u64,
+    config: CoreConfig,
+    store: Store,
+    poll: Poll,
+    operators: Operators,
+}
+
+impl Hands {
+    /// Takes the keeper's first packet apart.
     ///
     /// # Errors
-    /// A descriptor is missing or wrong, a share cannot be opened, the state cannot be read.
-    pub fn new(keeper: Channel, life: u64, config: CoreConfig, fds: Vec<OwnedFd>) -> anyhow::Result<Self> {
-        let count = fds.len();
+    /// A descriptor is missing or wrong.
+    pub fn new(start: Start) -> anyhow::Result<Self> {
+        let Start {
+            keeper,
+            life,
+            config,
+            fds,
+            shares,
+            umask,
+            trial: _,
+        } = start;
         let Ok(
             [
                 front,
@@ -117,9 +145,9 @@ impl EventLoop {
                 hub_state,
                 control,
             ],
-        ) = <[OwnedFd; 7]>::try_from(fds)
+        ) = <[OwnedFd; START_FDS]>::try_from(fds)
         else {
-            bail!("Start came with {count} descriptors, 7 are needed");
+            bail!("Start came without its descriptors");
         };
         let touched = TouchedPage::new(MappedWords::read_only(&touched).context("the touched page")?);
         let life_page = LifePage::new(MappedWords::writable(&life_page).context("the life page")?);
@@ -128,7 +156,7 @@ impl EventLoop {
         }
         let front = Channel::from_fd(front);
         let wake = Wake::new(touched, life_page, core_wake, front_wake);
-        let store = Store::new(&config.shares, config.workers as usize)?;
+        let store = Store::new(&config.shares, shares, config.workers as usize, umask)?;
         store.set_blame(wake.worker_blame());
         let poll = Poll::new().context("an event queue")?;
         let watch = |fd: i32, token, interest| poll.registry().register(&mut SourceFd(&fd), token, interest);
@@ -141,6 +169,48 @@ impl EventLoop {
         watch(wake.core_fd().as_raw_fd(), WAKE, Interest::READABLE)?;
         watch(store.wake_fd().as_raw_fd(), STORE, Interest::READABLE)?;
         let operators = Operators::new(control, poll.registry(), CONTROL).context("the control socket")?;
+        Ok(Self {
+            keeper,
+            front,
+            wake,
+            hub_state,
+            life,
+            config,
+            store,
+            poll,
+            operators,
+        })
+    }
+
+    /// The keeper's channel.
+    pub const fn keeper(&self) -> &Channel {
+        &self.keeper
+    }
+
+    /// Number of this core life.
+    pub const fn life(&self) -> u64 {
+        self.life
+    }
+}
+
+impl EventLoop {
+    /// Takes up the state that earlier lives left. `sandbox`: what this process may still do.
+    ///
+    /// # Errors
+    /// The state cannot be read.
+    pub fn new(hands: Hands, sandbox: SandboxedRole) -> anyhow::Result<Self> {
+        let Hands {
+            keeper,
+            front,
+            wake,
+            hub_state,
+            life,
+            config,
+            store,
+            poll,
+            operators,
+        } = hands;
+        let sandbox = vec![sandbox];
         let journal = Journal::open(MappedWords::writable(&hub_state).context("the hub's state")?)?;
         let hub = recover(&journal, life)?;
         let mut this = Self {
@@ -163,6 +233,7 @@ impl EventLoop {
             freezes: Freezes::default(),
             lines: Lines::default(),
             upgrade: None,
+            sandbox,
             started: Instant::now(),
             adopted: false,
             ready: false,

@@ -3,6 +3,7 @@
 use crate::channel::{Channel, ChannelError, Packet};
 use crate::config::{DeviceConfig, Identity, ListenerConfig};
 use crate::messages::{CoreToFront, FrontToCore, FrontToKeeper, KeeperToFront};
+use crate::sandbox::{Role, SandboxConfig};
 use crate::words::{MappedWords, create_page};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, OwnedFd};
@@ -60,7 +61,13 @@ impl Bench {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("vm.sock");
         let (keeper, front) = Channel::pair().unwrap();
-        let thread = std::thread::spawn(move || super::super::run(front.into_fd()));
+        let off = SandboxConfig {
+            enabled: false,
+            front: None,
+            core: None,
+        };
+        let entered = crate::sandbox::enter(Role::Front, &off, 0, &[]).unwrap();
+        let thread = std::thread::spawn(move || super::super::run(front.into_fd(), entered));
         let maps_max = device.maps_max.min(1024);
         let listener = UnixListener::bind(&path).unwrap();
         let config = ListenerConfig {
