@@ -8,6 +8,7 @@ mod log;
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use log::LogWriter;
+use std::io::Read;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
@@ -51,6 +52,15 @@ struct Arguments {
     /// User and group of the front.
     #[arg(long, hide = true)]
     front_account: Option<Account>,
+    /// Reads a keeper's state on standard input, says what is wrong with it, and exits.
+    #[arg(long, hide = true)]
+    check_state: bool,
+    /// Goes on as the keeper whose state is on standard input, which stopped then.
+    #[arg(long, hide = true, value_name = "NANOSECONDS")]
+    resume: Option<u64>,
+    /// Why another program did not.
+    #[arg(long, hide = true, requires = "resume")]
+    failed: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -67,8 +77,46 @@ fn main() -> ExitCode {
         (Some("core"), Some(parent)) => end(run_core(&arguments, parent)),
         (Some("namespace"), Some(_)) => end(sandbox::hold_namespace()),
         (Some(other), Some(_)) => end(Err(anyhow::anyhow!("there is no role {other:?}"))),
-        _ => run_keeper(arguments),
+        _ if arguments.check_state => end(check_state()),
+        _ => match arguments.resume {
+            Some(since_ns) => end(resume_keeper(since_ns, arguments)),
+            None => run_keeper(arguments),
+        },
     }
+}
+
+fn check_state() -> anyhow::Result<()> {
+    let mut bytes = Vec::new();
+    std::io::stdin().read_to_end(&mut bytes)?;
+    Ok(keeper::check_state(&bytes)?)
+}
+
+fn resume_keeper(since_ns: u64, arguments: Arguments) -> anyhow::Result<()> {
+    let log = arguments.log.unwrap_or_else(|| "info".into());
+    let writer = start_log(&log)?;
+    let flush = writer.clone();
+    let result = keeper::resume(
+        &for_children(
+            log,
+            arguments.sandbox != Some(Switch::Off),
+            arguments.front_account,
+        ),
+        since_ns,
+        arguments.failed.as_deref(),
+        Box::new(move || flush.finish()),
+    );
+    writer.finish();
+    result
+}
+
+/// What front and core are told on their command lines.
+fn for_children(log: String, sandbox: bool, front: Option<Account>) -> Vec<String> {
+    let mut words = vec!["--log".into(), log];
+    if !sandbox {
+        words.extend(["--sandbox".into(), "off".into()]);
+    }
+    words.extend(front.map(|account| format!("--front-account={account}")));
+    words
 }
 
 // Both enter the sandbox while they have one thread; the log is the second.
@@ -122,6 +170,9 @@ fn run_keeper(arguments: Arguments) -> ExitCode {
         role: _,
         parent: _,
         front_account: _,
+        check_state: _,
+        resume: _,
+        failed: _,
     } = arguments;
     let flags = Flags {
         sockets: socket,
@@ -153,13 +204,13 @@ fn run_keeper(arguments: Arguments) -> ExitCode {
         print_summary(&config);
         return ExitCode::SUCCESS;
     }
-    let mut for_children = vec!["--log".into(), log];
     let SandboxConfig { enabled, front, .. } = config.core.sandbox;
-    if !enabled {
-        for_children.extend(["--sandbox".into(), "off".into()]);
-    }
-    for_children.extend(front.map(|account| format!("--front-account={account}")));
-    let result = keeper::run(config, for_children);
+    let flush = writer.clone();
+    let result = keeper::run(
+        config,
+        for_children(log, enabled, front),
+        Box::new(move || flush.finish()),
+    );
     writer.finish();
     end(result)
 }

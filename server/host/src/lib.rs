@@ -14,6 +14,7 @@ mod fault;
 pub mod front;
 pub mod keeper;
 pub mod messages;
+pub mod packed;
 pub mod sandbox;
 mod state_memory;
 pub mod store;

@@ -36,6 +36,16 @@ pub enum KeeperToFront {
     CloseVm { vm: u64 },
     /// The device of this session fails (`true`) until it is released (`false`).
     Quarantine { session: u64, quarantined: bool },
+    /// To the old front: stop, and give everything to the new one. fds: a channel to it.
+    HandOver,
+    /// To the new front, which is fresh: take everything over. fds: a channel to the old one.
+    TakeOver,
+    /// To the old front: go on, nothing came of it.
+    Resume,
+    /// To the old front: the other one serves; exit.
+    Leave,
+    /// To the new front: serve.
+    Serve,
     /// End in order.
     Stop,
 }
@@ -58,6 +68,19 @@ pub enum FrontToKeeper {
     /// The core's beat has stood still while a fence or a doorbell is outstanding: kill it.
     CoreStuck {
         life: u64,
+    },
+    /// The new front has everything and can serve; it touches nothing before it is told to.
+    CanServe {
+        sessions: u64,
+        descriptors: u64,
+    },
+    /// The hand-over cannot be.
+    CannotHandOver {
+        reason: String,
+    },
+    /// Clients are served again, by the new front or (after a hand-over that failed) the old one; nobody was served for this time.
+    Serves {
+        stood_still_ns: u64,
     },
 }
 

@@ -21,6 +21,7 @@ use crate::version::{ClientCapabilities, Negotiated};
 pub struct SavedConnection {
     phase: Phase,
     input_base: u64,
+    #[serde(with = "serde_bytes")]
     input_bytes: Vec<u8>,
     attached: Vec<SavedAttached>,
     output: Vec<SavedOutgoing>,
@@ -44,6 +45,7 @@ struct SavedAttached {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct SavedOutgoing {
+    #[serde(with = "serde_bytes")]
     bytes: Vec<u8>,
     sent: usize,
     descriptors: Vec<FdSlot>,

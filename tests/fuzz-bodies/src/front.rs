@@ -215,6 +215,9 @@ impl<'a> Play<'a> {
                         self.asked.push(session);
                     }
                 }
+                FrontToKeeper::CanServe { .. }
+                | FrontToKeeper::CannotHandOver { .. }
+                | FrontToKeeper::Serves { .. } => panic!("nobody asked for a hand-over"),
                 FrontToKeeper::SessionGone { session } => {
                     assert!(self.sessions.remove(&session).is_some(), "gone once");
                 }

@@ -22,7 +22,9 @@ pub struct PortWindow {
     /// Who holds it; 0: nobody.
     pub claim: u32,
     pub mode: u32,
+    #[serde(with = "serde_bytes")]
     input: Vec<u8>,
+    #[serde(with = "serde_bytes")]
     output: Vec<u8>,
     /// Bytes of `output` that were read.
     taken: usize,

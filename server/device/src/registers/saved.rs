@@ -24,8 +24,10 @@ use vmgmt_abi::registers::RingState;
 pub struct SavedFunction {
     settings: Settings,
     /// The writable bits of configuration space.
+    #[serde(with = "serde_bytes")]
     config: Vec<u8>,
     interrupts: SavedInterrupts,
+    #[serde(with = "serde_bytes")]
     msix: Vec<u8>,
     maps: Vec<(usize, MapRecord)>,
     next_map_number: u64,

@@ -21,13 +21,15 @@ pub struct CoreLink {
     pub outbox: Outbox<FrontToCore>,
     /// The eventfd by which the core wakes us.
     pub wake_front: OwnedFd,
-    wake_core: OwnedFd,
-    touched: TouchedPage<MappedWords>,
-    page: LifePage<MappedWords>,
-    kicks_seen: u64,
+    pub(super) wake_core: OwnedFd,
+    /// Descriptors of the two pages, for a hand-over.
+    pub(super) page_fds: [OwnedFd; 2],
+    pub(super) touched: TouchedPage<MappedWords>,
+    pub(super) page: LifePage<MappedWords>,
+    pub(super) kicks_seen: u64,
     /// The core owes something: its beat then, and since when it has stood still.
-    watch: Option<(u64, Tick)>,
-    told_stuck: bool,
+    pub(super) watch: Option<(u64, Tick)>,
+    pub(super) told_stuck: bool,
 }
 
 impl CoreLink {
@@ -36,19 +38,20 @@ impl CoreLink {
     /// # Errors
     /// Descriptors that are not as agreed.
     pub fn new(life: u64, fds: Vec<OwnedFd>) -> anyhow::Result<Self> {
-        let Ok([channel, touched, page, wake_core, wake_front]) = <[OwnedFd; 5]>::try_from(fds) else {
+        let Ok([channel, touched_fd, page_fd, wake_core, wake_front]) = <[OwnedFd; 5]>::try_from(fds) else {
             bail!("core life {life} came without its five descriptors");
         };
-        let touched = TouchedPage::new(MappedWords::writable(touched).context("the touched page")?);
+        let touched = TouchedPage::new(MappedWords::writable(&touched_fd).context("the touched page")?);
         if !touched.is_valid() {
             touched.init();
         }
-        let page = LifePage::new(MappedWords::read_only(page).context("the life page")?);
+        let page = LifePage::new(MappedWords::read_only(&page_fd).context("the life page")?);
         Ok(Self {
             life,
             outbox: Outbox::new(Channel::from_fd(channel)),
             wake_front,
             wake_core,
+            page_fds: [touched_fd, page_fd],
             kicks_seen: page.kicks().wrapping_sub(1),
             touched,
             page,

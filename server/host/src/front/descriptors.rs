@@ -17,7 +17,7 @@ use vmgmt_wire::{DmaMap, Errno, FdSlot};
 /// Tokens and the descriptors behind them.
 #[derive(Debug, Default)]
 pub struct Descriptors {
-    slots: Slab<Rc<OwnedFd>>,
+    pub(super) slots: Slab<Rc<OwnedFd>>,
 }
 
 impl Descriptors {
@@ -66,7 +66,7 @@ pub struct Object {
 pub struct Objects {
     objects: BTreeMap<u64, Object>,
     numbers: BTreeMap<Key, u64>,
-    next: u64,
+    pub(super) next: u64,
 }
 
 /// A descriptor looked at: which object it is or would become.
@@ -92,24 +92,15 @@ impl Objects {
     /// # Errors
     /// EINVAL: no regular file, or smaller than the map. EACCES: not open for reading.
     pub fn look(&self, map: &DmaMap, fd: impl AsFd) -> Result<Interned, Errno> {
-        let stat = fstat(&fd).map_err(|_| Errno::EINVAL)?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(Errno::EINVAL);
-        }
+        let (key, bytes) = key_of(&fd)?;
         let end = map
             .file_offset
             .checked_add(map.range.bytes())
             .ok_or(Errno::EINVAL)?;
-        if u64::try_from(stat.st_size).unwrap_or(0) < end {
+        if bytes < end {
             return Err(Errno::EINVAL);
         }
-        let flags = fcntl_getfl(&fd).map_err(|_| Errno::EINVAL)?;
-        let rights = match flags & OFlags::RWMODE {
-            OFlags::RDWR => rights::READ | rights::WRITE,
-            OFlags::RDONLY => rights::READ,
-            _ => return Err(Errno::EACCES),
-        };
-        let key = (stat.st_dev, stat.st_ino, rights);
+        let (_, _, rights) = key;
         let known = self.numbers.get(&key).copied();
         let object = MapObject {
             number: known.unwrap_or(self.next),
@@ -138,11 +129,35 @@ impl Objects {
         );
     }
 
+    /// Takes an object over from another front; its key is looked up anew.
+    ///
+    /// # Errors
+    /// It is no memory, or its number or memory is there already.
+    pub fn take_over(&mut self, number: u64, fd: Rc<OwnedFd>) -> Result<(), &'static str> {
+        let (key, _) = key_of(&fd).map_err(|_| "a memory object is no memory that can be read")?;
+        let (_, _, rights) = key;
+        let object = MapObject { number, rights };
+        if number == 0 || self.objects.contains_key(&number) || self.numbers.contains_key(&key) {
+            return Err("a memory object is there twice");
+        }
+        let interned = Interned {
+            object,
+            is_new: true,
+            key,
+        };
+        self.insert(&interned, fd);
+        Ok(())
+    }
+
     /// Lets an object go that no map names any more.
     pub fn remove(&mut self, number: u64) {
         if let Some(object) = self.objects.remove(&number) {
             self.numbers.remove(&object.key);
         }
+    }
+
+    pub fn contains(&self, number: u64) -> bool {
+        self.objects.contains_key(&number)
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (u64, &Object)> {
@@ -153,4 +168,20 @@ impl Objects {
         self.objects.clear();
         self.numbers.clear();
     }
+}
+
+/// What memory a descriptor is, how it is open, and its bytes.
+fn key_of(fd: impl AsFd) -> Result<(Key, u64), Errno> {
+    let stat = fstat(&fd).map_err(|_| Errno::EINVAL)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Err(Errno::EINVAL);
+    }
+    let flags = fcntl_getfl(&fd).map_err(|_| Errno::EINVAL)?;
+    let rights = match flags & OFlags::RWMODE {
+        OFlags::RDWR => rights::READ | rights::WRITE,
+        OFlags::RDONLY => rights::READ,
+        _ => return Err(Errno::EACCES),
+    };
+    let bytes = u64::try_from(stat.st_size).unwrap_or(0);
+    Ok(((stat.st_dev, stat.st_ino, rights), bytes))
 }

@@ -3,17 +3,15 @@
 //! In: the operator's wishes, time. Out: the level of a VM, whose time is over. Must never know: a session.
 
 use super::limits::FROZEN_VMS_MAX;
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use vmgmt_device::Tick;
 
 /// Frozen VMs. Time is the boot clock, which goes on over hand-overs.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default)]
 pub struct Frozen {
     /// Until when, by VM; [`Tick::NEVER`]: until it is thawed.
     vms: BTreeMap<u64, Tick>,
     /// Wishes (VM, the core's request) that are not answered yet. They end with the core that asked.
-    #[serde(skip)]
     pub(super) asked: Vec<(u64, u64)>,
 }
 

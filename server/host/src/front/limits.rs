@@ -58,6 +58,18 @@ pub const FROZEN_VMS_MAX: usize = SESSIONS_MAX;
 /// Freezes that are not answered yet; the core has fewer operators than that.
 pub const FREEZES_ASKED_MAX: usize = 64;
 
+/// Descriptor slots of one session: those of unread messages and of all its interrupts, twice over.
+pub const DESCRIPTORS_MAX: usize = 4 * vmgmt_wire::limits::QUEUED_DESCRIPTORS_MAX;
+
+/// A hand-over's bytes of state in one packet; well below what a packet holds.
+pub const PIECE_BYTES: usize = 64 * 1024;
+
+/// Bytes of a front's state at most: thousands of sessions with a large message half read each.
+pub const STATE_BYTES_MAX: usize = 1 << 30;
+
+/// During a hand-over: try again after this time, where the kernel does not say when.
+pub const HAND_OVER_RETRY_NS: i64 = 1_000_000;
+
 /// Log lines that one session may cause at once, and how long one more takes to be earned.
 pub const LOG_LINES_MAX: u32 = 10;
 pub const LOG_LINE_NS: u64 = 1_000_000_000;

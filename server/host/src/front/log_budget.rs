@@ -8,9 +8,9 @@ use vmgmt_device::Tick;
 /// Lines that may be written now, and when that was counted.
 #[derive(Debug)]
 pub struct LogBudget {
-    lines: u32,
-    counted: Tick,
-    suppressed: u64,
+    pub(super) lines: u32,
+    pub(super) counted: Tick,
+    pub(super) suppressed: u64,
 }
 
 impl LogBudget {

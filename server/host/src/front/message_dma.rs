@@ -26,10 +26,10 @@ pub struct Answer {
 /// The requests of one session.
 #[derive(Debug, Default)]
 pub struct MessageDma {
-    waiting: VecDeque<(u64, u64, Ask)>,
+    pub(super) waiting: VecDeque<(u64, u64, Ask)>,
     /// Life and request, by cookie.
-    under_way: BTreeMap<u64, (u64, u64)>,
-    next_cookie: u64,
+    pub(super) under_way: BTreeMap<u64, (u64, u64)>,
+    pub(super) next_cookie: u64,
 }
 
 impl MessageDma {

@@ -9,10 +9,12 @@
 mod core_link;
 mod descriptors;
 mod frozen;
+mod hand_over;
 mod limits;
 mod log_budget;
 mod message_dma;
 mod outbox;
+mod saved;
 mod server;
 mod server_core;
 mod server_keeper;

@@ -11,19 +11,19 @@ use std::rc::Rc;
 
 /// A packet that waits.
 #[derive(Debug)]
-struct Waiting<T> {
-    header: T,
-    payload: Vec<u8>,
-    fds: Vec<Rc<OwnedFd>>,
+pub struct Waiting<T> {
+    pub header: T,
+    pub payload: Vec<u8>,
+    pub fds: Vec<Rc<OwnedFd>>,
 }
 
 /// The sending side of a channel.
 #[derive(Debug)]
 pub struct Outbox<T> {
     channel: Channel,
-    queue: VecDeque<Waiting<T>>,
+    pub(super) queue: VecDeque<Waiting<T>>,
     /// The other role is gone, or does not speak our language: packets go nowhere.
-    broken: bool,
+    pub(super) broken: bool,
 }
 
 impl<T: Serialize> Outbox<T> {

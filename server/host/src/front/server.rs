@@ -33,7 +33,7 @@ pub(super) const CORE: Token = Token(1);
 pub(super) const WAKE: Token = Token(2);
 /// Listener n has LISTENERS + n; session slot n has SESSIONS + 2 n for its socket, and one more for its unmask eventfd.
 pub(super) const LISTENERS: usize = 1 << 32;
-const SESSIONS: usize = 1 << 40;
+pub(super) const SESSIONS: usize = 1 << 40;
 
 pub(super) struct Listener {
     pub(super) socket: Rc<OwnedFd>,
@@ -68,6 +68,8 @@ pub struct Front {
     pub(super) keeper_ready: bool,
     pub(super) core_ready: bool,
     pub(super) stopping: Option<Tick>,
+    /// Another front serves in its place.
+    pub(super) left: bool,
     /// Lines about connections that come and go.
     pub(super) log: LogBudget,
     /// What this process may still do, for the operators: told to each core.
@@ -98,6 +100,7 @@ impl Front {
             keeper_ready: true,
             core_ready: false,
             stopping: None,
+            left: false,
             log: LogBudget::new(now()?),
             sandbox: SandboxedRole::default(),
             now: now()?,
@@ -113,25 +116,34 @@ impl Front {
         let mut events = Events::with_capacity(1024);
         loop {
             self.wait(&mut events)?;
-            self.now = now()?;
-            for event in &events {
-                self.event(event);
-            }
-            self.keeper_packets()?;
-            self.core_packets();
-            self.kicks();
-            self.adopt();
-            self.accept();
-            self.flush_core();
-            self.work();
-            self.timeouts();
-            self.freezes();
-            self.beat();
-            self.keeper.flush();
-            if self.is_over() {
+            self.turn(&events)?;
+            if self.left || self.is_over() {
                 return Ok(());
             }
         }
+    }
+
+    /// Looks at all that came, once.
+    pub(super) fn turn(&mut self, events: &Events) -> anyhow::Result<()> {
+        self.now = now()?;
+        for event in events {
+            self.event(event);
+        }
+        self.keeper_packets()?;
+        if self.left {
+            return Ok(());
+        }
+        self.core_packets();
+        self.kicks();
+        self.adopt();
+        self.accept();
+        self.flush_core();
+        self.work();
+        self.timeouts();
+        self.freezes();
+        self.beat();
+        self.keeper.flush();
+        Ok(())
     }
 
     /// Sleeps until something is due; by the scheme of the shared pages, so that no kick is lost.
@@ -394,7 +406,7 @@ impl Front {
     }
 
     /// Keeps deadlines and debts up to date, and lets a session go that is done.
-    fn book(&mut self, slot: usize) {
+    pub(super) fn book(&mut self, slot: usize) {
         let Some(session) = self.sessions.get_mut(slot) else {
             return;
         };
@@ -450,7 +462,7 @@ impl Front {
 }
 
 /// The time as the rooms see it.
-fn now() -> anyhow::Result<Tick> {
+pub(super) fn now() -> anyhow::Result<Tick> {
     let time = clock_gettime(ClockId::Boottime);
     let seconds = u64::try_from(time.tv_sec).context("the boot clock")?;
     let nanoseconds = u64::try_from(time.tv_nsec).context("the boot clock")?;

@@ -16,11 +16,25 @@ use vmgmt_device::Tick;
 
 impl Front {
     pub(super) fn core_begins(&mut self, life: u64, fds: Vec<OwnedFd>) -> anyhow::Result<()> {
-        let mut core = CoreLink::new(life, fds)?;
-        let sandbox = Box::new(self.sandbox.clone());
-        core.outbox
-            .send(FrontToCore::Sandboxed(sandbox), Vec::new(), Vec::new());
+        let core = CoreLink::new(life, fds)?;
         self.drop_core();
+        self.watch_core(core)?;
+        self.tell_sandbox();
+        self.adopting = Some(self.slots().into());
+        Ok(())
+    }
+
+    /// What this process is shut in, for the operators.
+    pub(super) fn tell_sandbox(&mut self) {
+        let sandbox = Box::new(self.sandbox.clone());
+        if let Some(core) = &mut self.core {
+            core.outbox
+                .send(FrontToCore::Sandboxed(sandbox), Vec::new(), Vec::new());
+        }
+    }
+
+    /// Takes a link to the core into service.
+    pub(super) fn watch_core(&mut self, core: CoreLink) -> std::io::Result<()> {
         self.register(
             core.outbox.channel().as_fd().as_raw_fd(),
             CORE,
@@ -29,7 +43,6 @@ impl Front {
         self.register(core.wake_front.as_raw_fd(), WAKE, Interest::READABLE)?;
         self.core = Some(core);
         self.core_ready = true;
-        self.adopting = Some(self.sessions.iter().map(|(slot, _)| slot).collect());
         Ok(())
     }
 

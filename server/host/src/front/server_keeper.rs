@@ -4,6 +4,7 @@
 
 use super::limits;
 use super::server::{Front, LISTENERS, Listener};
+use super::session::Device;
 use crate::channel::{ChannelError, Packet};
 use crate::config::ListenerConfig;
 use crate::messages::{FrontToKeeper, KeeperToFront};
@@ -11,6 +12,7 @@ use crate::words::MappedWords;
 use anyhow::{Context, bail};
 use mio::{Interest, Token};
 use rustix::fd::{AsRawFd, OwnedFd};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use vmgmt_device::registers::{Function, Input, Settings};
 
@@ -21,7 +23,12 @@ impl Front {
         }
         for _ in 0..limits::PACKETS_PER_TURN_MAX {
             match self.keeper.channel().receive::<KeeperToFront>() {
-                Ok(Some(packet)) => self.keeper_packet(packet),
+                Ok(Some(packet)) => {
+                    self.keeper_packet(packet)?;
+                    if self.left {
+                        return Ok(());
+                    }
+                }
                 Ok(None) => {
                     self.keeper_ready = false;
                     return Ok(());
@@ -35,7 +42,7 @@ impl Front {
         Ok(())
     }
 
-    fn keeper_packet(&mut self, packet: Packet<KeeperToFront>) {
+    fn keeper_packet(&mut self, packet: Packet<KeeperToFront>) -> anyhow::Result<()> {
         let Packet { header, fds, .. } = packet;
         match header {
             KeeperToFront::Listen(config) => self.listen(config, fds),
@@ -74,7 +81,12 @@ impl Front {
                 self.listeners.clear();
                 self.end_all("the daemon ends", |_| true);
             }
+            KeeperToFront::HandOver => self.hand_over(fds)?,
+            KeeperToFront::TakeOver => self.take_over(fds)?,
+            // The end of a hand-over that is over already.
+            KeeperToFront::Resume | KeeperToFront::Serve | KeeperToFront::Leave => {}
         }
+        Ok(())
     }
 
     pub(super) fn tell_keeper(&mut self, message: FrontToKeeper) {
@@ -117,27 +129,19 @@ impl Front {
         let Some(slot) = self.numbers.get(&number).copied() else {
             return;
         };
-        match self.new_function(slot, number, vm, fds) {
-            Ok((mut function, front_page, state)) => {
+        match self.new_device(slot, number, vm, fds) {
+            Ok(mut device) => {
                 if self.frozen.until(vm).is_some() {
-                    function.handle(self.now, Input::Freeze(true));
+                    device.function.handle(self.now, Input::Freeze(true));
                 }
-                self.serve(slot, |session, outside| {
-                    session.admit(outside, vm, name, function, front_page, state);
-                });
+                self.serve(slot, |session, outside| session.admit(outside, vm, name, device));
             }
             Err(error) => self.serve(slot, |session, _| session.refuse(&format!("{error:#}"))),
         }
         self.enqueue(slot);
     }
 
-    fn new_function(
-        &self,
-        slot: usize,
-        number: u64,
-        vm: u64,
-        fds: Vec<OwnedFd>,
-    ) -> anyhow::Result<(Function<MappedWords>, OwnedFd, OwnedFd)> {
+    fn new_device(&self, slot: usize, number: u64, vm: u64, fds: Vec<OwnedFd>) -> anyhow::Result<Device> {
         let Ok([writable, front_page, state]) = <[OwnedFd; 3]>::try_from(fds) else {
             bail!("it was admitted without its three descriptors");
         };
@@ -160,6 +164,12 @@ impl Front {
             features: limits::FEATURES,
         };
         let words = MappedWords::writable(&writable).context("its front page")?;
-        Ok((Function::new(settings, words)?, front_page, state))
+        Ok(Device {
+            function: Function::new(settings, words)?,
+            front_page_writable: Rc::new(writable),
+            core_pages: BTreeMap::new(),
+            front_page: Rc::new(front_page),
+            state: Rc::new(state),
+        })
     }
 }

@@ -12,6 +12,7 @@ use super::socket::{self, Read};
 use crate::messages::FrontToCore;
 use crate::words::MappedWords;
 use rustix::fd::OwnedFd;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use vmgmt_device::Tick;
 use vmgmt_device::registers::{Function, Input, MapObject};
@@ -34,6 +35,10 @@ pub enum Admission {
 #[derive(Debug)]
 pub(super) struct Device {
     pub(super) function: Function<MappedWords>,
+    /// The front page to write: what a hand-over needs.
+    pub(super) front_page_writable: Rc<OwnedFd>,
+    /// Core pages, by life, for the same.
+    pub(super) core_pages: BTreeMap<u64, Rc<OwnedFd>>,
     /// For each core life: the front page to read, and the session's state.
     pub(super) front_page: Rc<OwnedFd>,
     pub(super) state: Rc<OwnedFd>,
@@ -71,6 +76,8 @@ pub struct Session {
     pub watch_unmask: Option<Option<Rc<OwnedFd>>>,
     /// Everything may be freed.
     pub done: bool,
+    /// A fault of ours ended it: nothing of it is trusted or freed.
+    pub abandoned: bool,
     /// The core life that was told of this session.
     pub(super) told_life: Option<u64>,
     pub(super) kicked: u64,
@@ -103,6 +110,7 @@ impl Session {
             deadline: Tick::NEVER,
             watch_unmask: None,
             done: false,
+            abandoned: false,
             told_life: None,
             kicked: 0,
             connection: Connection::new(),
@@ -118,23 +126,11 @@ impl Session {
     }
 
     /// The keeper let it in.
-    pub fn admit(
-        &mut self,
-        outside: &mut Outside<'_>,
-        vm: u64,
-        name: String,
-        function: Function<MappedWords>,
-        front_page: OwnedFd,
-        state: OwnedFd,
-    ) {
+    pub fn admit(&mut self, outside: &mut Outside<'_>, vm: u64, name: String, device: Device) {
         self.admission = Admission::Admitted;
         self.vm = vm;
         self.name = name;
-        self.device = Some(Device {
-            function,
-            front_page: Rc::new(front_page),
-            state: Rc::new(state),
-        });
+        self.device = Some(device);
         self.tell_core(outside);
     }
 
@@ -150,6 +146,9 @@ impl Session {
     pub fn core_dead(&mut self, outside: &mut Outside<'_>, life: u64) {
         if self.told_life == Some(life) {
             self.dma.drop_all(&mut self.connection);
+        }
+        if let Some(device) = &mut self.device {
+            device.core_pages.remove(&life);
         }
         self.input(outside, Input::CoreDead { life });
     }
@@ -320,6 +319,7 @@ impl Session {
 
     /// After a panic of ours in this session: nothing of it is trusted any more but that it must end.
     pub fn abandon(&mut self) {
+        self.abandoned = true;
         self.socket = None;
         self.readable = false;
         self.stalled_map = None;

@@ -45,15 +45,13 @@ impl Session {
                 page,
             },
         );
+        let core_page = Rc::new(core_page);
+        device.core_pages.insert(core.life, core_page.clone());
         self.told_life = Some(core.life);
         self.kicked = core.kicked(self.slot);
         let (session, vm) = (self.number, self.vm);
         let slot = u32::try_from(self.slot)?;
-        let fds = vec![
-            device.front_page.clone(),
-            Rc::new(core_page),
-            device.state.clone(),
-        ];
+        let fds = vec![device.front_page.clone(), core_page, device.state.clone()];
         core.outbox
             .send(FrontToCore::Session { session, slot, vm }, Vec::new(), fds);
         for (number, object) in self.objects.iter() {

@@ -12,10 +12,10 @@ use std::rc::Rc;
 /// See the head of this file. A clone is the same open file.
 #[derive(Debug, Clone)]
 pub(super) struct Binary {
-    path: PathBuf,
-    file: Rc<OwnedFd>,
+    pub(super) path: PathBuf,
+    pub(super) file: Rc<OwnedFd>,
     /// A script is read by its interpreter from its path.
-    script: bool,
+    pub(super) script: bool,
 }
 
 impl Binary {
@@ -28,6 +28,15 @@ impl Binary {
             file: Rc::new(file),
             script: false,
         })
+    }
+
+    /// A program of which only the open file is known.
+    pub(super) fn held(file: OwnedFd) -> Self {
+        Self {
+            path: "the program before".into(),
+            file: Rc::new(file),
+            script: false,
+        }
     }
 
     /// The program at `path` now.

@@ -6,11 +6,14 @@ use super::binary::Binary;
 use crate::channel::{Channel, ChannelError, Packet};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::borrow::Cow;
 use std::collections::VecDeque;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::CommandExt;
 use std::process::Stdio;
 
 /// How a child ended.
@@ -26,15 +29,19 @@ pub(super) struct Exit {
 /// A child that takes messages of type `T`.
 #[derive(Debug)]
 pub(super) struct Child<T> {
-    process: std::process::Child,
+    pub(super) pid: u32,
     /// Readable when it is dead.
     pub(super) pidfd: OwnedFd,
     pub(super) channel: Channel,
-    waiting: VecDeque<(T, Vec<OwnedFd>)>,
+    pub(super) waiting: VecDeque<(T, Vec<OwnedFd>)>,
+    /// Messages that are held back, while it is not known who is to get them.
+    pub(super) held: Option<VecDeque<(T, Vec<OwnedFd>)>>,
     /// SIGKILL was sent to it.
-    killed: bool,
+    pub(super) killed: bool,
     /// Why, where it is its own fault.
-    fault: Option<&'static str>,
+    pub(super) fault: Option<Cow<'static, str>>,
+    /// It is dead, and was waited for.
+    pub(super) exit: Option<Exit>,
 }
 
 impl<T: Serialize> Child<T> {
@@ -61,22 +68,41 @@ impl<T: Serialize> Child<T> {
             .map_err(|error| anyhow::anyhow!("the {role} does not start: {error}"))?;
         let pidfd = pidfd_open(Pid::from_child(&process), PidfdFlags::empty())?;
         Ok(Self {
-            process,
+            pid: process.id(),
             pidfd,
             channel,
             waiting: VecDeque::new(),
+            held: None,
             killed: false,
             fault: None,
+            exit: None,
         })
     }
 
-    pub(super) fn pid(&self) -> u32 {
-        self.process.id()
+    pub(super) const fn pid(&self) -> u32 {
+        self.pid
     }
 
     /// Keeps a message with its descriptors for [`Child::flush`].
     pub(super) fn queue(&mut self, message: T, fds: Vec<OwnedFd>) {
-        self.waiting.push_back((message, fds));
+        let queue = self.held.as_mut().unwrap_or(&mut self.waiting);
+        queue.push_back((message, fds));
+    }
+
+    /// What is queued from now on is held back.
+    pub(super) fn hold(&mut self) {
+        self.held.get_or_insert_default();
+    }
+
+    /// Tells it this, and then what was held back.
+    pub(super) fn go_on(&mut self, message: T) {
+        self.waiting.push_back((message, Vec::new()));
+        self.waiting.extend(self.held.take().into_iter().flatten());
+    }
+
+    /// Is to be told what was held back for another.
+    pub(super) fn take_held(&mut self, other: &mut Self) {
+        self.held = other.held.take();
     }
 
     /// Whether messages wait.
@@ -106,19 +132,28 @@ impl<T: Serialize> Child<T> {
     /// Kills it. `fault`: it is its own (it stood still), and how the log puts it.
     pub(super) fn kill(&mut self, fault: Option<&'static str>) {
         self.killed = true;
-        self.fault = self.fault.or(fault);
+        self.fault = self.fault.take().or(fault.map(Cow::Borrowed));
         // It can only be dead already.
         let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
     }
 
     /// Why it was killed, where it is its own fault.
-    pub(super) const fn fault(&self) -> Option<&'static str> {
-        self.fault
+    pub(super) fn fault(&self) -> Option<&str> {
+        self.fault.as_deref()
     }
 
     /// How it ended; `None` while it lives.
     pub(super) fn ended(&mut self) -> Option<Exit> {
-        let status = match self.process.try_wait() {
+        if self.exit.is_none() {
+            self.exit = self.wait();
+        }
+        self.exit.clone()
+    }
+
+    /// Waits for it by its pidfd, as a program that was executed in the place of its parent can do too.
+    fn wait(&self) -> Option<Exit> {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+        let status = match waitid(WaitId::PidFd(self.pidfd.as_fd()), options) {
             Ok(status) => status?,
             Err(error) => {
                 return Some(Exit {
@@ -129,15 +164,15 @@ impl<T: Serialize> Child<T> {
             }
         };
         // Our kill decides nothing where the process had begun to end before.
-        let ours = status.signal() == Some(libc::SIGKILL);
-        if let Some(fault) = self.fault.filter(|_| ours) {
+        let ours = status.terminating_signal() == Some(libc::SIGKILL);
+        if let Some(fault) = self.fault().filter(|_| ours) {
             return Some(Exit {
                 text: fault.to_owned(),
                 by_itself: true,
                 orderly: false,
             });
         }
-        Some(match (status.code(), status.signal()) {
+        Some(match (status.exit_status(), status.terminating_signal()) {
             (Some(0), _) => Exit {
                 text: "exit code 0".into(),
                 by_itself: false,

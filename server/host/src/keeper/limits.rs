@@ -30,6 +30,10 @@ pub(super) const FREEZE_DEADLINE: Duration = Duration::from_millis(500);
 pub(super) const DRAIN_GRACE: Duration = Duration::from_secs(1);
 /// How long a core on trial may take: it reads what the check has read, and is told all sessions.
 pub(super) const TRIAL_DEADLINE: Duration = Duration::from_secs(10);
+/// How long a new front may take to start, and then a hand-over to it, while no client is served: QEMU waits 5 s for an answer.
+pub(super) const HAND_OVER_DEADLINE: Duration = Duration::from_secs(2);
+/// How long a front that was replaced may take to leave.
+pub(super) const LEAVE_DEADLINE: Duration = Duration::from_secs(1);
 /// How long front and core may take to end in order.
 pub(super) const STOP_DEADLINE: Duration = Duration::from_secs(5);
 /// Between two looks at what tells nothing by itself: a process that dies slowly, a full channel.

@@ -21,6 +21,8 @@ pub(super) struct CoreLife {
     pub(super) life: u64,
     pub(super) child: Child<KeeperToCore>,
     pub(super) page: LifePage<MappedWords>,
+    /// Its descriptor, for a keeper that takes over.
+    pub(super) page_fd: OwnedFd,
     pub(super) started: Instant,
     /// In service since.
     pub(super) ready: Option<Instant>,
@@ -207,12 +209,19 @@ impl Keeper {
         }
         tracing::info!("core life {life} is process {}", child.pid());
         let page = LifePage::new(MappedWords::read_only(&page_ro)?);
-        let fds = vec![to_core.into_fd(), touched, page_ro, wake_core, wake_front];
+        let fds = vec![
+            to_core.into_fd(),
+            touched,
+            page_ro.try_clone()?,
+            wake_core,
+            wake_front,
+        ];
         self.front.queue(KeeperToFront::Core { life }, fds);
         self.core = Some(CoreLife {
             life,
             child,
             page,
+            page_fd: page_ro,
             started: Instant::now(),
             ready: None,
             dying: None,

@@ -11,15 +11,19 @@ mod child;
 mod comers;
 mod core_upgrade;
 mod fallback;
+mod hand_over;
 mod limits;
 mod lives;
+mod re_exec;
 mod restart;
 mod role;
+mod saved;
 mod sockets;
 mod upgrade;
 mod vms;
 
 pub use role::enter_role;
+pub use saved::check_state;
 
 use crate::channel::ChannelError;
 use crate::config::{Config, CoreConfig, ListenerConfig};
@@ -56,10 +60,7 @@ const WAKE: Token = Token(0);
 
 struct Keeper {
     poll: Poll,
-    /// Readable when a signal came; which one, the two others say.
-    signals: UnixStream,
-    stop_asked: Arc<AtomicBool>,
-    upgrade_asked: Arc<AtomicBool>,
+    signals: Signals,
     drain_deadline_ms: u64,
     /// Where this program was started from: an upgrade that names no other is to what is there then.
     path: PathBuf,
@@ -82,6 +83,10 @@ struct Keeper {
     session_states: BTreeMap<u64, OwnedFd>,
     front: Child<KeeperToFront>,
     front_ready: bool,
+    /// The last that it said about a hand-over.
+    front_said: Option<FrontToKeeper>,
+    /// Fronts that were replaced, or were not to be: they are killed then.
+    leaving: Vec<(Child<KeeperToFront>, Instant)>,
     core: Option<CoreLife>,
     last_life: u64,
     /// How the last core ended.
@@ -96,17 +101,71 @@ struct Keeper {
     /// When those who do not end in order are killed.
     stop_at: Option<Instant>,
     notices: VecDeque<String>,
+    /// Waits until the log is written.
+    flush_log: Box<dyn Fn()>,
+}
+
+/// The signals that the keeper catches.
+struct Signals {
+    /// Readable when one came; which one, the others say.
+    came: UnixStream,
+    stop_asked: Arc<AtomicBool>,
+    upgrade_asked: Arc<AtomicBool>,
+}
+
+impl Signals {
+    const ALL: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGUSR2];
+
+    fn catch() -> std::io::Result<Self> {
+        let (came, wake) = UnixStream::pair()?;
+        came.set_nonblocking(true)?;
+        let signals = Self {
+            came,
+            stop_asked: Arc::default(),
+            upgrade_asked: Arc::default(),
+        };
+        for signal in Self::ALL {
+            let asked = match signal {
+                libc::SIGUSR2 => &signals.upgrade_asked,
+                _ => &signals.stop_asked,
+            };
+            signal_hook::flag::register(signal, Arc::clone(asked))?;
+            signal_hook::low_level::pipe::register(signal, wake.try_clone()?)?;
+        }
+        Ok(signals)
+    }
+
+    fn stop_is_asked(&self) -> bool {
+        self.stop_asked.load(Ordering::Relaxed)
+    }
 }
 
 /// Runs vmgmtd until a signal ends it. `arguments` are given to front and core.
 ///
 /// # Errors
 /// It cannot start, or the front has died: all devices are gone.
-pub fn run(config: Config, arguments: Vec<String>) -> anyhow::Result<()> {
+pub fn run(config: Config, arguments: Vec<String>, flush_log: Box<dyn Fn()>) -> anyhow::Result<()> {
     raise_descriptor_limit();
     // Without CAP_SYS_RESOURCE it stays as the service manager set it.
     let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
-    let mut keeper = Keeper::new(config, arguments)?;
+    turn_until_the_end(Keeper::new(config, arguments, flush_log)?)
+}
+
+/// Goes on as the keeper that this process was before it executed this program: with what standard input holds. `since_ns`: when that
+/// was; `failed`: another program was tried and could not.
+///
+/// # Errors
+/// As [`run`].
+pub fn resume(
+    arguments: &[String],
+    since_ns: u64,
+    failed: Option<&str>,
+    flush_log: Box<dyn Fn()>,
+) -> anyhow::Result<()> {
+    turn_until_the_end(re_exec::resume(arguments, since_ns, failed, flush_log)?)
+}
+
+fn turn_until_the_end(mut keeper: Keeper) -> anyhow::Result<()> {
     let mut events = Events::with_capacity(64);
     loop {
         let (again, done) = keeper.turn()?;
@@ -132,7 +191,7 @@ pub fn run(config: Config, arguments: Vec<String>) -> anyhow::Result<()> {
 }
 
 impl Keeper {
-    fn new(config: Config, arguments: Vec<String>) -> anyhow::Result<Self> {
+    fn new(config: Config, arguments: Vec<String>, flush_log: Box<dyn Fn()>) -> anyhow::Result<Self> {
         let Config {
             server,
             core,
@@ -140,17 +199,7 @@ impl Keeper {
             warnings,
         } = config;
         warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
-        let (signals, wake) = UnixStream::pair()?;
-        signals.set_nonblocking(true)?;
-        let (stop_asked, upgrade_asked) = (Arc::default(), Arc::default());
-        for (signal, asked) in [
-            (libc::SIGTERM, &stop_asked),
-            (libc::SIGINT, &stop_asked),
-            (libc::SIGUSR2, &upgrade_asked),
-        ] {
-            signal_hook::flag::register(signal, Arc::clone(asked))?;
-            signal_hook::low_level::pipe::register(signal, wake.try_clone()?)?;
-        }
+        let signals = Signals::catch()?;
         let control = listen_on(
             &server.control,
             server.control_mode,
@@ -171,15 +220,13 @@ impl Keeper {
         let poll = Poll::new()?;
         let binary = Binary::own().context("the own program")?;
         let front = Child::start(&binary, "front", false, &arguments)?;
-        watch(&poll, &signals)?;
+        watch(&poll, &signals.came)?;
         watch(&poll, &front.pidfd)?;
         watch(&poll, &front.channel)?;
         let now = Instant::now();
         let mut keeper = Self {
             poll,
             signals,
-            stop_asked,
-            upgrade_asked,
             drain_deadline_ms: server.drain_deadline_ms,
             path: binary.path().to_owned(),
             core_binary: binary,
@@ -198,6 +245,8 @@ impl Keeper {
             session_states: BTreeMap::new(),
             front,
             front_ready: false,
+            front_said: None,
+            leaving: Vec::new(),
             core: None,
             last_life: 0,
             core_end: String::new(),
@@ -208,6 +257,7 @@ impl Keeper {
             announced: false,
             stop_at: None,
             notices: VecDeque::new(),
+            flush_log,
         };
         for (listener, vm, socket) in bound {
             keeper.add_listener(listener, vm, socket)?;
@@ -220,6 +270,7 @@ impl Keeper {
         self.take_signals();
         let more = self.take_from_front()? | self.take_from_core();
         self.bury_undead();
+        self.see_off();
         self.look_at_core()?;
         self.look_at_front()?;
         self.step_upgrade();
@@ -237,6 +288,7 @@ impl Keeper {
         let waits = |core: &CoreLife| core.dying.is_some() || core.child.is_waiting();
         let slow = self.upgrading.is_some()
             || !self.undead.is_empty()
+            || !self.leaving.is_empty()
             || self.front.is_waiting()
             || self.core.as_ref().is_some_and(waits);
         let starting = self
@@ -258,15 +310,15 @@ impl Keeper {
 
     fn take_signals(&mut self) {
         let mut buffer = [0; 64];
-        while matches!((&self.signals).read(&mut buffer), Ok(1..)) {}
-        if self.upgrade_asked.swap(false, Ordering::Relaxed)
+        while matches!((&self.signals.came).read(&mut buffer), Ok(1..)) {}
+        if self.signals.upgrade_asked.swap(false, Ordering::Relaxed)
             && let Err(text) = self.begin_upgrade(&Upgrade::default())
         {
             self.notice(format!(
                 "the upgrade that a signal asked for does not begin: {text}"
             ));
         }
-        if !self.stop_asked.swap(false, Ordering::Relaxed) {
+        if !self.signals.stop_asked.swap(false, Ordering::Relaxed) {
             return;
         }
         let now = Instant::now();
@@ -300,8 +352,15 @@ impl Keeper {
                     }
                     FrontToKeeper::SessionGone { session } => self.session_gone(session),
                     FrontToKeeper::CoreStuck { life } => self.core_stuck(life),
+                    FrontToKeeper::CanServe { .. }
+                    | FrontToKeeper::CannotHandOver { .. }
+                    | FrontToKeeper::Serves { .. } => self.front_said = Some(packet.header),
                 },
                 Ok(None) | Err(ChannelError::Closed) => return Ok(false), // its pidfd tells the rest
+                // A front of another version may say more than this keeper knows.
+                Err(ChannelError::Malformed(error)) => {
+                    tracing::warn!("a word of the front is left out: {error}")
+                }
                 Err(error) => bail!("the front cannot be understood: {error}"),
             }
         }
@@ -325,7 +384,7 @@ impl Keeper {
             self.front.kill(None);
         }
         match self.front.ended() {
-            Some(exit) if self.stop_at.is_none() => bail!(
+            Some(exit) if self.stop_at.is_none() && !self.is_front_moving() => bail!(
                 "the front has died ({}): all devices are gone; guests get them back by device_del and device_add, or a restart",
                 exit.text
             ),

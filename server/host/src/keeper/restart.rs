@@ -1,11 +1,12 @@
 //! What follows from the death of a core: when to start the next, and whose input it was. Pure.
 
 use super::limits::{BACK_OFF, ROW_OF_DEATHS, SUSPECT_DEATHS_MAX};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::time::Duration;
 
 /// A core's death.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Death {
     /// When, since the keeper's start.
     pub(super) at: Duration,
@@ -17,8 +18,8 @@ pub(super) struct Death {
     pub(super) suspects: BTreeSet<u64>,
 }
 
-/// The record of deaths.
-#[derive(Debug, Default)]
+/// The record of deaths. It is saved as it is: a new field has a default.
+#[derive(Debug, Default, Clone, Serialize, Deserialize)]
 pub(super) struct Restarts {
     in_a_row: usize,
     total: u64,

@@ -16,9 +16,9 @@ use std::path::{Path, PathBuf};
 #[derive(Debug)]
 pub(super) struct Socket {
     pub(super) fd: OwnedFd,
-    path: PathBuf,
+    pub(super) path: PathBuf,
     /// Device and inode of the file.
-    file: Option<(u64, u64)>,
+    pub(super) file: Option<(u64, u64)>,
 }
 
 impl Drop for Socket {

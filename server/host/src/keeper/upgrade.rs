@@ -12,6 +12,8 @@
 use super::Keeper;
 use super::binary::Binary;
 use super::core_upgrade::CoreStep;
+use super::hand_over::HandOver;
+use super::re_exec::Check;
 use crate::control::protocol::{Part, PartReport, Upgrade, UpgradeReport, UpgradeState};
 use crate::messages::KeeperToCore;
 use std::path::Path;
@@ -22,6 +24,8 @@ pub(super) enum Step {
     /// Its turn has just come.
     Begin,
     Core(CoreStep),
+    Front(HandOver),
+    Keeper(Check),
 }
 
 /// What came of a part's step.
@@ -45,7 +49,6 @@ impl Upgrades {
     }
 
     /// Goes on with what an earlier keeper saved.
-    #[allow(dead_code)] // the keeper's own part comes last
     pub(super) fn resume(&mut self, report: Option<UpgradeReport>) {
         self.report = report;
     }
@@ -193,14 +196,6 @@ impl Keeper {
         if let Some(report) = self.upgrades.report().cloned() {
             self.tell_core(KeeperToCore::Upgrade(Box::new(report)), Vec::new());
         }
-    }
-
-    fn upgrade_front(&mut self, _: &Binary, _: Step) -> Progress {
-        Progress::Denied("not supported by this build".into())
-    }
-
-    fn upgrade_keeper(&mut self, _: &Binary, _: Step) -> Progress {
-        Progress::Denied("not supported by this build".into())
     }
 }
 

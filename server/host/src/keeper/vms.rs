@@ -4,9 +4,11 @@
 
 use crate::config::limits::ANONYMOUS_PREFIX;
 use crate::config::{Identity, ListenerConfig, VmConfig};
+use crate::packed::{Carried, Packer, Refusal};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A VM that exists.
@@ -60,6 +62,33 @@ pub(super) struct Vms {
     last_anonymous: u64,
 }
 
+/// The register in a form that can be saved.
+#[derive(Serialize, Deserialize)]
+pub(super) struct SavedVms {
+    vms: Vec<SavedVm>,
+    /// Session, VM, process and user.
+    holders: Vec<(u64, u64, i32, u32)>,
+    last_vm: u64,
+    last_anonymous: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct SavedVm {
+    config: VmConfig,
+    listener: u32,
+    process: Option<(i32, Carried)>,
+    sessions: BTreeSet<u64>,
+    removal: Option<(u64, u64)>,
+}
+
+impl SavedVms {
+    /// The descriptors that it names.
+    pub(super) fn named(&self) -> impl Iterator<Item = Carried> {
+        let processes = self.vms.iter().filter_map(|vm| vm.process.as_ref());
+        processes.map(|(_, handle)| *handle)
+    }
+}
+
 /// Somebody who wants in.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Guest {
@@ -78,6 +107,82 @@ pub(super) enum Admission {
 }
 
 impl Vms {
+    pub(super) fn save<'a>(&'a self, packer: &mut Packer<'a>) -> SavedVms {
+        let Self {
+            vms,
+            sessions,
+            last_vm,
+            last_anonymous,
+        } = self;
+        let vms = vms.values().map(|vm| {
+            let Vm {
+                config,
+                listener,
+                process,
+                sessions,
+                removal,
+            } = vm;
+            SavedVm {
+                config: config.clone(),
+                listener: *listener,
+                process: process
+                    .as_ref()
+                    .map(|process| (process.pid, packer.carry(&process.handle))),
+                sessions: sessions.clone(),
+                removal: *removal,
+            }
+        });
+        SavedVms {
+            vms: vms.collect(),
+            holders: sessions
+                .iter()
+                .map(|(session, Holder { vm, pid, uid })| (*session, *vm, *pid, *uid))
+                .collect(),
+            last_vm: *last_vm,
+            last_anonymous: *last_anonymous,
+        }
+    }
+
+    pub(super) fn restore(
+        saved: SavedVms,
+        take: &mut impl FnMut(Carried) -> Result<OwnedFd, Refusal>,
+    ) -> Result<Self, Refusal> {
+        let mut vms = BTreeMap::new();
+        for vm in saved.vms {
+            let SavedVm {
+                config,
+                listener,
+                process,
+                sessions,
+                removal,
+            } = vm;
+            let process = match process {
+                Some((pid, handle)) => Some(Process {
+                    pid,
+                    handle: take(handle)?,
+                }),
+                None => None,
+            };
+            let vm = Vm {
+                config,
+                listener,
+                process,
+                sessions,
+                removal,
+            };
+            vms.insert(vm.config.vm, vm);
+        }
+        let holders = saved.holders.into_iter();
+        Ok(Self {
+            vms,
+            sessions: holders
+                .map(|(session, vm, pid, uid)| (session, Holder { vm, pid, uid }))
+                .collect(),
+            last_vm: saved.last_vm,
+            last_anonymous: saved.last_anonymous,
+        })
+    }
+
     /// A number that no VM has had.
     pub(super) const fn next_number(&mut self) -> u64 {
         self.last_vm += 1;

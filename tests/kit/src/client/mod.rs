@@ -17,7 +17,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
-pub use commands::{DeviceInfo, IrqInfo, Mapping, RegionInfo, Write, irq};
+pub use commands::{DeviceInfo, IrqInfo, Mapping, RegionInfo, Write, access_body, irq};
 pub use dma::DmaServed;
 pub use ram::{GuestRam, Seal};
 pub use socket::RawMessage;

@@ -23,7 +23,7 @@ const WAIT: Timespec = Timespec {
 };
 
 /// Waits until the channel has a packet.
-fn receive<T: DeserializeOwned>(channel: &Channel) -> Packet<T> {
+pub fn receive<T: DeserializeOwned>(channel: &Channel) -> Packet<T> {
     loop {
         match channel.receive() {
             Ok(Some(packet)) => return packet,
@@ -46,7 +46,7 @@ pub struct Admitted {
 pub struct Bench {
     pub keeper: Channel,
     pub path: PathBuf,
-    thread: Option<JoinHandle<anyhow::Result<()>>>,
+    pub thread: Option<JoinHandle<anyhow::Result<()>>>,
     _directory: tempfile::TempDir,
     early: VecDeque<FrontToKeeper>,
     pub maps_max: u32,

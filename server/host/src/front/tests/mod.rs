@@ -4,6 +4,7 @@ mod bench;
 mod clients;
 mod core_lives;
 mod dma;
+mod hand_over;
 mod interrupts;
 
 use bench::Bench;

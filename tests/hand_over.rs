@@ -1,0 +1,386 @@
+//! The front and the keeper are replaced under running guests: nobody notices, and a program that is no good changes nothing.
+//!
+//! "Another program" is the same one under another name. Programs that fail are made so from outside: by limits, by SIGSTOP, by SIGKILL.
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use vmgmt_ctl::protocol::{
+    AddVm, Call, Part, RemoveVm, Status, Upgrade, UpgradeReport, UpgradeState, Upgrading, Vms,
+};
+use vmgmt_ctl::{Client, ClientError};
+use vmgmt_driver::{Mode, TransferOptions};
+use vmgmt_testkit::client::Client as Device;
+use vmgmt_testkit::guest::{GuestOptions, Site, SitePlan};
+use vmgmt_testkit::process::wait_until;
+
+const DAEMON: &str = env!("CARGO_BIN_EXE_vmgmtd");
+const PATIENCE: Duration = Duration::from_secs(30);
+
+fn call<T: serde::de::DeserializeOwned>(site: &Site, call: &Call) -> Result<T, ClientError> {
+    let mut client = Client::connect(&site.control())?;
+    let result = client.call(call, &[], Some(PATIENCE), &mut |_| true)?;
+    serde_json::from_value(result).map_err(|error| ClientError::Garbled(error.to_string()))
+}
+
+fn begin(site: &Site, to: Option<&Path>, part: Part) -> Result<u64> {
+    let wish = Upgrade {
+        to: to.map(|path| path.display().to_string()),
+        parts: vec![part],
+    };
+    let begun: Upgrading = wait_until("the upgrade's begin", PATIENCE, || {
+        Ok(call(site, &Call::Upgrade(wish.clone())).ok())
+    })?;
+    Ok(begun.number)
+}
+
+fn end(site: &Site, number: u64) -> Result<UpgradeReport> {
+    wait_until("the upgrade's end", PATIENCE, || {
+        let status = call::<Status>(site, &Call::Status).ok();
+        Ok(status
+            .and_then(|status| status.upgrade)
+            .filter(|report| report.number == number && report.is_over()))
+    })
+    .with_context(|| site.daemon.log().tail())
+}
+
+fn upgrade(site: &Site, to: Option<&Path>, part: Part) -> Result<UpgradeReport> {
+    let number = begin(site, to, part)?;
+    end(site, number)
+}
+
+fn done(site: &Site, to: Option<&Path>, part: Part) -> Result<u64> {
+    let report = upgrade(site, to, part)?;
+    ensure!(
+        report.state == UpgradeState::Done,
+        "{report:?}\n{}",
+        site.daemon.log().tail()
+    );
+    Ok(report.parts[0].stall_ms)
+}
+
+/// The same program under another name.
+fn another(folder: &Path) -> Result<PathBuf> {
+    let path = folder.join("vmgmtd-new");
+    if std::fs::hard_link(DAEMON, &path).is_err() {
+        std::fs::copy(DAEMON, &path)?;
+    }
+    Ok(path)
+}
+
+fn script(folder: &Path, name: &str, text: &str) -> Result<PathBuf> {
+    let path = folder.join(name);
+    std::fs::write(&path, format!("#!/bin/sh\n{text}\n"))?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
+    Ok(path)
+}
+
+fn signal(pid: u32, signal: Signal) -> Result<()> {
+    Ok(kill_process(
+        Pid::from_raw(pid.cast_signed()).context("a pid")?,
+        signal,
+    )?)
+}
+
+/// What the descriptors of a process lead to, sorted, without numbers that differ each time.
+fn descriptors(pid: u32) -> Result<Vec<String>> {
+    let mut all = Vec::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let target = std::fs::read_link(entry?.path()).unwrap_or_default();
+        let target = target.to_string_lossy();
+        let kind = target.split(":[").next().unwrap_or_default();
+        all.push(kind.to_owned());
+    }
+    all.sort();
+    Ok(all)
+}
+
+/// Waits until a process has the descriptors that it had.
+fn same_descriptors(pid: impl Fn() -> Result<u32>, before: &[String]) -> Result<()> {
+    let mut now = Vec::new();
+    wait_until("the same descriptors", PATIENCE, || {
+        now = descriptors(pid()?).unwrap_or_default();
+        Ok((now == before).then_some(()))
+    })
+    .with_context(|| format!("before: {before:?}\nnow: {now:?}"))
+}
+
+fn fronts(keeper: u32) -> Vec<u32> {
+    let children = format!("/proc/{keeper}/task/{keeper}/children");
+    let children = std::fs::read_to_string(children).unwrap_or_default();
+    let pids = children.split_whitespace().filter_map(|pid| pid.parse().ok());
+    pids.filter(|pid| {
+        let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        command.starts_with(b"vmgmtd-front\0")
+    })
+    .collect()
+}
+
+fn only_front(site: &Site) -> Result<u32> {
+    wait_until("one front", PATIENCE, || {
+        let fronts = fronts(site.daemon.pid());
+        Ok((fronts.len() == 1).then(|| fronts[0]))
+    })
+}
+
+/// Guests that work all the time while something is done; gives the longest time that one register access took.
+fn under_load(site: &Site, guests: usize, act: impl FnOnce() -> Result<()>) -> Result<Duration> {
+    let over = AtomicBool::new(false);
+    let longest = AtomicU64::new(0);
+    let rounds: Vec<AtomicU64> = (0..guests).map(|_| AtomicU64::new(0)).collect();
+    std::thread::scope(|scope| {
+        let mut workers = Vec::new();
+        for (number, round) in rounds.iter().enumerate() {
+            let (over, longest) = (&over, &longest);
+            workers.push(scope.spawn(move || -> Result<()> {
+                let vm = site.vm_with(number, GuestOptions::default().ram_bytes(16 << 20))?;
+                let mut ring = vm.ring(Mode::FILE)?;
+                let mut ports = vm.ports(Mode::COMMON)?;
+                while !over.load(Ordering::Relaxed) || round.load(Ordering::Relaxed) < 2 {
+                    let text = format!("guest {number}, round {round:?}");
+                    ensure!(ports.echo(text.as_bytes())? == text.as_bytes());
+                    let bytes = text.repeat(500).into_bytes();
+                    std::fs::write(site.share().join(number.to_string()), &bytes)?;
+                    let path = format!("work/{number}");
+                    let (memory, _) = ring.get_to_memory(&path, &TransferOptions::default())?;
+                    ensure!(memory.to_vec(0, bytes.len())? == bytes, "another file came back");
+                    let start = Instant::now();
+                    vm.device().check_health()?;
+                    let took = u64::try_from(start.elapsed().as_micros())?;
+                    longest.fetch_max(took, Ordering::Relaxed);
+                    round.fetch_add(1, Ordering::Relaxed);
+                }
+                Ok(())
+            }));
+        }
+        let begun = wait_until("work in all guests", PATIENCE, || {
+            Ok(rounds
+                .iter()
+                .all(|round| round.load(Ordering::Relaxed) > 0)
+                .then_some(()))
+        });
+        let acted = begun.and_then(|()| act());
+        over.store(true, Ordering::Relaxed);
+        for (number, worker) in workers.into_iter().enumerate() {
+            let ended = worker.join().ok().context("a guest's thread died")?;
+            ended.with_context(|| format!("guest {number}; vmgmtd said:\n{}", site.daemon.log().tail()))?;
+        }
+        acted
+    })?;
+    Ok(Duration::from_micros(longest.into_inner()))
+}
+
+#[test]
+fn twenty_hand_overs_of_many_sessions_under_load() -> Result<()> {
+    const GUESTS: usize = 4;
+    const IDLE: usize = 150;
+    let site = SitePlan::new(DAEMON, GUESTS + IDLE).start()?;
+    let folder = tempfile::tempdir()?;
+    let (old, new) = (PathBuf::from(DAEMON), another(folder.path())?);
+    let mut idle = (GUESTS..GUESTS + IDLE)
+        .map(|number| Device::connect_ready(site.socket(number)))
+        .collect::<Result<Vec<_>, _>>()?;
+    let (keeper, core) = (site.daemon.pid(), site.daemon.role("core")?);
+    let at_rest = descriptors(only_front(&site)?)?;
+    let keepers = descriptors(keeper)?;
+    let longest = under_load(&site, GUESTS, || {
+        for round in 0..20 {
+            let before = only_front(&site)?;
+            let to = if round % 2 == 0 { &new } else { &old };
+            let stall_ms = done(&site, Some(to), Part::Front)?;
+            let after = only_front(&site)?;
+            ensure!(after != before, "the same front serves");
+            let program = std::fs::read_link(format!("/proc/{after}/exe"))?;
+            ensure!(program.file_name() == to.file_name(), "{program:?} runs");
+            println!(
+                "hand-over {round}: {} sessions stood still for {stall_ms} ms",
+                GUESTS + IDLE
+            );
+            for device in &mut idle {
+                ensure!(device.read_u32(0, 0)? == vmgmt_abi::MAGIC);
+            }
+        }
+        Ok(())
+    })?;
+    println!("the longest register access took {longest:?}");
+    ensure!(longest < Duration::from_secs(4), "QEMU waits 5 s: {longest:?}");
+    ensure!(
+        site.daemon.role("core")? == core,
+        "the core was another's business"
+    );
+    // Sessions end and begin as ever, and no descriptor is left over.
+    same_descriptors(|| only_front(&site), &at_rest)?;
+    same_descriptors(|| Ok(keeper), &keepers)?;
+    drop(idle);
+    wait_until("no session", PATIENCE, || {
+        let vms: Vms = call(&site, &Call::Vms)?;
+        Ok(vms.vms.iter().all(|vm| vm.sessions.is_empty()).then_some(()))
+    })?;
+    Device::connect_ready(site.socket(GUESTS))?;
+    Ok(())
+}
+
+#[test]
+fn a_front_that_cannot_take_over_changes_nothing() -> Result<()> {
+    let site = SitePlan::new(DAEMON, 32).start()?;
+    let folder = tempfile::tempdir()?;
+    let mut idle = (2..32)
+        .map(|number| Device::connect_ready(site.socket(number)))
+        .collect::<Result<Vec<_>, _>>()?;
+    let front = only_front(&site)?;
+    let at_rest = descriptors(front)?;
+    let few = format!("ulimit -n 60; exec {DAEMON} \"$@\"");
+    let cases = [
+        ("dies", "exit 3", UpgradeState::Denied, "exit code 3"),
+        ("hangs", "exec sleep 1000", UpgradeState::Denied, "within 2 s"),
+        ("small", &few, UpgradeState::RolledBack, "no descriptors left"),
+    ];
+    under_load(&site, 2, || {
+        for (name, text, state, reason) in cases {
+            let bad = script(folder.path(), name, text)?;
+            let report = upgrade(&site, Some(&bad), Part::Front)?;
+            ensure!(
+                report.state == state && report.reason.contains(reason),
+                "{name}: {report:?}\n{}",
+                site.daemon.log().tail()
+            );
+            ensure!(only_front(&site)? == front, "{name}: another front serves");
+            for device in &mut idle {
+                ensure!(device.read_u32(0, 0)? == vmgmt_abi::MAGIC);
+            }
+        }
+        // In the middle: the old one stands still, then the new one does, or dies.
+        for (new_gets, old_goes_on) in [
+            (None, false),
+            (Some(Signal::STOP), true),
+            (Some(Signal::KILL), true),
+        ] {
+            signal(front, Signal::STOP)?;
+            let number = begin(&site, None, Part::Front)?;
+            let new = wait_until("the new front", PATIENCE, || {
+                Ok(fronts(site.daemon.pid()).into_iter().find(|pid| *pid != front))
+            })?;
+            // It has its channel to the old one.
+            let moving = wait_until("the hand-over", Duration::from_secs(2), || {
+                let sockets = descriptors(new)?.iter().filter(|kind| *kind == "socket").count();
+                Ok((sockets >= 2).then_some(()))
+            });
+            if let (Ok(()), Some(number)) = (moving, new_gets) {
+                signal(new, number)?;
+            }
+            if old_goes_on {
+                signal(front, Signal::CONT)?;
+            }
+            wait_until("the end of the new front", PATIENCE, || {
+                Ok((!fronts(site.daemon.pid()).contains(&new)).then_some(()))
+            })?;
+            signal(front, Signal::CONT)?;
+            let report = end(&site, number)?;
+            ensure!(report.state == UpgradeState::RolledBack, "{report:?}");
+            println!(
+                "{new_gets:?}: {}, after {} ms",
+                report.reason, report.parts[0].stall_ms
+            );
+            ensure!(only_front(&site)? == front);
+        }
+        Ok(())
+    })?;
+    for device in &mut idle {
+        ensure!(device.read_u32(0, 0)? == vmgmt_abi::MAGIC);
+    }
+    same_descriptors(|| only_front(&site), &at_rest)?;
+    done(&site, None, Part::Front)?;
+    for device in &mut idle {
+        ensure!(device.read_u32(0, 0)? == vmgmt_abi::MAGIC);
+    }
+    Ok(())
+}
+
+#[test]
+fn the_keeper_becomes_another_program_with_the_same_children() -> Result<()> {
+    let site = SitePlan::new(DAEMON, 3).shared_socket().start()?;
+    let folder = tempfile::tempdir()?;
+    let (old, new) = (PathBuf::from(DAEMON), another(folder.path())?);
+    let before = site.pids()?;
+    let keepers = descriptors(before.keeper)?;
+    let mut idle = Device::connect_ready(site.socket(2))?;
+    let mut shared = Device::connect_ready(site.shared_socket())?;
+    under_load(&site, 2, || {
+        for round in 0..6 {
+            let to = if round % 2 == 0 { &new } else { &old };
+            let stall_ms = done(&site, Some(to), Part::Keeper)?;
+            println!("the keeper was away for {stall_ms} ms");
+            ensure!(site.pids()? == before, "the same processes");
+            let program = std::fs::read_link(format!("/proc/{}/exe", before.keeper))?;
+            ensure!(program.file_name() == to.file_name(), "{program:?} runs");
+            ensure!(idle.read_u32(0, 0)? == vmgmt_abi::MAGIC);
+        }
+        Ok(())
+    })?;
+    // A device of the same process is still a device of the same VM.
+    ensure!(shared.read_u32(0, 0)? == vmgmt_abi::MAGIC);
+    let vms: Vms = call(&site, &Call::Vms)?;
+    let anonymous = vms.vms.iter().filter(|vm| vm.name.starts_with("anon-"));
+    ensure!(anonymous.count() == 1, "{vms:?}");
+    // It knows its children: a dead core is replaced, and a VM comes and goes.
+    let core = site.daemon.kill_role("core")?;
+    site.daemon.wait_for_new("core", core, PATIENCE)?;
+    let socket = site.daemon.path("late.sock");
+    let add = Call::AddVm(Box::new(AddVm {
+        name: "late".into(),
+        socket: socket.display().to_string(),
+        ..AddVm::default()
+    }));
+    wait_until("a VM is added", PATIENCE, || {
+        Ok(call::<serde_json::Value>(&site, &add).ok())
+    })
+    .with_context(|| site.daemon.log().tail())?;
+    let mut late = Device::connect_ready(&socket)?;
+    ensure!(late.read_u32(0, 0)? == vmgmt_abi::MAGIC && idle.read_u32(0, 0)? == vmgmt_abi::MAGIC);
+    let status: Status = call(&site, &Call::Status)?;
+    ensure!(status.pid == before.keeper && status.notices.iter().any(|line| line.contains("signal 9")));
+    drop((late, shared, idle));
+    call::<serde_json::Value>(&site, &Call::RemoveVm(RemoveVm { name: "late".into() }))?;
+    same_descriptors(|| Ok(before.keeper), &keepers)?;
+    // And how to end.
+    let end = site.daemon.stop(PATIENCE)?;
+    ensure!(end.code() == Some(0), "{end:?}");
+    Ok(())
+}
+
+#[test]
+fn a_keeper_that_cannot_take_over_changes_nothing() -> Result<()> {
+    let site = SitePlan::new(DAEMON, 2).start()?;
+    let folder = tempfile::tempdir()?;
+    let before = site.pids()?;
+    let checks = "[ \"$1\" = --check-state ] &&";
+    let nothing = format!("{checks} exit 0; exit 1");
+    let cases = [
+        ("refuses", "echo I am too old >&2; exit 3", "I am too old"),
+        ("hangs", "exec sleep 1000", "within 2 s"),
+    ];
+    under_load(&site, 2, || {
+        for (name, text, reason) in cases {
+            let bad = script(folder.path(), name, text)?;
+            let report = upgrade(&site, Some(&bad), Part::Keeper)?;
+            ensure!(
+                report.state == UpgradeState::Denied && report.reason.contains(reason),
+                "{name}: {report:?}"
+            );
+        }
+        // It passes the check, and then there is nothing to execute.
+        let gone = script(folder.path(), "gone", &format!("rm -f \"$0\"; {nothing}"))?;
+        let report = upgrade(&site, Some(&gone), Part::Keeper)?;
+        ensure!(
+            report.state == UpgradeState::Denied && report.reason.contains("does not run"),
+            "{report:?}"
+        );
+        done(&site, None, Part::Keeper)?;
+        Ok(())
+    })?;
+    ensure!(site.pids()? == before);
+    Ok(())
+}
