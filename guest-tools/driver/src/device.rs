@@ -88,7 +88,18 @@ impl Device {
     /// # Errors
     /// No vmgmt device, another version of the contract, quarantined, or it does not settle.
     pub fn open(backing: Arc<dyn Backing>) -> Result<Arc<Self>> {
-        let (facts, interrupts) = set_up(&*backing)?;
+        let (facts, interrupts) = match set_up(&*backing) {
+            // A VM that is restored at this moment has no base addresses, and reads nothing that makes sense: put back, and once more.
+            Err(
+                DriverError::DeviceMagic { .. }
+                | DriverError::DeviceAbsent
+                | DriverError::DeviceTimeout { .. },
+            ) => {
+                backing.restore_function()?;
+                set_up(&*backing)?
+            }
+            set_up => set_up?,
+        };
         let state = Mutex::new(State {
             facts,
             interrupts,

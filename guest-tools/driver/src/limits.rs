@@ -20,6 +20,9 @@ pub const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
 pub const SETTLE_PAUSE_FIRST: Duration = Duration::from_micros(50);
 pub const SETTLE_PAUSE_LAST: Duration = Duration::from_millis(5);
 
+/// How often a ring is opened anew when the VM is restored just then: twice in a row is an operator's game, not an accident.
+pub const OPEN_ATTEMPTS: u32 = 3;
+
 /// How long a sleeper sleeps before it asks the device whether it is still the same one. Nothing else wakes an idle
 /// driver: a VM that was restored, or whose device died, gets no interrupt.
 pub const HEALTH_INTERVAL: Duration = Duration::from_secs(5);

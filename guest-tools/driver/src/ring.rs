@@ -19,7 +19,8 @@ use crate::channel::{Channel, Counters, Finished, Request, Span, Tag};
 use crate::device::{Device, Woken, settle};
 use crate::error::{DriverError, Result};
 use crate::limits::{
-    COMPLETION_ENTRIES_DEFAULT, PAGE_BYTES, SPIN_DEFAULT, SPINS_PER_CLOCK, SUBMISSION_ENTRIES_DEFAULT,
+    COMPLETION_ENTRIES_DEFAULT, OPEN_ATTEMPTS, PAGE_BYTES, SPIN_DEFAULT, SPINS_PER_CLOCK,
+    SUBMISSION_ENTRIES_DEFAULT,
 };
 use crate::list::{cover, cut};
 use crate::memory::{Buffer, DmaMemory};
@@ -116,8 +117,17 @@ impl Ring {
             own: Vec::new(),
             counters: Counters::default(),
         };
-        ring.start()?;
-        Ok(ring)
+        for _ in 1..OPEN_ATTEMPTS {
+            match ring.start() {
+                // Restored between the device's opening and this: nobody could know. Later the caller is told, who knows what was in flight.
+                Err(DriverError::DeviceReplaced) => {
+                    ring.close();
+                    device.recover()?;
+                }
+                started => return started.map(|()| ring),
+            }
+        }
+        ring.start().map(|()| ring)
     }
 
     /// The device.

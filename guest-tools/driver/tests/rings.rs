@@ -261,6 +261,16 @@ fn a_restore_is_noticed_though_a_neighbours_interrupts_keep_coming() {
 }
 
 #[test]
+fn a_restore_between_the_device_and_its_ring_is_nothing() {
+    let fake = Fake::new(false);
+    let device = Device::open(Arc::clone(&fake) as Arc<dyn vmgmt_driver::backing::Backing>).unwrap();
+    // The ring's enable falls into a device that is being reset for a restore.
+    fake.replace_at_enable();
+    let mut client = Client::new(Ring::open(&device, RingOptions::new(Mode::COMMON)).unwrap());
+    client.noop().unwrap();
+}
+
+#[test]
 fn only_a_message_with_a_key_is_sent_again_after_a_restore() {
     let fake = Fake::new(false);
     let (_device, mut client) = open(&fake, Mode::CHAT, Duration::ZERO);

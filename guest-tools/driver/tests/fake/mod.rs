@@ -72,6 +72,7 @@ pub struct State {
     pub resets: u64,
     /// Reads of MAGIC that give all ones.
     pub absent_reads: u32,
+    replace_at_enable: bool,
     kicks: u64,
     stop: bool,
 }
@@ -110,6 +111,7 @@ impl Fake {
             interrupts: 0,
             resets: 0,
             absent_reads: 0,
+            replace_at_enable: false,
             kicks: 0,
             stop: false,
         };
@@ -132,12 +134,17 @@ impl Fake {
 
     /// As a restore of the VM does: another session, nothing open.
     pub fn replace(&self) {
-        let mut state = self.state();
-        *state.registers.entry(registers::SESSION_LOW).or_default() += 1;
-        state.registers.insert(registers::STATE, DeviceState::BLANK.0);
-        state.rings = [FakeRing::default(); RINGS_MAX];
-        state.handles.clear();
-        state.receives.clear();
+        self.state().replace();
+    }
+
+    /// The next ring that is enabled meets a restore.
+    pub fn replace_at_enable(&self) {
+        self.state().replace_at_enable = true;
+    }
+
+    /// Somebody else's interrupt on the same line.
+    pub fn interrupt(&self) {
+        rustix::io::write(&self.shared.interrupt, &1_u64.to_ne_bytes()).unwrap();
     }
 
     /// Completes the oldest receive with these bytes.
@@ -154,13 +161,19 @@ impl Fake {
         self.shared.publish(&mut state, ring, &completion);
     }
 
-    /// Somebody else's interrupt on the same line.
-    pub fn interrupt(&self) {
-        rustix::io::write(&self.shared.interrupt, &1_u64.to_ne_bytes()).unwrap();
-    }
-
     pub fn receives(&self) -> usize {
         self.state().receives.len()
+    }
+}
+
+impl State {
+    fn replace(&mut self) {
+        let state = self;
+        *state.registers.entry(registers::SESSION_LOW).or_default() += 1;
+        state.registers.insert(registers::STATE, DeviceState::BLANK.0);
+        state.rings = [FakeRing::default(); RINGS_MAX];
+        state.handles.clear();
+        state.receives.clear();
     }
 }
 
@@ -558,6 +571,12 @@ impl Backing for Fake {
             state.doorbells += 1;
             state.kicks += 1;
             self.shared.kick.notify_all();
+        } else if offset >= RINGS
+            && (offset - RINGS) % RING_STRIDE == registers::RING_ENABLE
+            && value == 1
+            && std::mem::take(&mut state.replace_at_enable)
+        {
+            state.replace();
         } else if offset >= RINGS && (offset - RINGS) % RING_STRIDE == registers::RING_ENABLE {
             self.shared
                 .enable(&mut state, ((offset - RINGS) / RING_STRIDE) as usize, value == 1);
