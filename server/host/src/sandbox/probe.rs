@@ -47,8 +47,8 @@ pub(super) fn run(role: Role) {
         "tcp" => || std::net::TcpStream::connect("127.0.0.1:1").map(drop),
         "unix" => || std::os::unix::net::UnixStream::connect("/run/probe.sock").map(drop),
         "kill-keeper" => || {
-            let keeper = rustix::process::getppid().ok_or(std::io::ErrorKind::NotFound)?;
-            Ok(rustix::process::test_kill_process(keeper)?)
+            // SAFETY: both take no pointer. (The library takes it for granted that the first is allowed; in the front it is not.)
+            checked(unsafe { libc::syscall(libc::SYS_kill, libc::getppid(), 0) })
         },
         // SAFETY: fresh private memory that nobody uses.
         "executable" => || unsafe {

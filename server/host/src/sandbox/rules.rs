@@ -112,6 +112,11 @@ const BOTH: &[Rule] = &[
     rule!(SYS_epoll_wait, Always, "the event loop"),
     rule!(SYS_epoll_ctl, Always, "the event loop"),
     rule!(
+        SYS_ppoll,
+        Varies,
+        "an upgrade: a front that is handed over and a core on trial wait for the keeper's word"
+    ),
+    rule!(
         SYS_fstat,
         Always,
         "size and kind of memory and files that others gave"
@@ -263,10 +268,5 @@ const CORE: &[Rule] = &[
         "whether memory can shrink, and may be written"
     ),
     rule!(SYS_getpid, Always, "the process to copy memory within; abort"),
-    rule!(
-        SYS_poll,
-        Varies,
-        "a core on trial waits for the keeper, in an upgrade"
-    ),
     rule!(SYS_getppid, Always, "the keeper's number, for the status"),
 ];
