@@ -212,8 +212,14 @@ pub struct Told {
 }
 
 impl Core {
+    /// The next packet about clients; what the front says of its sandbox comes before.
     pub fn next(&self) -> Packet<FrontToCore> {
-        receive(&self.channel)
+        loop {
+            let packet = receive(&self.channel);
+            if !matches!(packet.header, FrontToCore::Sandboxed(_)) {
+                return packet;
+            }
+        }
     }
 
     /// What the front says next must be a session.
