@@ -104,6 +104,7 @@ struct Play<'a> {
     clients: Vec<UnixStream>,
     /// Sessions that wait for the keeper, and all that live: number to listener.
     asked: Vec<u64>,
+    admissions: u64,
     sessions: BTreeMap<u64, u32>,
     core: Option<Core>,
     lives: u64,
@@ -168,6 +169,7 @@ impl<'a> Play<'a> {
             thread,
             clients: Vec::new(),
             asked: Vec::new(),
+            admissions: 0,
             sessions: BTreeMap::new(),
             core: None,
             lives: 0,
@@ -209,6 +211,7 @@ impl<'a> Play<'a> {
                     session, listener, ..
                 } => {
                     assert!(self.sessions.insert(session, listener).is_none());
+                    self.admissions += 1;
                     if listener == HONEST {
                         self.honest_session = session;
                     } else {
@@ -220,6 +223,7 @@ impl<'a> Play<'a> {
                 | FrontToKeeper::Serves { .. } => panic!("nobody asked for a hand-over"),
                 FrontToKeeper::SessionGone { session } => {
                     assert!(self.sessions.remove(&session).is_some(), "gone once");
+                    self.asked.retain(|asked| *asked != session);
                 }
             }
         }
@@ -315,9 +319,9 @@ impl<'a> Play<'a> {
             0 if self.clients.len() < 4 => {
                 let client = UnixStream::connect_addr(&self.site.addresses[0]).unwrap();
                 client.set_nonblocking(true).unwrap();
-                let known = self.asked.len() + self.sessions.len();
+                let known = self.admissions;
                 self.clients.push(client);
-                self.wait("a session", |play| play.asked.len() + play.sessions.len() > known);
+                self.wait("a session", |play| play.admissions > known);
                 if u.ratio(3, 4)? {
                     self.admit_some(u)?;
                     let mut body = vec![0; 4];

@@ -69,10 +69,8 @@ impl Wake {
 
     /// Wakes the front if it was kicked and sleeps.
     pub fn tell(&mut self) {
-        if std::mem::take(&mut self.kicked) {
-            if self.touched.must_wake_front() {
-                let _ = rustix::io::write(&self.front, &1u64.to_ne_bytes());
-            }
+        if std::mem::take(&mut self.kicked) && self.touched.must_wake_front() {
+            let _ = rustix::io::write(&self.front, &1u64.to_ne_bytes());
         }
     }
 
