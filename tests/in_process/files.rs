@@ -24,7 +24,13 @@ fn names(site: &Site) -> Result<Vec<String>> {
 }
 
 /// Puts, from a descriptor as the guest's tool does.
-fn put_bytes(client: &mut Client, path: &str, data: &[u8], how: u64, announce: bool) -> Result<String> {
+pub(crate) fn put_bytes(
+    client: &mut Client,
+    path: &str,
+    data: &[u8],
+    how: u64,
+    announce: bool,
+) -> Result<String> {
     let file = source(data)?;
     let size = if announce { data.len() as u64 } else { SIZE_UNKNOWN };
     let begun = client.put(path, size, how)?;

@@ -14,7 +14,7 @@ fn file_of(data: &[u8]) -> Result<std::fs::File> {
 }
 
 /// Offers and sends; what the receiver said in the end.
-fn send(vm: &SimulatedVm, target: &str, name: &str, data: &[u8]) -> Result<()> {
+pub(crate) fn send(vm: &SimulatedVm, target: &str, name: &str, data: &[u8]) -> Result<()> {
     let mut files = vm.ring(Mode::FILE)?;
     let stream = files.offer(target, name, Some(data.len() as u64), 0, Some(PATIENCE))?;
     let file = file_of(data)?;
@@ -24,7 +24,7 @@ fn send(vm: &SimulatedVm, target: &str, name: &str, data: &[u8]) -> Result<()> {
 }
 
 /// Waits for an offer and takes it in.
-fn receive(vm: &SimulatedVm) -> Result<(String, String, Vec<u8>)> {
+pub(crate) fn receive(vm: &SimulatedVm) -> Result<(String, String, Vec<u8>)> {
     let mut files = vm.ring(Mode::FILE)?;
     let posted = files.post_next_offer()?;
     let offer = files.next_offer(posted, deadline())?.context("no offer came")?;

@@ -21,6 +21,8 @@ pub struct FileSlot {
 pub struct Identity {
     pub device: u64,
     pub inode: u64,
+    /// When it was made, nanoseconds since 1970 (0: the file system does not say), because the number of a removed file is soon another's.
+    pub born_ns: i64,
 }
 
 /// Part of the data area of a submission's buffer (offset 0 is the first byte behind its meta).
@@ -59,7 +61,18 @@ pub enum Effect {
         resume: bool,
         permissions: Option<u32>,
     },
-    /// Gives a temporary file its name, after cutting it to `bytes`; the slot is closed. `existing`: `file::existing`. Outcome: Committed.
+    /// Opens a file of an earlier core life again, if it is still the same. `put`: it is temporary, and may have got its final name already
+    /// (as `Commit` says, target and `file::existing`). Outcome: Opened.
+    Reopen {
+        share: String,
+        path: String,
+        put: Option<(String, u64)>,
+        read: bool,
+        write: bool,
+        identity: Identity,
+    },
+    /// Gives a temporary file its name, after cutting it to `bytes`; the slot is closed. `existing`: `file::existing`. Where it has its name
+    /// already that is all. `again`: an earlier life may have done it, so that what cannot be told is OUTCOME_UNKNOWN. Outcome: Committed.
     Commit {
         slot: FileSlot,
         share: String,
@@ -68,6 +81,7 @@ pub enum Effect {
         existing: u64,
         durable: bool,
         bytes: u64,
+        again: bool,
     },
     /// Removes a temporary file and closes the slot. Outcome: Done.
     Discard {
@@ -105,22 +119,46 @@ pub enum Effect {
         cursor: u64,
         bytes_max: u64,
     },
-    /// Outcome: Done.
-    MakeDirectory { share: String, path: String },
-    /// A file or an empty directory. Outcome: Done.
-    Remove { share: String, path: String },
-    /// Outcome: Committed.
+    /// Which file or directory is there. Outcome: Identified.
+    Identify { share: String, path: String },
+    /// Makes a directory under a temporary name, beside the name it is to have, which must be free. Outcome: Identified.
+    PrepareDirectory {
+        share: String,
+        path: String,
+        temporary: String,
+    },
+    /// Gives it its name. `intended`: as in `Remove`. Outcome: Done.
+    MakeDirectory {
+        share: String,
+        path: String,
+        temporary: String,
+        intended: Option<Identity>,
+    },
+    /// A file or an empty directory. `intended`: an earlier core life was about to do it, to this one, and may have. Outcome: Done.
+    Remove {
+        share: String,
+        path: String,
+        intended: Option<Identity>,
+    },
+    /// `intended`: as in `Remove`. Outcome: Committed.
     Rename {
         share: String,
         source: String,
         target: String,
         existing: u64,
         durable: bool,
+        intended: Option<Identity>,
+    },
+    /// Removes temporary files of broken puts in a share that are older than this, in seconds, but for those to keep. `adoption`: also all that
+    /// nobody can resume and that are older than this core life. Outcome: Done.
+    Sweep {
+        share: String,
+        older_than_seconds: u64,
+        keep: Vec<String>,
+        adoption: bool,
     },
     /// What the quotas of these shares leave. Outcome: BytesLeft.
     BytesLeft { shares: Vec<String> },
-    /// Removes temporary files of broken puts in a share that are older than this, in seconds. Outcome: Done.
-    Sweep { share: String, older_than_seconds: u64 },
 }
 
 /// On which side a copy failed.
@@ -151,6 +189,7 @@ pub enum Outcome {
         stat: StatRecord,
         identity: Identity,
     },
+    Identified(Identity),
     /// The name (relative to the share) it got.
     Committed {
         path: String,

@@ -5,6 +5,7 @@
 
 use crate::effect::{BufferRange, Effect, EffectId};
 use crate::limits::{EFFECTS_RUNNING_MAX, EFFECTS_RUNNING_PER_VM_MAX};
+use crate::modes::namely::NameOperation;
 use crate::refusal::Refusal;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
@@ -15,10 +16,22 @@ use vmgmt_device::rings::Token;
 pub enum Continuation {
     /// Nothing waits for it.
     Nothing,
-    /// The host names the failure that means "perhaps done already" for a submission that was fetched again.
+    /// A CLOSE.
     Plain {
         token: Token,
-        again: Option<u16>,
+    },
+    /// A name operation's file or directory is known.
+    Identified {
+        token: Token,
+        operation: Box<NameOperation>,
+    },
+    /// A name operation ended.
+    Named {
+        token: Token,
+    },
+    /// A file or put of an earlier core life is open again, or cannot be.
+    Reopened {
+        handle: u64,
     },
     Stat {
         token: Token,
@@ -32,10 +45,6 @@ pub enum Continuation {
         token: Token,
         entries: Vec<(String, bool)>,
         next: u64,
-    },
-    Rename {
-        token: Token,
-        again: bool,
     },
     Open {
         token: Token,

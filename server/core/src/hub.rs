@@ -7,10 +7,12 @@ use crate::deadlines::Timer;
 use crate::effect::Outcome;
 use crate::effects::Continuation;
 use crate::interface::{Input, Output};
+use crate::journal::Record;
 use crate::modes::chat::Chat;
 use crate::modes::delivery;
 use crate::modes::file::{self, Files};
 use crate::modes::listing;
+use crate::modes::namely;
 use crate::modes::offers::Transfers;
 use crate::modes::puts::withdrawn;
 use crate::modes::{Submitted, Uses, Verdict, calc, stats};
@@ -69,6 +71,7 @@ impl Hub {
             Input::SessionReset { session } => self.session_emptied(session),
             Input::Control { client, id, request } => self.control(client, id, request),
             Input::ControlClosed { client } => self.control_closed(client),
+            Input::Adopted => self.adopted(),
             Input::WallClock { now_ns } => {
                 let floor_ns = if self.office.wall.known {
                     0
@@ -149,6 +152,13 @@ impl Hub {
             self.office.log_refusal(vm, Refusal::TokenTwice);
             return;
         }
+        if fetched.again {
+            // It was admitted in its first life, and held up as long as it had to be.
+            if !self.answer_again(&fetched) {
+                self.route(vm, fetched);
+            }
+            return;
+        }
         match self.admit(vm, &fetched) {
             Ok(None) => self.route(vm, fetched),
             Ok(Some(at)) => {
@@ -162,6 +172,35 @@ impl Hub {
                 self.office.log_refusal(vm, refusal);
                 self.office
                     .answer(fetched.token, refusal.answer(), Vec::new(), false);
+            }
+        }
+    }
+
+    /// A submission of an earlier core life: what its answer carried goes back, as the guest has not got it; and if its answer was settled, it
+    /// gets that. False: it is to be done.
+    fn answer_again(&mut self, fetched: &Fetched) -> bool {
+        let token = fetched.token;
+        let kept = &self.office.ledger.kept;
+        if let Some((before, settled)) = kept.answered(token, fetched.tag) {
+            let (answer, payload) = (settled.answer, settled.payload.clone());
+            if before != token {
+                self.office.record(Record::Readdressed {
+                    from: before,
+                    to: token,
+                });
+            }
+            self.office.answer(token, answer, payload, true);
+            return true;
+        }
+        self.published(token, false);
+        false
+    }
+
+    /// A handle of an earlier core life is open again (or stale): what waited for that goes on.
+    fn go_on_with(&mut self, handle: u64) {
+        for fetched in self.files.reopening.remove(&handle).unwrap_or_default() {
+            if let Some(flight) = self.office.unpark(fetched.token) {
+                self.route(flight.vm, fetched);
             }
         }
     }
@@ -317,13 +356,20 @@ impl Hub {
         let office = &mut self.office;
         match then {
             Continuation::Nothing => {}
-            Continuation::Plain { token, again } => file::plain(office, token, again, outcome),
+            Continuation::Plain { token } => file::plain(office, token, &outcome),
+            Continuation::Identified { token, operation } => {
+                namely::identified(office, token, *operation, outcome);
+            }
+            Continuation::Named { token } => namely::named(office, token, &outcome),
+            Continuation::Reopened { handle } => {
+                self.files.reopened(office, handle, outcome);
+                self.go_on_with(handle);
+            }
             Continuation::Stat { token } => listing::stat_done(office, token, outcome),
             Continuation::List { token, bytes_max } => listing::list_done(office, token, bytes_max, outcome),
             Continuation::Shares { token, entries, next } => {
                 listing::shares_done(office, token, &entries, next, &outcome)
             }
-            Continuation::Rename { token, again } => file::rename_done(office, token, again, outcome),
             Continuation::Open {
                 token,
                 handle,
@@ -411,18 +457,20 @@ impl Hub {
 
     /// A submission is void: forgotten without an answer.
     fn void(&mut self, token: Token) {
-        let Some(flight) = self.office.unpark(token) else {
-            // Answered already, and perhaps not published.
-            self.published(token, false);
+        let flight = self.office.unpark(token);
+        self.office.forgo(token);
+        // Answered already, and perhaps not published; or to be answered when something is tidied up.
+        self.published(token, false);
+        let Some(flight) = flight else {
+            self.transfers
+                .void_before(&mut self.office, |other| other == token);
             return;
         };
         match flight.wait {
             Wait::Rate | Wait::Turn | Wait::Receive | Wait::NextOffer => {
                 self.dequeue(token, flight.vm, flight.wait)
             }
-            Wait::Offer(offer) => {
-                self.transfers.withdraw(&mut self.office, offer);
-            }
+            Wait::Offer(offer) => self.transfers.void_offer(&mut self.office, offer),
             Wait::StreamWrite(stream) | Wait::StreamRead(stream) | Wait::StreamEnd(stream) => {
                 self.transfers.void(&mut self.office, stream, token);
             }

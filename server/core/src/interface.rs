@@ -39,6 +39,8 @@ pub enum Input {
     },
     /// The operator's connection is gone.
     ControlClosed { client: u64 },
+    /// After [`crate::Hub::replay`]: all sessions that are still there have been told.
+    Adopted,
     /// Wall time, nanoseconds since 1970, told at start and when asked for with every submission batch (messages carry it).
     WallClock { now_ns: u64 },
 }

@@ -3,10 +3,11 @@
 //! In: nothing. Out: [`Record`]s, each given to the shell (`Output::Journal`) *before* the answer or effect that depends on it.
 //! A record never says what was asked, only what changed; `ledger.rs` is the one place that applies one, live and in replay.
 //!
-//! Covered: the VM table, presence, mailboxes, message numbers, idempotency keys, sends accepted whose answer is not known to be published,
-//! deliveries whose completion is not known to be published. Not covered, and so gone with a crash (their handles answer STALE): open files, puts,
-//! offers, streams, rates.
+//! Covered: the VM table, presence, mailboxes, message numbers, idempotency keys, answers and deliveries not known to be published, and what
+//! `kept.rs` lists: open files, puts, intents on names, offers and streams between VMs. Not covered, and so gone with a crash: rates, and
+//! transfers of an operator, whose connection ends with the core.
 
+use crate::kept::{Change, Settled};
 use crate::policy::VmConfig;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -86,9 +87,11 @@ pub enum Record {
         end: u64,
         last: bool,
     },
-    /// What came of the completion of a `Delivering`, or of the answer to an `Accepted`.
+    /// What came of the completion of a `Delivering`, or of an answer that was settled.
     Published { token: Token, published: bool },
-    /// The submission of an accepted send was fetched again, under another token.
+    /// Answers that go out next (each asks to be told), and what is different from now on.
+    Kept { settled: Vec<Settled>, change: Change },
+    /// A submission whose answer is settled was fetched again, under another token.
     Readdressed { from: Token, to: Token },
     /// The operator has taken the host's message.
     Taken { position: u64 },

@@ -4,6 +4,7 @@
 //! It never knows submissions, budgets or effects.
 
 use crate::journal::{Message, Presence, Record};
+use crate::kept::{Kept, SavedKept, Settled};
 use crate::limits::KEYS_PER_SOURCE_MAX;
 use crate::modes::mailbox::{Mailbox, SavedMailbox};
 use crate::policy::VmConfig;
@@ -56,13 +57,6 @@ pub struct Delivering {
     pub last: bool,
 }
 
-/// An accepted send whose answer is not known to be published yet.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct Origin {
-    pub tag: u32,
-    pub result: u64,
-}
-
 /// The state that survives.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Ledger {
@@ -70,7 +64,7 @@ pub struct Ledger {
     pub(crate) host: Mailbox,
     pub(crate) host_sequence: u64,
     pub(crate) delivering: BTreeMap<Token, Delivering>,
-    pub(crate) origins: BTreeMap<Token, Origin>,
+    pub(crate) kept: Kept,
     /// Derived: name to number.
     names: BTreeMap<Arc<str>, u64>,
     /// Derived: which message a channel has a part of.
@@ -97,7 +91,18 @@ pub struct SavedLedger {
     host: SavedMailbox,
     host_sequence: u64,
     delivering: Vec<(Token, Delivering)>,
+    #[serde(default)]
+    kept: SavedKept,
+    /// Version 1: sends whose answer was not known to be published. Now they are among what is kept.
+    #[serde(default, skip_serializing)]
     origins: Vec<(Token, Origin)>,
+}
+
+/// An accepted send, as version 1 saved it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
+struct Origin {
+    tag: u32,
+    result: u64,
 }
 
 impl Ledger {
@@ -170,6 +175,11 @@ impl Ledger {
             .collect()
     }
 
+    /// Sessions with a channel that has a part of a message.
+    pub fn sessions_bound(&self) -> impl Iterator<Item = u64> {
+        self.bound.keys().map(|(session, _)| *session)
+    }
+
     /// The VM that a session has published.
     #[must_use]
     pub fn vm_published_by(&self, session: u64) -> Option<u64> {
@@ -184,26 +194,6 @@ impl Ledger {
     #[must_use]
     pub fn repeated(&self, source: u64, asked: u64, key: u64) -> Option<u64> {
         self.vms.get(&source)?.keys.results.get(&(asked, key)).copied()
-    }
-
-    /// The accepted send of this channel and tag whose answer is not known to be published, of whatever core life.
-    #[must_use]
-    pub fn unanswered(&self, token: Token, tag: u32) -> Option<(Token, u64)> {
-        let first = Token {
-            index: 0,
-            generation: 0,
-            ..token
-        };
-        let last = Token {
-            index: u32::MAX,
-            generation: u32::MAX,
-            ..token
-        };
-        let found = self
-            .origins
-            .range(first..=last)
-            .find(|(_, origin)| origin.tag == tag);
-        found.map(|(token, origin)| (*token, origin.result))
     }
 
     /// Applies one change. A record that fits nothing (its VM is gone) changes nothing.
@@ -226,13 +216,7 @@ impl Ledger {
             } => {
                 self.apply_source(message, *asked, *key, *result);
                 if let Some((token, tag)) = origin {
-                    self.origins.insert(
-                        *token,
-                        Origin {
-                            tag: *tag,
-                            result: *result,
-                        },
-                    );
+                    self.kept.settle_send(*token, *tag, *result);
                 }
                 for &target in targets.numbers() {
                     if let Some(mailbox) = self.mailbox_mut(target) {
@@ -265,9 +249,16 @@ impl Ledger {
                 }
             }
             Record::Published { token, published } => self.apply_published(*token, *published),
+            Record::Kept { settled, change } => self.kept.apply(settled, change),
             Record::Readdressed { from, to } => {
-                if let Some(origin) = self.origins.remove(from) {
-                    self.origins.insert(*to, origin);
+                if let Some(settled) = self.kept.settled.remove(from) {
+                    self.kept.settled.insert(
+                        *to,
+                        Settled {
+                            token: *to,
+                            ..settled
+                        },
+                    );
                 }
             }
             Record::Taken { position } => {
@@ -342,7 +333,7 @@ impl Ledger {
     }
 
     fn apply_published(&mut self, token: Token, published: bool) {
-        self.origins.remove(&token);
+        self.kept.settled.remove(&token);
         let Some(Delivering {
             target,
             position,
@@ -384,7 +375,7 @@ impl Ledger {
             host,
             host_sequence,
             delivering,
-            origins,
+            kept,
             names: _,
             bound: _,
             parts: _,
@@ -397,7 +388,8 @@ impl Ledger {
                 .iter()
                 .map(|(token, delivering)| (*token, *delivering))
                 .collect(),
-            origins: origins.iter().map(|(token, origin)| (*token, *origin)).collect(),
+            kept: kept.save(),
+            origins: Vec::new(),
         }
     }
 
@@ -409,6 +401,7 @@ impl Ledger {
             host,
             host_sequence,
             delivering,
+            kept,
             origins,
         } = saved;
         let mut ledger = Self {
@@ -440,7 +433,10 @@ impl Ledger {
             }
         }
         ledger.restore_deliveries(delivering)?;
-        ledger.origins = origins.into_iter().collect();
+        ledger.kept = Kept::restore(kept)?;
+        for (token, Origin { tag, result }) in origins {
+            ledger.kept.settle_send(token, tag, result);
+        }
         Ok(ledger)
     }
 

@@ -7,6 +7,7 @@
 //! the order of a `HashMap`.
 #![forbid(unsafe_code)]
 
+mod adoption;
 mod budgets;
 mod control;
 mod deadlines;
@@ -15,6 +16,7 @@ mod effects;
 mod hub;
 pub mod interface;
 pub mod journal;
+mod kept;
 mod ledger;
 pub mod limits;
 mod modes;
@@ -30,4 +32,5 @@ pub use effect::{BufferRange, Effect, EffectId, FailedAt, FileSlot, Identity, Ou
 pub use hub::Hub;
 pub use interface::{ControlReply, ControlRequest, Input, Output};
 pub use journal::{Message, Record};
-pub use state::{OpenSlot, RestoreError, Saved};
+pub use kept::{Change, Settled};
+pub use state::{RestoreError, Saved};

@@ -59,6 +59,8 @@ pub const PROGRESS_INTERVAL_NS: u64 = 100_000_000;
 pub const COMPONENT_BYTES_MAX: usize = 255;
 /// Names beginning so belong to puts under way.
 pub const TEMPORARY_PREFIX: &str = ".vmgmt-put-";
+/// And those ending so to what nobody can go on with, but the core life (or its successor) that made them.
+pub const ONCE_SUFFIX: &str = "-once";
 /// Largest file offset (`off_t`).
 pub const FILE_OFFSET_MAX: u64 = i64::MAX as u64;
 

@@ -8,6 +8,7 @@ use crate::effect::{Effect, EffectId};
 use crate::effects::{Continuation, Effects};
 use crate::interface::Output;
 use crate::journal::Record;
+use crate::kept::{Change, Settled};
 use crate::ledger::Ledger;
 use crate::limits::CLOCK_JUMP_NS_MAX;
 use crate::policy::VmLimits;
@@ -51,6 +52,8 @@ pub enum Wait {
 pub struct Flight {
     pub vm: u64,
     pub opcode: u16,
+    /// The guest's own.
+    pub tag: u32,
     /// Bytes of its data area.
     pub data_bytes: u64,
     /// Counted as bytes in flight.
@@ -243,6 +246,7 @@ impl Office {
         let flight = Flight {
             vm,
             opcode: fetched.opcode.0,
+            tag: fetched.tag,
             data_bytes: fetched.data_bytes,
             charged_bytes,
             deadline: fetched.deadline,
@@ -286,10 +290,79 @@ impl Office {
     /// As [`Office::end`], with data.
     pub fn end_with(&mut self, token: Token, answer: Answer, payload: Vec<u8>, confirm: bool) -> bool {
         let open = self.unpark(token).is_some();
+        self.forgo(token);
+        let confirm = confirm || (open && self.ledger.kept.settled.contains_key(&token));
         if open {
             self.answer(token, answer, payload, confirm);
         }
         open
+    }
+
+    /// What a submission was about to do does not matter any more.
+    pub fn forgo(&mut self, token: Token) {
+        if self.ledger.kept.intents.contains_key(&token) {
+            self.change(Change::Forgone { token });
+        }
+    }
+
+    /// A change of what is kept, with no answer.
+    pub fn change(&mut self, change: Change) {
+        self.record(Record::Kept {
+            settled: Vec::new(),
+            change,
+        });
+    }
+
+    /// Ends an open submission (if it is) by an answer that, should the submission come again, is given again; and changes what is kept, as one.
+    pub fn settle(&mut self, token: Token, answer: Answer, payload: Vec<u8>, change: Change) -> bool {
+        let Some(flight) = self.unpark(token) else {
+            if change != Change::None {
+                self.change(change);
+            }
+            return false;
+        };
+        let settled = Settled {
+            token,
+            tag: flight.tag,
+            answer,
+            payload,
+        };
+        self.settle_all(vec![settled], Some(token), change);
+        true
+    }
+
+    /// As [`Office::settle`], of a submission that stays open until something is tidied up, and then gets this answer.
+    pub fn foretell(&mut self, token: Token, answer: Answer, change: Change) {
+        let settled = self.flights.get(&token).map(|flight| Settled {
+            token,
+            tag: flight.tag,
+            answer,
+            payload: Vec::new(),
+        });
+        self.record(Record::Kept {
+            settled: settled.into_iter().collect(),
+            change,
+        });
+    }
+
+    /// Settles several submissions and changes what is kept, as one. Those that are open, and `now`, which is not yet, get their answers;
+    /// others get them when they come again.
+    pub fn settle_all(&mut self, settled: Vec<Settled>, now: Option<Token>, change: Change) {
+        self.record(Record::Kept {
+            settled: settled.clone(),
+            change,
+        });
+        for Settled {
+            token,
+            tag: _,
+            answer,
+            payload,
+        } in settled
+        {
+            if self.unpark(token).is_some() || now == Some(token) {
+                self.answer(token, answer, payload, true);
+            }
+        }
     }
 
     /// Ends an open submission with a refusal, with a line in the log.

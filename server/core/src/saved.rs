@@ -4,6 +4,7 @@ use crate::budgets::{Bucket, LogLimiter};
 use crate::office::{Counters, Flight, Office, Vm, Wait};
 use crate::state::RestoreError;
 use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
 use vmgmt_abi::{Mode, Opcode};
 use vmgmt_device::Tick;
 use vmgmt_device::rings::{Fetched, Token};
@@ -151,6 +152,10 @@ pub(crate) fn restore_flights(
         }
     }
     Ok(())
+}
+
+pub(crate) fn save_queue(queue: &VecDeque<Box<Fetched>>) -> Vec<SavedFetched> {
+    queue.iter().map(|fetched| save_fetched(fetched)).collect()
 }
 
 pub(crate) fn save_fetched(fetched: &Fetched) -> SavedFetched {

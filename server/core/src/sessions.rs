@@ -38,12 +38,13 @@ impl Hub {
     }
 
     pub(crate) fn vm_gone(&mut self, vm: u64) {
-        let sessions = self
+        let mut sessions = self
             .office
             .vms
             .get(&vm)
             .map(|entry| entry.sessions.clone())
             .unwrap_or_default();
+        sessions.extend(self.office.ledger.kept.sessions(Some(vm)));
         for session in sessions {
             self.session_emptied(session);
             self.office.sessions.remove(&session);
@@ -73,13 +74,25 @@ impl Hub {
             return;
         };
         entry.sessions.insert(session);
-        self.office.sessions.insert(
-            session,
-            Session {
-                vm,
-                handles: BTreeSet::new(),
-            },
-        );
+        // Those of an earlier core life, if there was one.
+        let handles = self.handles_of(session).into_iter().collect();
+        self.office.sessions.insert(session, Session { vm, handles });
+    }
+
+    /// Handles of a session, as the rooms have them.
+    fn handles_of(&self, session: u64) -> Vec<u64> {
+        let kept = &self.office.ledger.kept;
+        let files = kept.files.iter().filter(|(_, file)| file.session == session);
+        let puts = kept.puts.iter().filter(|(_, put)| put.session == session);
+        let ends = kept
+            .streams
+            .values()
+            .flat_map(|stream| [stream.source, stream.target]);
+        let ends = ends.filter(|end| end.open && end.session == session);
+        let files = files
+            .map(|(handle, _)| *handle)
+            .chain(puts.map(|(handle, _)| *handle));
+        files.chain(ends.map(|end| end.handle)).collect()
     }
 
     pub(crate) fn session_closed(&mut self, session: u64) {
@@ -118,6 +131,8 @@ impl Hub {
             generation: u32::MAX,
         };
         self.void_all(first, last);
+        let of = |token: Token| token.session == session;
+        self.transfers.void_before(&mut self.office, of);
         let found = self.office.sessions.get_mut(&session);
         let found = found.map(|entry| (entry.vm, std::mem::take(&mut entry.handles)));
         // After a crash a session may be gone that this life never saw: then only what survived of it is put right.
@@ -125,7 +140,11 @@ impl Hub {
             .as_ref()
             .map(|(vm, _)| *vm)
             .or_else(|| self.office.ledger.vm_published_by(session));
-        for handle in found.map(|(_, handles)| handles).unwrap_or_default() {
+        let handles: Vec<u64> = match found {
+            Some((_, handles)) => handles.into_iter().collect(),
+            None => self.handles_of(session),
+        };
+        for handle in handles {
             if self.transfers.ends.contains_key(&handle) {
                 self.transfers.close(&mut self.office, handle);
             } else {
@@ -158,6 +177,8 @@ impl Hub {
                 ..first
             },
         );
+        let of = |token: Token| (token.session, token.channel) == (session, channel);
+        self.transfers.void_before(&mut self.office, of);
         let Some(vm) = self.office.vm_of(first) else {
             return;
         };
@@ -171,8 +192,25 @@ impl Hub {
         }
     }
 
+    /// A new core life has heard of all sessions that are still there: those of others end, and what nobody owns any more is removed.
+    pub(crate) fn adopted(&mut self) {
+        for session in self.remembered() {
+            if !self.office.sessions.contains_key(&session) {
+                self.session_closed(session);
+            }
+        }
+        self.sweep_shares(true);
+    }
+
     /// Removes what broken puts left, in every share that some VM may write.
     pub(crate) fn sweep(&mut self) {
+        self.sweep_shares(false);
+        self.office
+            .timers
+            .arm(self.office.now.after_ns(SWEEP_INTERVAL_NS), Timer::Sweep);
+    }
+
+    fn sweep_shares(&mut self, adoption: bool) {
         let accounts = self
             .office
             .ledger
@@ -182,14 +220,14 @@ impl Hub {
         let writable = accounts.filter(|grant| grant.access == Access::ReadWrite);
         let shares: BTreeSet<String> = writable.map(|grant| grant.share.clone()).collect();
         for share in shares {
+            let keep = self.office.ledger.kept.temporaries(&share);
             let effect = Effect::Sweep {
                 share,
                 older_than_seconds: SWEEP_AGE_SECONDS,
+                keep,
+                adoption,
             };
             self.office.effect(0, effect, Continuation::Nothing);
         }
-        self.office
-            .timers
-            .arm(self.office.now.after_ns(SWEEP_INTERVAL_NS), Timer::Sweep);
     }
 }

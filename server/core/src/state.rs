@@ -4,11 +4,9 @@
 //! not saved but worked out again, and what comes back is checked as a stranger's would be.
 
 use crate::deadlines::{Timer, Timers};
-use crate::effect::{FileSlot, Identity};
 use crate::effects::{Continuation, Effects, SavedEffects};
 use crate::hub::Hub;
 use crate::interface::Output;
-use crate::journal::Record;
 use crate::ledger::{Ledger, SavedLedger};
 use crate::modes::chat::{Chat, Listener};
 use crate::modes::file::{Files, OpenFile};
@@ -17,17 +15,16 @@ use crate::modes::puts::{Put, Puts};
 use crate::modes::streams::{Party, Side, Stream};
 use crate::office::{Flight, Office, Session, Wall};
 use crate::saved::{
-    SavedFetched, SavedVm, restore_fetched, restore_flights, restore_vm, save_fetched, save_vm,
+    SavedFetched, SavedVm, restore_fetched, restore_flights, restore_vm, save_fetched, save_queue, save_vm,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use vmgmt_device::Tick;
 use vmgmt_device::rings::{Channel, Token};
 
-/// Version of the saved form. A reader knows this one and the one before (there is none before 1).
-const VERSION: u32 = 1;
-const OLDEST: u32 = if VERSION > 1 { VERSION - 1 } else { 1 };
-/// Features that this version understands in a saved hub. None is there yet: all that version 1 writes, version 1 reads.
+/// Version of the saved form. A reader knows this one and the one before.
+const VERSION: u32 = 2;
+/// Features that this version understands in a saved hub. None is there yet: all that version 2 writes, version 2 reads.
 const FEATURES_KNOWN: [&str; 0] = [];
 
 /// Why a saved state is refused.
@@ -38,7 +35,7 @@ pub enum RestoreError {
     Unreadable(String),
     /// It is one of another version.
     #[error(
-        "the saved state of the hub has version {found}, this program reads version {VERSION}: start the program that wrote it"
+        "the saved state of the hub has version {found}, this program reads versions 1 and {VERSION}: start the program that wrote it"
     )]
     Version { found: u32 },
     /// It uses something that this version does not know.
@@ -64,9 +61,9 @@ pub struct Saved {
     /// What is in use that an older version would not understand, by name: going back is refused by it, and only by it.
     #[serde(default)]
     features: BTreeSet<String>,
-    now: Tick,
-    wall: Wall,
-    ledger: SavedLedger,
+    pub(crate) now: Tick,
+    pub(crate) wall: Wall,
+    pub(crate) ledger: SavedLedger,
     vms: Vec<SavedVm>,
     /// Session and VM.
     sessions: Vec<(u64, u64)>,
@@ -74,28 +71,16 @@ pub struct Saved {
     timers: Vec<(Tick, Timer)>,
     effects: SavedEffects,
     outputs: Vec<Output>,
-    next_handle: u64,
+    pub(crate) next_handle: u64,
     files: Vec<(u64, OpenFile)>,
     puts: Vec<(u64, Put)>,
     puts_live: Vec<((String, String), u64)>,
     offers: Vec<(u64, Offer)>,
     streams: Vec<(u64, Stream)>,
+    reopening: Vec<(u64, Vec<SavedFetched>)>,
     fetching: Vec<((u64, Channel), Vec<SavedFetched>)>,
     bodies: Vec<SavedFetched>,
     listeners: Vec<Listener>,
-}
-
-/// A file that the shell has open for the hub: to be opened again by a core that takes over without the descriptors.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct OpenSlot {
-    pub slot: FileSlot,
-    pub share: String,
-    /// The file; of a put, the temporary one.
-    pub path: String,
-    pub read: bool,
-    pub write: bool,
-    /// What it must be.
-    pub identity: Identity,
 }
 
 impl Saved {
@@ -123,16 +108,46 @@ impl Saved {
         let unreadable =
             |error: ciborium::de::Error<std::io::Error>| RestoreError::Unreadable(error.to_string());
         let Versioned { version, features } = ciborium::from_reader(bytes).map_err(unreadable)?;
-        if !(OLDEST..=VERSION).contains(&version) {
-            return Err(RestoreError::Version { found: version });
-        }
         if let Some(name) = features
             .into_iter()
             .find(|name| !FEATURES_KNOWN.contains(&name.as_str()))
         {
             return Err(RestoreError::Feature(name));
         }
-        ciborium::from_reader(bytes).map_err(unreadable)
+        match version {
+            VERSION => ciborium::from_reader(bytes).map_err(unreadable),
+            1 => Ok(ciborium::from_reader::<SavedVersion1, _>(bytes)
+                .map_err(unreadable)?
+                .into()),
+            found => Err(RestoreError::Version { found }),
+        }
+    }
+}
+
+/// What version 1 wrote, as far as [`Hub::replay`] needs it: handles, offers and streams of its core did not survive. The rest is not read.
+#[derive(Deserialize)]
+struct SavedVersion1 {
+    now: Tick,
+    wall: Wall,
+    ledger: SavedLedger,
+    next_handle: u64,
+}
+
+impl From<SavedVersion1> for Saved {
+    fn from(saved: SavedVersion1) -> Self {
+        let SavedVersion1 {
+            now,
+            wall,
+            ledger,
+            next_handle,
+        } = saved;
+        Self {
+            now,
+            wall,
+            ledger,
+            next_handle,
+            ..Hub::new(0).save()
+        }
     }
 }
 
@@ -162,6 +177,7 @@ impl Hub {
         let Files {
             open,
             puts: Puts { puts, live },
+            reopening,
         } = files;
         let Transfers {
             offers,
@@ -198,14 +214,13 @@ impl Hub {
             puts_live: live.iter().map(|(key, handle)| (key.clone(), *handle)).collect(),
             offers: offers.iter().map(|(id, offer)| (*id, offer.clone())).collect(),
             streams: streams.iter().map(|(id, stream)| (*id, stream.clone())).collect(),
+            reopening: reopening
+                .iter()
+                .map(|(handle, queue)| (*handle, save_queue(queue)))
+                .collect(),
             fetching: fetching
                 .iter()
-                .map(|(place, queue)| {
-                    (
-                        *place,
-                        queue.iter().map(|fetched| save_fetched(fetched)).collect(),
-                    )
-                })
+                .map(|(place, queue)| (*place, save_queue(queue)))
                 .collect(),
             bodies: bodies.values().map(|fetched| save_fetched(fetched)).collect(),
             listeners: listeners.iter().copied().collect(),
@@ -235,11 +250,12 @@ impl Hub {
             puts_live,
             offers,
             streams,
+            reopening,
             fetching,
             bodies,
             listeners,
         } = saved;
-        if !(OLDEST..=VERSION).contains(&version) {
+        if version != VERSION {
             return Err(RestoreError::Version { found: version });
         }
         let mut hub = Self::new(0);
@@ -281,8 +297,12 @@ impl Hub {
             puts: puts.into_iter().collect(),
             live: puts_live.into_iter().collect(),
         };
-        hub.restore_files()?;
         let queue = |queue: Vec<SavedFetched>| queue.into_iter().map(restore_fetched).collect();
+        hub.files.reopening = reopening
+            .into_iter()
+            .map(|(handle, saved)| (handle, queue(saved)))
+            .collect();
+        hub.restore_files()?;
         hub.chat = Chat {
             fetching: fetching
                 .into_iter()
@@ -298,115 +318,17 @@ impl Hub {
         Ok(hub)
     }
 
-    /// A hub after a crash: what the last snapshot (if any) says that survives, and the records since. Sessions are to be told anew; handles, offers
-    /// and streams of before are gone. `life`: as in [`Hub::new`].
-    ///
-    /// # Errors
-    /// What is wrong with the snapshot.
-    pub fn replay(
-        life: u64,
-        snapshot: Option<Saved>,
-        records: impl IntoIterator<Item = Record>,
-    ) -> Result<Self, RestoreError> {
-        let mut hub = Self::new(life);
-        if let Some(saved) = snapshot {
-            hub.office.next_handle = hub.office.next_handle.max(saved.next_handle);
-            hub.office.ledger = Ledger::restore(saved.ledger)?;
-            (hub.office.now, hub.office.wall) = (saved.now, saved.wall);
-        }
-        for record in records {
-            hub.office.ledger.apply(&record);
-        }
-        let limits: Vec<_> = hub
-            .office
-            .ledger
-            .vms
-            .iter()
-            .map(|(vm, account)| (vm, account.config.limits.clone()))
-            .collect();
-        for (vm, limits) in limits {
-            hub.office.set_limits(vm, limits);
-        }
-        if !hub.office.vms.is_empty() {
-            let at = hub.office.now.after_ns(crate::limits::SWEEP_INTERVAL_NS);
-            hub.office.timers.arm(at, Timer::Sweep);
-        }
-        hub.office.refresh_reach();
-        for vm in hub.office.vms.keys().collect::<Vec<_>>() {
-            crate::modes::delivery::arm_expiry(&mut hub.office, vm);
-        }
-        Ok(hub)
-    }
-
     /// The part of the state that survives a crash, for comparison.
     #[must_use]
     pub fn surviving(&self) -> SavedLedger {
         self.office.ledger.save()
     }
 
-    /// Completions of which the core before did not know whether they were published: after [`Hub::replay`] the shell looks into the
-    /// guests' rings and tells each (`Input::Published`); those of sessions that are closed need nothing.
-    #[must_use]
-    pub fn unresolved(&self) -> Vec<Token> {
-        let ledger = &self.office.ledger;
-        ledger
-            .delivering
-            .keys()
-            .chain(ledger.origins.keys())
-            .copied()
-            .collect()
-    }
-
-    /// Files that the shell has open for the hub.
-    #[must_use]
-    pub fn open_slots(&self) -> Vec<OpenSlot> {
-        let files = self
-            .files
-            .open
-            .values()
-            .filter(|file| !file.stale)
-            .map(|file| OpenSlot {
-                slot: file.slot,
-                share: file.share.clone(),
-                path: file.path.clone(),
-                read: file.read,
-                write: file.write,
-                identity: file.identity,
-            });
-        let puts = self
-            .files
-            .puts
-            .puts
-            .values()
-            .filter(|put| !put.stale)
-            .map(|put| OpenSlot {
-                slot: put.slot,
-                share: put.what.share.clone(),
-                path: put.what.temporary.clone(),
-                read: true,
-                write: true,
-                identity: put.identity,
-            });
-        files.chain(puts).collect()
-    }
-
-    /// A file of before is open again in another slot, or cannot be: then its handle answers STALE.
-    pub fn slot_replaced(&mut self, old: FileSlot, new: Option<FileSlot>) {
-        for file in self.files.open.values_mut().filter(|file| file.slot == old) {
-            file.slot = new.unwrap_or(old);
-            file.stale = new.is_none();
-        }
-        for put in self.files.puts.puts.values_mut().filter(|put| put.slot == old) {
-            put.slot = new.unwrap_or(old);
-            put.stale = new.is_none();
-        }
-    }
-
     fn restore_files(&mut self) -> Result<(), RestoreError> {
         for put in self.files.puts.puts.values() {
             let bytes = put.commit.as_ref().map_or(0, |commit| commit.bytes);
-            if !put.coverage.is_sound() || bytes > crate::limits::FILE_OFFSET_MAX {
-                return Err("a put has ranges that no file has".into());
+            if bytes > crate::limits::FILE_OFFSET_MAX {
+                return Err("a put is to have a length that no file has".into());
             }
         }
         let office = &mut self.office;
@@ -438,11 +360,10 @@ impl Hub {
                 return Err("a handle is there twice or has a number that is not its own".into());
             }
             if let Some(session) = session {
-                let entry = office
-                    .sessions
-                    .get_mut(&session)
-                    .ok_or("a handle is of no session")?;
-                entry.handles.insert(handle);
+                // Of an earlier core life, and not told yet: it comes when the session does.
+                if let Some(entry) = office.sessions.get_mut(&session) {
+                    entry.handles.insert(handle);
+                }
             }
             if let Some(entry) = office.vms.get_mut(&vm) {
                 entry.open_files += 1;
@@ -480,7 +401,8 @@ impl Hub {
                 OfferState::Queued | OfferState::Shown { .. } => {}
             }
             if let OfferSource::Vm { vm, token } = offer.source {
-                if !self.office.flights.contains_key(&token) {
+                let kept = self.office.ledger.kept.offers.contains_key(id);
+                if !kept && !self.office.flights.contains_key(&token) {
                     return Err("an offer is of no submission".into());
                 }
                 if let Some(entry) = self.office.vms.get_mut(&vm) {

@@ -141,9 +141,9 @@ fn a_later_version_and_an_unknown_feature_are_refused_by_name() {
     };
     assert_eq!(change(&|_| ()), Ok(()));
     assert!(
-        set("version", 2.into())
+        set("version", 3.into())
             .unwrap_err()
-            .contains("has version 2, this program reads version 1")
+            .contains("has version 3, this program reads versions 1 and 2")
     );
     let features = ciborium::Value::Array(vec!["threads".into()]);
     assert!(

@@ -173,16 +173,6 @@ impl Chat {
         body: Vec<u8>,
     ) -> Result<u64, Refusal> {
         let token = fetched.token;
-        if fetched.again
-            && let Some((before, result)) = office.ledger.unanswered(token, fetched.tag)
-        {
-            // Its first life accepted it, and died before the answer was out.
-            office.record(Record::Readdressed {
-                from: before,
-                to: token,
-            });
-            return Ok(result);
-        }
         let asked = match fetched.handle {
             PEER_BY_NAME => match names::peer(&fetched.meta)? {
                 ALL_NAME => PEER_ALL,

@@ -36,6 +36,13 @@ impl Coverage {
             })
     }
 
+    /// Whether something is known of these bytes.
+    #[must_use]
+    pub fn knows(&self, start: u64, bytes: u64) -> bool {
+        let last = self.ranges.range(..start.saturating_add(bytes)).next_back();
+        last.is_some_and(|(from, (length, _))| from.saturating_add(*length) > start)
+    }
+
     /// Bytes from `start` are about to change: nothing is known of them any more.
     pub fn forget(&mut self, start: u64, bytes: u64) {
         let end = start.saturating_add(bytes);
@@ -127,6 +134,7 @@ mod tests {
         let mut coverage = Coverage::default();
         coverage.insert(0, 10, 1);
         coverage.insert(20, 10, 2);
+        assert!(coverage.knows(9, 1) && coverage.knows(5, 10) && !coverage.knows(10, 10));
         coverage.insert(5, 10, 3);
         assert_eq!(coverage.gaps(30), [(0, 20)]);
         coverage.forget(29, 1);

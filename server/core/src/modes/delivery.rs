@@ -113,7 +113,7 @@ fn deliver(office: &mut Office, target: u64, position: u64, token: Token, direct
 /// What came of a RECEIVE's completion, or of the answer to a SEND.
 pub fn published(office: &mut Office, token: Token, published: bool) {
     let delivering = office.ledger.delivering.get(&token).copied();
-    if delivering.is_none() && !office.ledger.origins.contains_key(&token) {
+    if delivering.is_none() && !office.ledger.kept.settled.contains_key(&token) {
         return;
     }
     let bytes = delivering.and_then(|delivering| {
@@ -140,7 +140,16 @@ fn unpublished(office: &mut Office, first: Token, last: Token) {
         .range(first..=last)
         .map(|(token, _)| *token)
         .collect();
-    tokens.extend(ledger.origins.range(first..=last).map(|(token, _)| *token));
+    tokens.extend(ledger.kept.settled.range(first..=last).map(|(token, _)| *token));
+    let intents: Vec<Token> = ledger
+        .kept
+        .intents
+        .range(first..=last)
+        .map(|(token, _)| *token)
+        .collect();
+    for token in intents {
+        office.forgo(token);
+    }
     for token in tokens {
         office.record(Record::Published {
             token,

@@ -3,18 +3,19 @@
 //! In: submissions, outcomes. Out: effects, answers. It never knows a path of the host: the shell resolves beneath the share's root.
 
 use super::listing::{list, shares, stat};
+use super::namely;
 use super::names::{self, SharePath};
 use super::puts::Puts;
 use super::{Submitted, Uses, Verdict};
-use crate::effect::{Effect, FileSlot, Identity, Outcome};
+use crate::effect::{Effect, FileSlot, Outcome};
 use crate::effects::{Continuation, range_in_file, whole};
+use crate::kept::{Change, KeptFile};
 use crate::office::{Office, Wait, failed, input_bytes, room};
 use crate::policy::Access;
 use crate::refusal::Refusal;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
-use vmgmt_abi::file::{existing, open};
-use vmgmt_abi::ring::flag;
+use std::collections::{BTreeMap, VecDeque};
+use vmgmt_abi::file::open;
 use vmgmt_abi::{Opcode, Status};
 use vmgmt_device::rings::{Answer, Fetched, Token};
 
@@ -40,7 +41,6 @@ pub struct OpenFile {
     pub path: String,
     pub read: bool,
     pub write: bool,
-    pub identity: Identity,
     /// Effects under way.
     pub busy: u32,
     /// CLOSE waits for them.
@@ -54,6 +54,8 @@ pub struct OpenFile {
 pub struct Files {
     pub open: BTreeMap<u64, OpenFile>,
     pub puts: Puts,
+    /// Handles of an earlier core life whose files are being opened again, with the submissions that wait for that.
+    pub reopening: BTreeMap<u64, VecDeque<Box<Fetched>>>,
 }
 
 /// Whether a VM has a share, and may write to it.
@@ -79,12 +81,27 @@ impl Files {
     /// # Errors
     /// Why it is refused.
     pub fn submit(&mut self, office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {
+        if fetched.handle != 0
+            && let Some(waiting) = self.reopening.get_mut(&fetched.handle)
+        {
+            waiting.push_back(Box::new(fetched.clone()));
+            office.park(fetched, Wait::Room);
+            return Ok(Verdict::Open);
+        }
         match fetched.opcode {
             Opcode::SHARES => shares(office, vm, fetched),
             Opcode::LIST => list(office, vm, fetched),
             Opcode::STAT => stat(office, vm, fetched),
-            Opcode::MAKE_DIRECTORY | Opcode::REMOVE => make_or_remove(office, vm, fetched),
-            Opcode::RENAME => rename(office, vm, fetched),
+            Opcode::MAKE_DIRECTORY | Opcode::REMOVE => namely::make_or_remove(office, vm, fetched),
+            Opcode::RENAME => namely::rename(office, vm, fetched),
+            Opcode::CLOSE
+                if fetched.again
+                    && !self.open.contains_key(&fetched.handle)
+                    && !self.puts.has(fetched.handle) =>
+            {
+                // Its first life closed it.
+                Ok(Verdict::Done(Answer::ok(0)))
+            }
             Opcode::OPEN => open_file(office, vm, fetched),
             Opcode::PUT => self.puts.put(office, vm, fetched),
             Opcode::COMMIT => self.puts.commit(office, fetched),
@@ -203,6 +220,7 @@ impl Files {
             session.handles.remove(&handle);
         }
         office.give_file(file.vm);
+        office.change(Change::Closed { handle });
         if file.stale {
             if let Some(token) = file.closing {
                 office.end(token, Answer::ok(0));
@@ -211,10 +229,7 @@ impl Files {
         }
         let then = file
             .closing
-            .map_or(Continuation::Nothing, |token| Continuation::Plain {
-                token,
-                again: None,
-            });
+            .map_or(Continuation::Nothing, |token| Continuation::Plain { token });
         let id = office.effect(file.vm, Effect::Close { slot: file.slot }, then);
         if let Some(flight) = file.closing.and_then(|token| office.flights.get_mut(&token)) {
             flight.wait = Wait::Effect { id, fills: false };
@@ -250,28 +265,56 @@ impl Files {
                     write,
                     perhaps_ours: _,
                 } = open;
-                let session = Some(token.session);
+                let kept = KeptFile {
+                    session: token.session,
+                    vm,
+                    share: share.clone(),
+                    path: path.clone(),
+                    read,
+                    write,
+                    identity,
+                };
                 let file = OpenFile {
-                    session,
+                    session: Some(token.session),
                     vm,
                     slot,
                     share,
                     path,
                     read,
                     write,
-                    identity,
                     busy: 0,
                     closing: None,
                     stale: false,
                 };
                 self.open.insert(handle, file);
-                office.end(token, Answer::ok_extra(handle, stat.size));
+                let file = Box::new(kept);
+                let answer = Answer::ok_extra(handle, stat.size);
+                office.settle(token, answer, Vec::new(), Change::FileOpened { handle, file });
             }
             other => {
                 office.give_file(vm);
-                let again = open.perhaps_ours.then_some(Status::EXISTS.0);
-                plain(office, token, again, other);
+                let exists = matches!(other, Outcome::Failed { status, .. } if status == Status::EXISTS.0);
+                let answer = if exists && open.perhaps_ours {
+                    Answer::failed(Status::OUTCOME_UNKNOWN)
+                } else {
+                    failure(&other)
+                };
+                office.end(token, answer);
             }
+        }
+    }
+
+    /// A file of an earlier core life is open again, or cannot be: then its handle is stale.
+    pub fn reopened(&mut self, office: &mut Office, handle: u64, outcome: Outcome) {
+        if let Some(file) = self.open.get_mut(&handle) {
+            file.busy = file.busy.saturating_sub(1);
+            match outcome {
+                Outcome::Opened { slot, .. } => file.slot = slot,
+                _ => file.stale = true,
+            }
+            self.settle(office, handle);
+        } else {
+            self.puts.reopened(office, handle, outcome);
         }
     }
 
@@ -337,79 +380,13 @@ pub fn failure(outcome: &Outcome) -> Answer {
     }
 }
 
-/// Ends a submission whose answer says only whether it worked. `again`: the failure that, for a submission fetched again, may mean
-/// that its first life had done it.
-pub fn plain(office: &mut Office, token: Token, again: Option<u16>, outcome: Outcome) {
+/// Ends CLOSE.
+pub fn plain(office: &mut Office, token: Token, outcome: &Outcome) {
     let answer = match outcome {
         Outcome::Done => Answer::ok(0),
-        Outcome::Failed { status, .. } if Some(status) == again => Answer::failed(Status::OUTCOME_UNKNOWN),
-        other => failure(&other),
+        other => failure(other),
     };
     office.end(token, answer);
-}
-
-/// Ends RENAME.
-pub fn rename_done(office: &mut Office, token: Token, again: bool, outcome: Outcome) {
-    let outcome = match outcome {
-        Outcome::Committed { path: _ } => Outcome::Done,
-        other => other,
-    };
-    plain(office, token, again.then_some(Status::NO_SUCH_NAME.0), outcome);
-}
-
-fn make_or_remove(office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {
-    Uses {
-        meta: true,
-        ..Uses::default()
-    }
-    .check(fetched)?;
-    let SharePath { share, path } = names::path_below(&fetched.meta)?;
-    granted(office, vm, share, true)?;
-    let (share, path) = (share.to_owned(), path.to_owned());
-    let (effect, perhaps_done) = if fetched.opcode == Opcode::REMOVE {
-        (Effect::Remove { share, path }, Status::NO_SUCH_NAME.0)
-    } else {
-        (Effect::MakeDirectory { share, path }, Status::EXISTS.0)
-    };
-    let then = Continuation::Plain {
-        token: fetched.token,
-        again: fetched.again.then_some(perhaps_done),
-    };
-    office.park_effect(fetched, effect, false, then);
-    Ok(Verdict::Open)
-}
-
-fn rename(office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {
-    Uses {
-        argument: true,
-        meta: true,
-        flags: flag::DURABLE,
-        ..Uses::default()
-    }
-    .check(fetched)?;
-    if fetched.argument > existing::RENAME {
-        return Err(Refusal::Field);
-    }
-    let (source, target) = names::two(&fetched.meta)?;
-    let (source, target) = (names::path_below(source)?, names::path_below(target)?);
-    granted(office, vm, source.share, true)?;
-    granted(office, vm, target.share, true)?;
-    if source.share != target.share {
-        return Err(Refusal::Path);
-    }
-    let effect = Effect::Rename {
-        share: source.share.to_owned(),
-        source: source.path.to_owned(),
-        target: target.path.to_owned(),
-        existing: fetched.argument,
-        durable: fetched.flags & flag::DURABLE != 0,
-    };
-    let then = Continuation::Rename {
-        token: fetched.token,
-        again: fetched.again,
-    };
-    office.park_effect(fetched, effect, false, then);
-    Ok(Verdict::Open)
 }
 
 fn open_file(office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {

@@ -1,17 +1,21 @@
 //! WORKSHOPS: the modes. Each takes submissions of its operations and the outcomes of its effects; what they share is the office.
 
+pub mod answers;
 pub mod calc;
 pub mod chat;
+pub mod commit;
 pub mod coverage;
 pub mod delivery;
 pub mod file;
 pub mod listing;
 pub mod mailbox;
+pub mod namely;
 pub mod names;
 pub mod offers;
 pub mod pieces;
 pub mod puts;
 pub mod stats;
+pub mod streaming;
 pub mod streams;
 
 use crate::refusal::Refusal;

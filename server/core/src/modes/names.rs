@@ -1,7 +1,7 @@
 //! WORKSHOP file: the form of names. In: bytes from a peer. Out: text that is a name of this form, or a refusal.
 //! It never knows what exists.
 
-use crate::limits::{COMPONENT_BYTES_MAX, TEMPORARY_PREFIX};
+use crate::limits::{COMPONENT_BYTES_MAX, ONCE_SUFFIX, TEMPORARY_PREFIX};
 use crate::refusal::Refusal;
 use vmgmt_abi::{NAME_BYTES_MAX, PATH_BYTES_MAX};
 
@@ -110,6 +110,19 @@ pub fn temporary(vm: u64, path: &str) -> String {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     });
     format!("{directory}{TEMPORARY_PREFIX}{vm:x}-{hash:016x}")
+}
+
+/// The same of a put that nobody can resume; `number` is nobody else's. What is left of it goes when a core life finds that nobody owns it.
+#[must_use]
+pub fn temporary_once(vm: u64, path: &str, number: u64) -> String {
+    format!("{}-{number:x}{ONCE_SUFFIX}", temporary(vm, path))
+}
+
+/// The temporary name of a directory that is being made; `number` is nobody else's.
+#[must_use]
+pub fn temporary_directory(path: &str, number: u64) -> String {
+    let directory = path.rfind('/').map_or("", |slash| &path[..=slash]);
+    format!("{directory}{TEMPORARY_PREFIX}{number:x}{ONCE_SUFFIX}")
 }
 
 #[cfg(test)]

@@ -2,13 +2,13 @@
 //!
 //! In: OFFER, NEXT_OFFER, ACCEPT, REFUSE, the operator's push and pull. Out: answers, and streams (`streams.rs`). It never sees a byte of a file.
 
-use super::streams::{Party, Side, Stream};
+use super::streams::{Side, Stream};
 use super::{Submitted, Uses, Verdict, names};
 use crate::deadlines::Timer;
-use crate::effect::{Effect, FileSlot};
-use crate::effects::Continuation;
+use crate::effect::FileSlot;
 use crate::interface::{ControlReply, Output};
-use crate::office::{Office, Wait, failed, room};
+use crate::kept::{Change, KeptOffer};
+use crate::office::{Office, Wait, room};
 use crate::refusal::Refusal;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -61,6 +61,13 @@ pub struct Offer {
     pub deadline: Tick,
 }
 
+impl Offer {
+    /// Whether it survives a core: an operator's does not, whose connection ends with it.
+    fn is_kept(&self) -> bool {
+        matches!(self.source, OfferSource::Vm { .. })
+    }
+}
+
 /// Offers and streams.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Transfers {
@@ -110,6 +117,12 @@ impl Transfers {
             ..Uses::default()
         }
         .check(fetched)?;
+        if fetched.again
+            && let Some(offer) = office.ledger.kept.offered(fetched.token)
+        {
+            office.park(fetched, Wait::Offer(offer));
+            return Ok(Verdict::Open);
+        }
         let (target, name) = names::two(&fetched.meta)?;
         let (target, name) = (names::peer(target)?, names::offered(name)?);
         if fetched.handle != 0 {
@@ -145,6 +158,16 @@ impl Transfers {
         }
         office.park(fetched, Wait::Offer(id));
         let (name, size, deadline) = (name.to_owned(), fetched.offset, Tick::NEVER);
+        let kept = Box::new(KeptOffer {
+            vm,
+            token: fetched.token,
+            tag: fetched.tag,
+            target,
+            name: name.clone(),
+            size,
+            state: OfferState::Queued,
+        });
+        office.change(Change::Offered { offer: id, kept });
         self.queue(
             office,
             id,
@@ -240,6 +263,10 @@ impl Transfers {
                 continue;
             }
             offer.state = OfferState::Presenting { token };
+            let (kept, state) = (offer.is_kept(), offer.state);
+            if kept {
+                office.change(Change::OfferMoved { offer: id, state });
+            }
             self.presenting.insert(token, id);
             if let Some(entry) = office.vm_mut(target) {
                 entry.offers_in.pop_front();
@@ -260,6 +287,10 @@ impl Transfers {
             offer.state = OfferState::Shown {
                 session: token.session,
             };
+            if offer.is_kept() {
+                let state = offer.state;
+                office.change(Change::OfferMoved { offer: id, state });
+            }
         } else {
             self.queue_again(office, id);
         }
@@ -271,6 +302,10 @@ impl Transfers {
             return;
         };
         offer.state = OfferState::Queued;
+        if offer.is_kept() {
+            let state = offer.state;
+            office.change(Change::OfferMoved { offer: id, state });
+        }
         let target = offer.target;
         if let Some(entry) = office.vm_mut(target) {
             let place = entry.offers_in.partition_point(|queued| *queued < id);
@@ -304,122 +339,62 @@ impl Transfers {
         Some(offer)
     }
 
-    /// An offer comes to nothing.
-    pub fn fail_offer(&mut self, office: &mut Office, id: u64, status: u16) {
-        let Some(offer) = self.withdraw(office, id) else {
-            return;
-        };
-        match offer.source {
-            OfferSource::Vm { token, .. } => {
-                office.end(token, failed(status));
-            }
-            OfferSource::Push(file) | OfferSource::Pull(file) => {
-                office.effect(
-                    offer.target,
-                    Effect::Close { slot: file.slot },
-                    Continuation::Nothing,
-                );
-                let text = format!("not transferred: {}", Status(status).describe());
-                reply_failed(office, file.client, file.id, status, text);
-            }
+    /// The submission of an offer is void.
+    pub fn void_offer(&mut self, office: &mut Office, id: u64) {
+        if self.withdraw(office, id).is_some_and(|offer| offer.is_kept()) {
+            office.change(Change::OfferGone { offer: id });
         }
     }
 
-    fn shown(&self, vm: u64, id: u64) -> Result<&Offer, Refusal> {
-        let offer = self
-            .offers
-            .get(&id)
-            .filter(|offer| offer.target == vm)
-            .ok_or(Refusal::OfferUnknown)?;
-        if offer.state == OfferState::Queued {
-            Err(Refusal::OfferUnknown)
-        } else {
-            Ok(offer)
+    /// Submissions of an earlier core life that are meant here will not come again: what hangs on them ends.
+    pub fn void_before(&mut self, office: &mut Office, is_meant: impl Fn(Token) -> bool) {
+        let gone = |offer: &Offer| match offer.source {
+            OfferSource::Vm { token, .. } => is_meant(token) && !office.is_open(token),
+            OfferSource::Push(_) | OfferSource::Pull(_) => false,
+        };
+        let offers = self.offers.iter().filter(|(_, offer)| gone(offer));
+        for id in offers.map(|(id, _)| *id).collect::<Vec<_>>() {
+            self.void_offer(office, id);
         }
+        self.void_halves(office, is_meant);
     }
 
-    fn accept(&mut self, office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {
-        Uses {
-            handle: true,
-            ..Uses::default()
-        }
-        .check(fetched)?;
-        let source = self.shown(vm, fetched.handle)?.source;
-        if matches!(source, OfferSource::Pull(_)) {
-            return Err(Refusal::HandleKind);
-        }
-        office.take_file(vm)?;
-        if let OfferSource::Vm { vm: source, .. } = source
-            && let Err(refusal) = office.take_file(source)
-        {
-            office.give_file(vm);
-            return Err(refusal);
-        }
-        let Some(offer) = self.withdraw(office, fetched.handle) else {
-            return Err(Refusal::OfferUnknown);
-        };
-        let handle = office.handle();
-        let target = Party::Vm {
-            vm,
-            session: fetched.token.session,
-            handle,
-            open: true,
-        };
-        match offer.source {
-            OfferSource::Vm { vm: source, token } => {
-                let source_handle = office.handle();
-                let party = Party::Vm {
-                    vm: source,
-                    session: token.session,
-                    handle: source_handle,
-                    open: true,
-                };
-                self.start(office, party, target, offer.size);
-                office.end(token, Answer::ok(source_handle));
+    /// Offers and streams as the ledger has them, in a new core life.
+    pub fn furnish(&mut self, office: &mut Office) {
+        let kept = office.ledger.kept.offers.clone();
+        for (id, kept) in kept {
+            let KeptOffer {
+                vm,
+                token,
+                tag: _,
+                target,
+                name,
+                size,
+                state,
+            } = kept;
+            if let Some(entry) = office.vm_mut(vm) {
+                entry.offers_out += 1;
             }
-            OfferSource::Push(file) | OfferSource::Pull(file) => {
-                self.start(office, Party::Host(file), target, offer.size);
+            match state {
+                OfferState::Queued => {
+                    if let Some(entry) = office.vm_mut(target) {
+                        entry.offers_in.push_back(id);
+                    }
+                }
+                OfferState::Presenting { token } => drop(self.presenting.insert(token, id)),
+                OfferState::Shown { .. } => {}
             }
+            let offer = Offer {
+                source: OfferSource::Vm { vm, token },
+                target,
+                name,
+                size,
+                state,
+                deadline: Tick::NEVER,
+            };
+            self.offers.insert(id, offer);
         }
-        Ok(Verdict::Done(Answer::ok(handle)))
-    }
-
-    fn answer_request(&mut self, office: &mut Office, vm: u64, fetched: &Fetched, target: &str) -> Submitted {
-        if target != HOST_NAME {
-            return Err(Refusal::AnswerToHost);
-        }
-        let OfferSource::Pull(file) = self.shown(vm, fetched.handle)?.source else {
-            return Err(Refusal::HandleKind);
-        };
-        office.take_file(vm)?;
-        self.withdraw(office, fetched.handle);
-        let handle = office.handle();
-        let source = Party::Vm {
-            vm,
-            session: fetched.token.session,
-            handle,
-            open: true,
-        };
-        self.start(office, source, Party::Host(file), fetched.offset);
-        Ok(Verdict::Done(Answer::ok(handle)))
-    }
-
-    fn refuse(&mut self, office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {
-        Uses {
-            handle: true,
-            argument: true,
-            ..Uses::default()
-        }
-        .check(fetched)?;
-        let status = u16::try_from(fetched.argument).map_err(|_| Refusal::Field)?;
-        self.shown(vm, fetched.handle)?;
-        let status = if status == Status::OK.0 {
-            Status::REFUSED.0
-        } else {
-            status
-        };
-        self.fail_offer(office, fetched.handle, status);
-        Ok(Verdict::Done(Answer::ok(0)))
+        self.furnish_streams(office);
     }
 
     /// A session is gone: offers it has seen wait for another; if it was its VM's last, those who did not say how long they wait are told.
@@ -441,10 +416,11 @@ impl Transfers {
         }
         if last {
             let waits = |offer: &Offer| match offer.source {
+                // One of an earlier core life, whose submission has not come again yet, waits as long as that says.
                 OfferSource::Vm { token, .. } => office
                     .flights
                     .get(&token)
-                    .is_some_and(|flight| flight.deadline != Tick::NEVER),
+                    .is_none_or(|flight| flight.deadline != Tick::NEVER),
                 OfferSource::Push(_) | OfferSource::Pull(_) => true,
             };
             let to_it = self

@@ -8,6 +8,7 @@ use super::streams::{Failure, Finish, Party, Piece, Side, Stream};
 use crate::effect::{BufferRange, Effect, FailedAt, Outcome};
 use crate::effects::Continuation;
 use crate::interface::ControlReply;
+use crate::kept::Change;
 use crate::limits::{COPY_PIECE_BYTES_MAX, PROGRESS_INTERVAL_NS};
 use crate::office::{Office, failed};
 use std::collections::VecDeque;
@@ -21,7 +22,7 @@ impl Transfers {
         let Some(stream) = self.streams.get_mut(&id) else {
             return;
         };
-        if stream.moving || stream.failure.is_some() {
+        if stream.moving || stream.failure.is_some() || stream.half.is_some() {
             return;
         }
         if stream.ended() {
@@ -73,7 +74,7 @@ impl Transfers {
         if let Party::Host(_) = stream.target {
             let good = finish.crc32.is_none_or(|crc32| crc32 == stream.crc32);
             let status = if good { Status::OK } else { Status::INTEGRITY };
-            self.conclude(office, id, status.0);
+            self.conclude(office, id, status.0, None);
             return;
         }
         if let Some(read) = stream.reads.pop_front() {
@@ -83,7 +84,18 @@ impl Transfers {
                 detail: u32::from(finish.crc32.is_some()),
                 ..Answer::ok_extra(0, u64::from(finish.crc32.unwrap_or(0)))
             };
-            office.end(read.token, answer);
+            let ended = finish
+                .token
+                .and_then(|token| Some((token, office.flights.get(&token)?.tag)));
+            if stream.is_kept() {
+                let told = Change::EndRead {
+                    stream: id,
+                    finish: ended,
+                };
+                office.settle(read.token, answer, Vec::new(), told);
+            } else {
+                office.end(read.token, answer);
+            }
             for piece in stream.reads.drain(..) {
                 office.end(piece.token, Answer::failed(Status::ENDED));
             }
@@ -119,9 +131,14 @@ impl Transfers {
         if let Party::Vm { vm, .. } = stream.target {
             office.bytes_to(vm, bytes);
         }
+        for queue in [&mut stream.writes, &mut stream.reads] {
+            if let Some(piece) = queue.front_mut() {
+                piece.done += bytes;
+            }
+        }
         if stream.failure.is_none() {
-            advance_write(office, stream, bytes);
-            advance_read(office, stream, bytes);
+            advance_write(office, id, stream);
+            advance_read(office, id, stream);
             tell_progress(office, stream);
             self.pump(office, id);
         } else {
@@ -189,6 +206,7 @@ impl Transfers {
             Outcome::Checksum { bytes, crc32 } if *bytes == stream.size => {
                 stream.finish = Some(Finish {
                     token: None,
+                    bytes: stream.size,
                     crc32: Some(*crc32),
                 });
                 self.pump(office, id);
@@ -212,49 +230,73 @@ fn part(piece: Piece, bytes: u64) -> BufferRange {
     }
 }
 
-fn advance_write(office: &mut Office, stream: &mut Stream, bytes: u64) {
-    let Some(piece) = stream.writes.front_mut() else {
+/// Ends the first write, if it is moved whole or given up.
+pub(super) fn advance_write(office: &mut Office, id: u64, stream: &mut Stream) {
+    let Some(piece) = stream.writes.front().copied() else {
         return;
     };
-    piece.done += bytes;
-    let piece = *piece;
     let ending = office.flights.get(&piece.token).and_then(|flight| flight.ending);
-    if piece.done >= piece.bytes {
-        office.end(piece.token, Answer::ok(piece.bytes));
+    let answer = if piece.done >= piece.bytes {
+        Answer::ok(piece.bytes)
     } else if let Some(status) = ending {
         stream.taken -= piece.bytes - piece.done;
-        office.end(
-            piece.token,
-            Answer {
-                result: piece.done,
-                ..failed(status)
-            },
-        );
+        Answer {
+            result: piece.done,
+            ..failed(status)
+        }
     } else {
         return;
-    }
+    };
     stream.writes.pop_front();
+    end_write(office, id, stream, piece, answer);
 }
 
-fn advance_read(office: &mut Office, stream: &mut Stream, bytes: u64) {
+/// Ends a write that is not in the queue any more.
+pub(super) fn end_write(office: &mut Office, id: u64, stream: &Stream, piece: Piece, answer: Answer) {
+    if !stream.is_kept() {
+        office.end(piece.token, answer);
+        return;
+    }
+    let sent = Change::Sent {
+        stream: id,
+        bytes: piece.done,
+        into: Stream::half_moved(&stream.reads),
+    };
+    office.settle(piece.token, answer, Vec::new(), sent);
+}
+
+/// Ends the first read, if it is full, given up, or has something and nothing more is there.
+pub(super) fn advance_read(office: &mut Office, id: u64, stream: &mut Stream) {
     let more = if stream.host_source().is_some() {
         stream.moved < stream.size
     } else {
         !stream.writes.is_empty()
     };
-    let Some(piece) = stream.reads.front_mut() else {
+    let Some(piece) = stream.reads.front().copied() else {
         return;
     };
-    piece.done += bytes;
-    let piece = *piece;
     let ending = office
         .flights
         .get(&piece.token)
         .is_none_or(|flight| flight.ending.is_some());
-    if piece.done >= piece.bytes || !more || ending {
-        office.end(piece.token, Answer::ok(piece.done));
+    if piece.done >= piece.bytes || (piece.done > 0 && !more) || ending {
         stream.reads.pop_front();
+        end_read(office, id, stream, piece, Answer::ok(piece.done));
     }
+}
+
+/// Ends a read that is not in the queue any more.
+pub(super) fn end_read(office: &mut Office, id: u64, stream: &Stream, piece: Piece, answer: Answer) {
+    if !stream.is_kept() {
+        office.end(piece.token, answer);
+        return;
+    }
+    let received = Change::Received {
+        stream: id,
+        bytes: piece.done,
+        from: Stream::half_moved(&stream.writes),
+    };
+    office.settle(piece.token, answer, Vec::new(), received);
 }
 
 fn tell_progress(office: &mut Office, stream: &mut Stream) {

@@ -2,19 +2,20 @@
 //!
 //! In: PUT, WRITE, COMMIT, CLOSE and outcomes. Out: effects, answers. It never knows where a share is.
 
+use super::commit::{check, naming};
 use super::coverage::Coverage;
 use super::file::{end_transfer, failure, granted};
 use super::names::{self, SharePath};
 use super::{Submitted, Uses, Verdict};
-use crate::effect::{Effect, FailedAt, FileSlot, Identity, Outcome};
+use crate::effect::{Effect, FailedAt, FileSlot, Outcome};
 use crate::effects::{Continuation, range_in_file, whole};
-use crate::limits::{FILE_OFFSET_MAX, PUT_GAPS_MAX};
-use crate::office::{Office, Wait, failed, input_bytes, room};
+use crate::kept::{Change, KeptPut};
+use crate::limits::FILE_OFFSET_MAX;
+use crate::office::{Office, Wait, failed, input_bytes};
 use crate::refusal::Refusal;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use vmgmt_abi::file::{SIZE_UNKNOWN, existing, put};
-use vmgmt_abi::ring::flag;
 use vmgmt_abi::{Opcode, Status};
 use vmgmt_device::rings::{Answer, Fetched, Token};
 
@@ -34,8 +35,9 @@ pub struct PutOpening {
 }
 
 impl PutOpening {
-    fn key(&self) -> (String, String) {
-        (self.share.clone(), self.temporary.clone())
+    /// What no two puts of a VM have at a time.
+    pub fn key(&self) -> (String, String) {
+        (self.share.clone(), names::temporary(self.vm, &self.path))
     }
 }
 
@@ -59,20 +61,18 @@ pub struct Commit {
     pub bytes: u64,
     pub crc32: Option<u32>,
     pub durable: bool,
+    /// An earlier core life may have given it its name.
+    pub again: bool,
     pub step: Step,
 }
 
-/// A put under way.
+/// A put under way. What of its contents is known is in the ledger.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Put {
     pub what: PutOpening,
     /// `None`: its session is gone.
     pub session: Option<u64>,
     pub slot: FileSlot,
-    pub identity: Identity,
-    pub coverage: Coverage,
-    /// Bytes the temporary file has at least.
-    pub extent: u64,
     /// Effects under way.
     pub busy: u32,
     pub commit: Option<Commit>,
@@ -121,14 +121,19 @@ impl Puts {
         }
         let SharePath { share, path } = names::path_below(&fetched.meta)?;
         granted(office, vm, share, true)?;
+        let resumable = argument & put::RESUME != 0;
         let what = PutOpening {
             vm,
             share: share.to_owned(),
             path: path.to_owned(),
-            temporary: names::temporary(vm, path),
+            temporary: if resumable {
+                names::temporary(vm, path)
+            } else {
+                names::temporary_once(vm, path, office.handle())
+            },
             size: fetched.offset,
             existing: argument & existing::MASK,
-            resumable: argument & put::RESUME != 0,
+            resumable,
         };
         if self.live.contains_key(&what.key()) {
             return Err(Refusal::PutBusy);
@@ -172,13 +177,17 @@ impl Puts {
         };
         let wanted = office.flights.contains_key(&token);
         let session = office.sessions.get_mut(&token.session).filter(|_| wanted);
+        let kept = session.is_some().then(|| KeptPut {
+            session: token.session,
+            what: what.clone(),
+            identity,
+            coverage: Coverage::default(),
+            extent: stat.size,
+        });
         let put = Put {
             what,
             session: session.is_some().then_some(token.session),
             slot,
-            identity,
-            coverage: Coverage::default(),
-            extent: stat.size,
             busy: 0,
             commit: None,
             closing: None,
@@ -188,7 +197,32 @@ impl Puts {
             session.handles.insert(handle);
         }
         self.puts.insert(handle, put);
-        office.end(token, Answer::ok_extra(handle, stat.size));
+        match kept.map(Box::new) {
+            Some(put) => {
+                let answer = Answer::ok_extra(handle, stat.size);
+                office.settle(token, answer, Vec::new(), Change::PutOpened { handle, put });
+            }
+            None => drop(office.end(token, Answer::failed(Status::CANCELLED))),
+        }
+        self.advance(office, handle);
+    }
+
+    /// The file of a put of an earlier core life is open again, or cannot be: then its handle is stale.
+    pub fn reopened(&mut self, office: &mut Office, handle: u64, outcome: Outcome) {
+        let Some(put) = self.puts.get_mut(&handle) else {
+            return;
+        };
+        put.busy = put.busy.saturating_sub(1);
+        let extent = office.ledger.kept.puts.get(&handle).map_or(0, |kept| kept.extent);
+        match outcome {
+            // Somebody cut it: what is missing would become zeros.
+            Outcome::Opened { slot, stat, .. } if stat.size < extent => {
+                put.stale = true;
+                office.effect(put.what.vm, Effect::Close { slot }, Continuation::Nothing);
+            }
+            Outcome::Opened { slot, .. } => put.slot = slot,
+            _ => put.stale = true,
+        }
         self.advance(office, handle);
     }
 
@@ -227,7 +261,7 @@ impl Puts {
                 if bytes == 0 {
                     return Ok(Verdict::Done(Answer::ok(0)));
                 }
-                put.coverage.forget(fetched.offset, bytes);
+                forget(office, fetched.handle, fetched.offset, bytes);
                 let effect = Effect::Write {
                     slot,
                     offset: fetched.offset,
@@ -285,103 +319,30 @@ impl Puts {
     ) {
         if let Some(put) = self.puts.get_mut(&handle) {
             put.busy = put.busy.saturating_sub(1);
-            if let Some((offset, bytes)) = write {
-                match &outcome {
-                    Outcome::Written {
-                        bytes: written,
-                        crc32: Some(crc32),
-                    } if *written == bytes => {
-                        put.coverage.insert(offset, bytes, *crc32);
-                    }
-                    _ => put.coverage.forget(offset, bytes),
-                }
-                if let Outcome::Written { bytes: written, .. } = &outcome {
-                    put.extent = put.extent.max(offset.saturating_add(*written));
-                }
+        }
+        if let Some((offset, bytes)) = write
+            && self.puts.contains_key(&handle)
+        {
+            match &outcome {
+                Outcome::Written {
+                    bytes: written,
+                    crc32: Some(crc32),
+                } if *written == bytes => office.change(Change::Wrote {
+                    handle,
+                    offset,
+                    bytes,
+                    crc32: Some(*crc32),
+                    extent: offset.saturating_add(bytes),
+                }),
+                _ => forget(office, handle, offset, bytes),
             }
         }
         end_transfer(office, token, outcome);
         self.advance(office, handle);
     }
 
-    /// COMMIT.
-    ///
-    /// # Errors
-    /// Why it is refused.
-    pub fn commit(&mut self, office: &mut Office, fetched: &Fetched) -> Submitted {
-        let flags = flag::CHECK | flag::DURABLE;
-        Uses {
-            handle: true,
-            offset: true,
-            argument: true,
-            flags,
-            ..Uses::default()
-        }
-        .check(fetched)?;
-        if fetched.again && !self.has(fetched.handle) {
-            // Its first life may have given the file its name.
-            return Ok(Verdict::Done(Answer::failed(Status::OUTCOME_UNKNOWN)));
-        }
-        let put = open_put(&mut self.puts, fetched)?;
-        let check = fetched.flags & flag::CHECK != 0;
-        let crc32 = u32::try_from(fetched.argument).map_err(|_| Refusal::Field)?;
-        if put.stale {
-            return Err(Refusal::Stale);
-        }
-        if (!check && crc32 != 0)
-            || fetched.offset > FILE_OFFSET_MAX
-            || (put.what.size != SIZE_UNKNOWN && put.what.size != fetched.offset)
-        {
-            return Err(Refusal::Field);
-        }
-        // What was written behind the new end is cut off.
-        put.coverage.forget(fetched.offset, u64::MAX);
-        put.commit = Some(Commit {
-            token: fetched.token,
-            bytes: fetched.offset,
-            crc32: check.then_some(crc32),
-            durable: fetched.flags & flag::DURABLE != 0,
-            step: Step::Start,
-        });
-        office.park(fetched, Wait::Room);
-        self.advance(office, fetched.handle);
-        Ok(Verdict::Open)
-    }
-
-    /// A step of a COMMIT ended.
-    pub fn committed(&mut self, office: &mut Office, handle: u64, outcome: Outcome) {
-        let Some(put) = self.puts.get_mut(&handle) else {
-            return;
-        };
-        put.busy = put.busy.saturating_sub(1);
-        let Some(commit) = put.commit.as_mut() else { return };
-        match (&commit.step, outcome) {
-            (Step::Truncating, Outcome::Done) => {
-                put.extent = commit.bytes;
-                commit.step = Step::Start;
-            }
-            (Step::Checking { start, bytes }, Outcome::Checksum { bytes: found, crc32 })
-                if *bytes == found =>
-            {
-                put.coverage.forget(*start, *bytes);
-                put.coverage.insert(*start, *bytes, crc32);
-                commit.step = Step::Start;
-            }
-            (Step::Naming, Outcome::Committed { path }) => {
-                self.named(office, handle, &path);
-                return;
-            }
-            (_, outcome) => {
-                let token = commit.token;
-                put.commit = None;
-                office.end(token, failure(&outcome));
-            }
-        }
-        self.advance(office, handle);
-    }
-
     /// Does what is next for a put: a step of its COMMIT, or its end.
-    fn advance(&mut self, office: &mut Office, handle: u64) {
+    pub(super) fn advance(&mut self, office: &mut Office, handle: u64) {
         let Some(put) = self.puts.get_mut(&handle) else {
             return;
         };
@@ -403,17 +364,21 @@ impl Puts {
             return;
         }
         let (vm, slot) = (put.what.vm, put.slot);
+        let empty = Coverage::default();
+        let kept = office.ledger.kept.puts.get(&handle);
+        let (coverage, extent) = kept.map_or((&empty, 0), |kept| (&kept.coverage, kept.extent));
         let effect = match commit.crc32 {
-            Some(_) if put.extent < commit.bytes => {
+            Some(_) if extent < commit.bytes => {
                 commit.step = Step::Truncating;
                 Effect::Truncate {
                     slot,
                     bytes: commit.bytes,
                 }
             }
-            Some(wanted) => match check(&put.coverage, commit.bytes) {
+            Some(wanted) => match check(coverage, commit.bytes) {
                 Ok(found) if found != wanted => {
                     let answer = Some((commit.token, Refusal::Checksum.status().0));
+                    put.commit = None;
                     office.log_refusal(vm, Refusal::Checksum);
                     self.finish(office, handle, false, answer);
                     return;
@@ -443,6 +408,10 @@ impl Puts {
         let Some(put) = self.remove(office, handle) else {
             return;
         };
+        match answer.filter(|(_, status)| *status != Status::OK.0) {
+            Some((token, status)) => office.foretell(token, failed(status), Change::Closed { handle }),
+            None => office.change(Change::Closed { handle }),
+        }
         let key = put.what.key();
         if put.stale {
             self.gone(office, &key, answer);
@@ -453,8 +422,8 @@ impl Puts {
         } else {
             Effect::Discard {
                 slot: put.slot,
-                share: key.0.clone(),
-                temporary: key.1.clone(),
+                share: put.what.share.clone(),
+                temporary: put.what.temporary.clone(),
             }
         };
         let id = office.effect(put.what.vm, effect, Continuation::PutGone { key, answer });
@@ -463,36 +432,13 @@ impl Puts {
         }
     }
 
-    fn remove(&mut self, office: &mut Office, handle: u64) -> Option<Put> {
+    pub(super) fn remove(&mut self, office: &mut Office, handle: u64) -> Option<Put> {
         let put = self.puts.remove(&handle)?;
         if let Some(session) = put.session.and_then(|session| office.sessions.get_mut(&session)) {
             session.handles.remove(&handle);
         }
         office.give_file(put.what.vm);
         Some(put)
-    }
-
-    fn named(&mut self, office: &mut Office, handle: u64, path: &str) {
-        let Some(put) = self.remove(office, handle) else {
-            return;
-        };
-        self.live.remove(&put.what.key());
-        let Some(commit) = put.commit else { return };
-        if let Some(token) = put.closing {
-            office.end(token, Answer::ok(0));
-        }
-        let Some(flight) = office.flights.get(&commit.token) else {
-            return;
-        };
-        let name = format!("{}/{path}", put.what.share);
-        let fits = name.len() as u64 <= room(commit.token, flight.data_bytes);
-        let payload = if fits {
-            name.clone().into_bytes()
-        } else {
-            Vec::new()
-        };
-        let answer = Answer::ok_extra(payload.len() as u64, name.len() as u64);
-        office.end_with(commit.token, answer, payload, false);
     }
 
     /// The temporary name is free again.
@@ -513,7 +459,10 @@ impl Puts {
     }
 }
 
-fn open_put<'a>(puts: &'a mut BTreeMap<u64, Put>, fetched: &Fetched) -> Result<&'a mut Put, Refusal> {
+pub(super) fn open_put<'a>(
+    puts: &'a mut BTreeMap<u64, Put>,
+    fetched: &Fetched,
+) -> Result<&'a mut Put, Refusal> {
     let put = puts.get_mut(&fetched.handle).ok_or(Refusal::Stale)?;
     if put.session != Some(fetched.token.session) {
         return Err(Refusal::Stale);
@@ -524,29 +473,17 @@ fn open_put<'a>(puts: &'a mut BTreeMap<u64, Put>, fetched: &Fetched) -> Result<&
     Ok(put)
 }
 
-fn naming(what: &PutOpening, slot: FileSlot, commit: &mut Commit) -> Effect {
-    commit.step = Step::Naming;
-    Effect::Commit {
-        slot,
-        share: what.share.clone(),
-        temporary: what.temporary.clone(),
-        target: what.path.clone(),
-        existing: what.existing,
-        durable: commit.durable,
-        bytes: commit.bytes,
-    }
-}
-
-/// The checksum of the whole, or the range to read back next.
-fn check(coverage: &Coverage, bytes: u64) -> Result<u32, (u64, u64)> {
-    if let Some(crc32) = coverage.checksum(bytes) {
-        return Ok(crc32);
-    }
-    let gaps = coverage.gaps(bytes);
-    match gaps.first() {
-        Some(gap) if gaps.len() <= PUT_GAPS_MAX => Err(*gap),
-        // Many gaps, or none and yet no checksum (which merging excludes): all of it.
-        _ => Err((0, bytes)),
+/// Bytes of a put are about to change: what was known of them is not known any more.
+pub(super) fn forget(office: &mut Office, handle: u64, offset: u64, bytes: u64) {
+    let kept = office.ledger.kept.puts.get(&handle);
+    if kept.is_some_and(|kept| kept.coverage.knows(offset, bytes)) {
+        office.change(Change::Wrote {
+            handle,
+            offset,
+            bytes,
+            crc32: None,
+            extent: 0,
+        });
     }
 }
 

@@ -3,19 +3,18 @@
 //! In: STREAM_* submissions, outcomes of copies. Out: copies, answers. It never sees the bytes.
 
 use super::offers::{HostFile, Transfers, reply, reply_failed};
-use super::{Submitted, Uses, Verdict};
+use super::pieces::{end_read, end_write};
 use crate::effect::Effect;
 use crate::effects::Continuation;
 use crate::interface::ControlReply;
-use crate::office::{Office, Wait, failed, input_bytes, room};
-use crate::refusal::Refusal;
+use crate::kept::{Change, KeptEnd, KeptStream, Settled};
+use crate::office::{Office, failed};
 use serde::{Deserialize, Serialize};
+use std::cmp::Ordering;
 use std::collections::VecDeque;
-use vmgmt_abi::file::SIZE_UNKNOWN;
-use vmgmt_abi::ring::flag;
-use vmgmt_abi::{Opcode, Status};
+use vmgmt_abi::Status;
 use vmgmt_device::Tick;
-use vmgmt_device::rings::{Answer, Fetched, Token};
+use vmgmt_device::rings::{Answer, Token};
 
 /// Which end of a stream.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -37,6 +36,23 @@ pub enum Party {
     Host(HostFile),
 }
 
+impl From<KeptEnd> for Party {
+    fn from(end: KeptEnd) -> Self {
+        let KeptEnd {
+            vm,
+            session,
+            handle,
+            open,
+        } = end;
+        Self::Vm {
+            vm,
+            session,
+            handle,
+            open,
+        }
+    }
+}
+
 /// A STREAM_WRITE or STREAM_READ, with the bytes of it that are moved.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Piece {
@@ -49,7 +65,18 @@ pub struct Piece {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Finish {
     pub token: Option<Token>,
+    /// Bytes of the whole.
+    pub bytes: u64,
     pub crc32: Option<u32>,
+}
+
+/// A submission that was half moved when the core died: it goes on there when it comes again, and the stream with it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Half {
+    pub side: Side,
+    pub token: Option<Token>,
+    /// Bytes of it that are moved.
+    pub done: u64,
 }
 
 /// A stream failed: what each side is told.
@@ -70,6 +97,7 @@ pub struct Stream {
     pub reads: VecDeque<Piece>,
     /// A piece is being copied, from and into the first write and read.
     pub moving: bool,
+    pub half: Option<Half>,
     /// Bytes copied.
     pub moved: u64,
     /// Bytes of all writes taken.
@@ -99,10 +127,31 @@ impl Stream {
         }
     }
     pub(super) fn ended(&self) -> bool {
-        self.finish.is_some()
-            && self.writes.is_empty()
-            && !self.moving
-            && (self.host_source().is_none() || self.moved == self.size)
+        let whole = |finish: Finish| match self.source {
+            Party::Host(_) => self.moved == self.size,
+            Party::Vm { .. } => self.taken >= finish.bytes,
+        };
+        self.finish.is_some_and(whole) && self.writes.is_empty() && !self.moving && self.half.is_none()
+    }
+    /// Whether it survives a core: one with an operator at an end does not.
+    pub(super) fn is_kept(&self) -> bool {
+        self.host().is_none()
+    }
+    /// The write, or read, that is half moved.
+    pub(super) fn half_moved(queue: &VecDeque<Piece>) -> Option<Token> {
+        queue
+            .front()
+            .filter(|piece| piece.done > 0)
+            .map(|piece| piece.token)
+    }
+    /// How far a submission is that comes in: not at all, but for the half one of an earlier core life. `None`: it must come before others.
+    pub(super) fn begun(&mut self, side: Side, token: Token) -> Option<u64> {
+        let half = self.half.filter(|half| half.side == side)?;
+        if half.token.is_some_and(|wanted| wanted != token) {
+            return None;
+        }
+        self.half = None;
+        Some(half.done)
     }
     pub(super) fn host_source(&self) -> Option<HostFile> {
         match self.source {
@@ -120,7 +169,7 @@ impl Stream {
 
 impl Transfers {
     /// Both sides agreed.
-    pub fn start(&mut self, office: &mut Office, source: Party, target: Party, size: u64) {
+    pub fn start(&mut self, office: &mut Office, source: Party, target: Party, size: u64) -> u64 {
         let id = office.handle();
         for (side, party) in [(Side::Source, source), (Side::Target, target)] {
             if let Party::Vm { session, handle, .. } = party {
@@ -137,6 +186,7 @@ impl Transfers {
             writes: VecDeque::new(),
             reads: VecDeque::new(),
             moving: false,
+            half: None,
             moved: 0,
             taken: 0,
             finish: None,
@@ -154,109 +204,97 @@ impl Transfers {
             office.effect(stream.vm(), effect, Continuation::PushChecksum { stream: id });
         }
         self.streams.insert(id, stream);
+        id
     }
 
-    /// STREAM_*, and CLOSE of a stream.
-    ///
-    /// # Errors
-    /// Why it is refused.
-    pub fn stream_submit(&mut self, office: &mut Office, fetched: &Fetched) -> Submitted {
-        let &(id, side) = self.ends.get(&fetched.handle).ok_or(Refusal::Stale)?;
-        let stream = self.streams.get_mut(&id).ok_or(Refusal::Stale)?;
-        if !matches!(stream.party(side), Party::Vm { session, .. } if session == fetched.token.session) {
-            return Err(Refusal::Stale);
-        }
-        if fetched.opcode == Opcode::CLOSE {
-            Uses {
-                handle: true,
-                ..Uses::default()
+    /// Streams as the ledger has them, in a new core life.
+    pub(super) fn furnish_streams(&mut self, office: &mut Office) {
+        for (id, kept) in office.ledger.kept.streams.clone() {
+            let KeptStream {
+                source,
+                target,
+                size,
+                written,
+                read,
+                into,
+                from,
+                end_read,
+                finish: _,
+                failure,
+            } = kept;
+            for (side, end) in [(Side::Source, source), (Side::Target, target)] {
+                if !end.open {
+                    continue;
+                }
+                self.ends.insert(end.handle, (id, side));
+                if let Some(entry) = office.vm_mut(end.vm) {
+                    entry.open_files += 1;
+                }
             }
-            .check(fetched)?;
-            self.close(office, fetched.handle);
-            return Ok(Verdict::Done(Answer::ok(0)));
-        }
-        let wanted = match fetched.opcode {
-            Opcode::STREAM_WRITE | Opcode::STREAM_END => Side::Source,
-            Opcode::STREAM_READ | Opcode::STREAM_CONFIRM => Side::Target,
-            _ => return Err(Refusal::HandleKind),
-        };
-        if side != wanted {
-            return Err(Refusal::HandleKind);
-        }
-        if let Some(failure) = stream.failure {
-            let status = if side == Side::Source {
-                failure.source
-            } else {
-                failure.target
+            let half = match written.cmp(&read) {
+                Ordering::Less => Some((Side::Source, from, read - written)),
+                Ordering::Equal => None,
+                Ordering::Greater => Some((Side::Target, into, written - read)),
             };
-            let refusal = if status == Status::PEER_ABSENT.0 {
-                Refusal::PeerAbsent
-            } else {
-                Refusal::StreamFailed
+            let stream = Stream {
+                source: source.into(),
+                target: target.into(),
+                size,
+                writes: VecDeque::new(),
+                reads: VecDeque::new(),
+                moving: false,
+                half: half.map(|(side, token, done)| Half { side, token, done }),
+                moved: written.max(read),
+                taken: written,
+                finish: None,
+                end_read,
+                failure,
+                crc32: 0,
+                progress: office.now,
             };
-            office.log_refusal(stream.vm(), refusal);
-            return Ok(Verdict::Done(failed(status)));
+            self.streams.insert(id, stream);
         }
-        match fetched.opcode {
-            Opcode::STREAM_WRITE => write(office, id, stream, fetched)?,
-            Opcode::STREAM_READ => read(office, id, stream, fetched)?,
-            Opcode::STREAM_END => end(office, id, stream, fetched)?,
-            _ => return self.confirm(office, id, fetched),
-        }
-        self.pump(office, id);
-        // A write of no bytes is done before it began.
-        if fetched.opcode == Opcode::STREAM_WRITE
-            && !office.is_open(fetched.token)
-            && input_bytes(fetched) == 0
-        {
-            return Ok(Verdict::Done(Answer::ok(0)));
-        }
-        Ok(Verdict::Open)
     }
 
-    fn confirm(&mut self, office: &mut Office, id: u64, fetched: &Fetched) -> Submitted {
-        Uses {
-            handle: true,
-            argument: true,
-            ..Uses::default()
+    /// Half moved submissions that are meant will not come again: their streams fail.
+    pub(super) fn void_halves(&mut self, office: &mut Office, is_meant: impl Fn(Token) -> bool) {
+        let lost = self.streams.iter().filter_map(|(id, stream)| {
+            let half = stream.half.filter(|half| half.token.is_some_and(&is_meant))?;
+            stream.failure.is_none().then_some((*id, half.side))
+        });
+        let (mine, other) = (Status::CANCELLED.0, Status::PEER_ABSENT.0);
+        for (id, side) in lost.collect::<Vec<_>>() {
+            let (source, target) = if side == Side::Source {
+                (mine, other)
+            } else {
+                (other, mine)
+            };
+            self.fail(office, id, Failure { source, target });
         }
-        .check(fetched)?;
-        let status = u16::try_from(fetched.argument).map_err(|_| Refusal::Field)?;
-        let Some(stream) = self.streams.get(&id) else {
-            return Err(Refusal::Stale);
-        };
-        if status == Status::OK.0 && !stream.end_read {
-            return Err(Refusal::Field);
-        }
-        if stream.end_read {
-            self.conclude(office, id, status);
-        } else {
-            self.fail(
-                office,
-                id,
-                Failure {
-                    source: status,
-                    target: Status::CANCELLED.0,
-                },
-            );
-        }
-        self.close(office, fetched.handle);
-        Ok(Verdict::Done(Answer::ok(0)))
     }
 
     /// The receiver has spoken: both ends go.
-    pub(super) fn conclude(&mut self, office: &mut Office, id: u64, status: u16) {
+    pub(super) fn conclude(&mut self, office: &mut Office, id: u64, status: u16, confirmed: Option<Settled>) {
         let Some(stream) = self.streams.remove(&id) else {
             return;
         };
-        if let Some(token) = stream.finish.and_then(|finish| finish.token) {
-            let answer = if status == Status::OK.0 {
+        let ended = stream.finish.and_then(|finish| finish.token);
+        let ended = ended.and_then(|token| Some((token, office.flights.get(&token)?.tag)));
+        // Perhaps it has not come again yet.
+        let ended = ended.or_else(|| office.ledger.kept.streams.get(&id)?.finish);
+        let ended = ended.map(|(token, tag)| Settled {
+            token,
+            tag,
+            answer: if status == Status::OK.0 {
                 Answer::ok(stream.taken)
             } else {
                 failed(status)
-            };
-            office.end(token, answer);
-        }
+            },
+            payload: Vec::new(),
+        });
+        let now = confirmed.as_ref().map(|confirmed| confirmed.token);
+        let settled = ended.into_iter().chain(confirmed).collect();
+        office.settle_all(settled, now, Change::StreamGone { stream: id });
         for piece in &stream.reads {
             office.end(piece.token, Answer::failed(Status::ENDED));
         }
@@ -320,6 +358,9 @@ impl Transfers {
         if let Party::Vm { open, .. } = mine {
             *open = false;
         }
+        if stream.is_kept() {
+            office.change(Change::EndClosed { stream: id, side });
+        }
         self.forget_end(office, party);
         let (gone, left) = (Status::CANCELLED.0, Status::PEER_ABSENT.0);
         let failure = if side == Side::Source {
@@ -343,6 +384,9 @@ impl Transfers {
         };
         if stream.failure.is_none() {
             stream.failure = Some(failure);
+            if stream.is_kept() {
+                office.change(Change::StreamFailed { stream: id, failure });
+            }
             let kept = usize::from(stream.moving);
             for piece in stream.writes.split_off(kept.min(stream.writes.len())) {
                 office.end(
@@ -402,8 +446,8 @@ impl Transfers {
             let text = format!("not transferred: {}", Status(status).describe());
             reply_failed(office, file.client, file.id, status, text);
         }
-        if from && into {
-            self.streams.remove(&id);
+        if from && into && self.streams.remove(&id).is_some_and(|stream| stream.is_kept()) {
+            office.change(Change::StreamGone { stream: id });
         }
     }
 
@@ -427,26 +471,22 @@ impl Transfers {
             && let Some(piece) = stream.writes.remove(place)
         {
             stream.taken -= piece.bytes - piece.done;
-            office.end(
-                token,
-                Answer {
-                    result: piece.done,
-                    ..failed(status)
-                },
-            );
+            let answer = Answer {
+                result: piece.done,
+                ..failed(status)
+            };
+            end_write(office, id, stream, piece, answer);
         }
         if let Some(place) = stream.reads.iter().position(|piece| piece.token == token)
             && let Some(piece) = stream.reads.remove(place)
         {
             // Bytes that are in must not be lost.
-            office.end(
-                token,
-                if piece.done > 0 {
-                    Answer::ok(piece.done)
-                } else {
-                    failed(status)
-                },
-            );
+            let answer = if piece.done > 0 {
+                Answer::ok(piece.done)
+            } else {
+                failed(status)
+            };
+            end_read(office, id, stream, piece, answer);
         }
         office.end(token, failed(status));
         self.pump(office, id);
@@ -503,80 +543,4 @@ impl Transfers {
             );
         }
     }
-}
-
-fn write(office: &mut Office, id: u64, stream: &mut Stream, fetched: &Fetched) -> Result<(), Refusal> {
-    Uses {
-        handle: true,
-        ..Uses::default()
-    }
-    .check(fetched)?;
-    if stream.finish.is_some() {
-        return Err(Refusal::StreamEnded);
-    }
-    let bytes = input_bytes(fetched);
-    let taken = stream.taken.checked_add(bytes).ok_or(Refusal::Field)?;
-    if stream.size != SIZE_UNKNOWN && taken > stream.size {
-        return Err(Refusal::Field);
-    }
-    if bytes > 0 {
-        stream.taken = taken;
-        stream.writes.push_back(Piece {
-            token: fetched.token,
-            bytes,
-            done: 0,
-        });
-        office.park(fetched, Wait::StreamWrite(id));
-    }
-    Ok(())
-}
-
-fn read(office: &mut Office, id: u64, stream: &mut Stream, fetched: &Fetched) -> Result<(), Refusal> {
-    Uses {
-        handle: true,
-        ..Uses::default()
-    }
-    .check(fetched)?;
-    if stream.end_read {
-        return Err(Refusal::StreamEnded);
-    }
-    let bytes = room(fetched.token, fetched.data_bytes);
-    if bytes == 0 {
-        return Err(Refusal::BufferSmall);
-    }
-    stream.reads.push_back(Piece {
-        token: fetched.token,
-        bytes,
-        done: 0,
-    });
-    office.park(fetched, Wait::StreamRead(id));
-    Ok(())
-}
-
-fn end(office: &mut Office, id: u64, stream: &mut Stream, fetched: &Fetched) -> Result<(), Refusal> {
-    Uses {
-        handle: true,
-        offset: true,
-        argument: true,
-        flags: flag::CHECK,
-        ..Uses::default()
-    }
-    .check(fetched)?;
-    if stream.finish.is_some() {
-        return Err(Refusal::StreamEnded);
-    }
-    let check = fetched.flags & flag::CHECK != 0;
-    let crc32 = u32::try_from(fetched.argument).map_err(|_| Refusal::Field)?;
-    if fetched.offset != stream.taken
-        || (stream.size != SIZE_UNKNOWN && stream.size != stream.taken)
-        || (!check && crc32 != 0)
-    {
-        return Err(Refusal::Field);
-    }
-    stream.finish = Some(Finish {
-        token: Some(fetched.token),
-        crc32: check.then_some(crc32),
-    });
-    office.park(fetched, Wait::StreamEnd(id));
-    Ok(())
 }

@@ -104,7 +104,26 @@ pub struct House {
     pub hub: Hub,
     pub now: Tick,
     pub files: BTreeMap<(String, String), Vec<u8>>,
-    pub directories: BTreeSet<(String, String)>,
+    pub directories: BTreeMap<(String, String), u64>,
+    /// Which file a name is; moves with it.
+    inodes: BTreeMap<(String, String), u64>,
+    next_inode: u64,
+    /// Those above were made in this life.
+    life_inode: u64,
+    /// Contents of open files whose name is gone, by slot.
+    orphans: BTreeMap<u32, Vec<u8>>,
+    /// What was asked, to be asked again after a crash.
+    asks: BTreeMap<Token, Ask>,
+    /// Sessions connected, with their VM.
+    connected: BTreeMap<u64, u64>,
+    life: u64,
+    /// The core dies after so many more outputs.
+    pub dies_after: Option<usize>,
+    /// How often it did.
+    pub crashes: usize,
+    /// How often more it dies after as many.
+    pub dies_again: usize,
+    dies_every: Option<usize>,
     slots: BTreeMap<u32, OpenFile>,
     next_slot: u32,
     pub buffers: BTreeMap<Token, Vec<u8>>,
@@ -146,7 +165,18 @@ impl House {
             hub: Hub::new(1),
             now: Tick(1_000_000),
             files: BTreeMap::new(),
-            directories: BTreeSet::new(),
+            directories: BTreeMap::new(),
+            inodes: BTreeMap::new(),
+            next_inode: 0,
+            life_inode: 0,
+            orphans: BTreeMap::new(),
+            asks: BTreeMap::new(),
+            connected: BTreeMap::new(),
+            life: 1,
+            dies_after: None,
+            crashes: 0,
+            dies_again: 0,
+            dies_every: None,
             slots: BTreeMap::new(),
             next_slot: 0,
             buffers: BTreeMap::new(),
@@ -180,14 +210,99 @@ impl House {
     }
 
     pub fn input(&mut self, input: Input) {
+        match &input {
+            Input::SessionOpened { session, vm } => drop(self.connected.insert(*session, *vm)),
+            Input::SessionClosed { session } => drop(self.connected.remove(session)),
+            _ => {}
+        }
         self.hub.handle(self.now, input);
         self.outputs();
+    }
+
+    /// `kill -9`, and another core life: it has the journal, the guests' rings, and nothing else. What had no completion comes again, in the
+    /// order it was asked; of completions the guest has, the ring tells.
+    pub fn crash(&mut self) {
+        self.life += 1;
+        self.crashes += 1;
+        let after = self.dies_after.take().and(self.dies_every);
+        if let Some(left) = self.dies_again.checked_sub(1) {
+            (self.dies_again, self.dies_after) = (left, after);
+        }
+        self.pending.clear();
+        self.slots.clear();
+        self.orphans.clear();
+        self.life_inode = self.next_inode;
+        let snapshot = self.snapshot.take();
+        let (saved, since) = match snapshot {
+            Some((saved, since)) => (Some(saved), since),
+            None => (None, 0),
+        };
+        let records = self.journal[since..].iter().cloned();
+        let saved = saved.map(|saved| Saved::from_bytes(&saved.to_bytes()).unwrap());
+        self.hub = Hub::replay(self.life, saved, records).unwrap();
+        let manual = std::mem::replace(&mut self.manual, true);
+        self.adopt();
+        self.manual = manual;
+        if !self.manual {
+            self.settle();
+        }
+    }
+
+    /// What a new core life is told, until it dies itself.
+    fn adopt(&mut self) {
+        let life = self.life;
+        self.input(Input::WallClock {
+            now_ns: 1_700_000_001_000_000_000 + life,
+        });
+        for (session, vm) in self.connected.clone() {
+            if self.life == life {
+                self.input(Input::SessionOpened { session, vm });
+            }
+        }
+        if self.life == life {
+            self.input(Input::Adopted);
+        }
+        for token in self.confirming.clone() {
+            if self.life == life {
+                self.tell(token);
+            }
+        }
+        let mut open: Vec<Token> = self.open.iter().copied().collect();
+        open.sort_by_key(|token| token.index);
+        for token in open {
+            if self.life == life && self.open.contains(&token) {
+                let fetched = self.fetched(token, true);
+                self.input(Input::Submission(Box::new(fetched)));
+            }
+        }
+    }
+
+    /// The ring tells what became of a completion; its record stays until the hub knows.
+    fn tell(&mut self, token: Token) {
+        let published = !self.unpublished.contains(&token);
+        if published && !self.published.contains(&token) {
+            self.published.push(token);
+        }
+        let life = self.life;
+        self.input(Input::Published { token, published });
+        if self.life == life {
+            self.confirming.retain(|other| *other != token);
+        }
     }
 
     pub fn pass_ns(&mut self, ns: u64) {
         self.now = self.now.after_ns(ns);
         self.hub.handle_timeout(self.now);
         self.outputs();
+    }
+
+    /// An effect is done, and the core dies before it hears of it.
+    pub fn crash_after_effect(&mut self, choice: usize) {
+        if !self.pending.is_empty() {
+            let (_, effect) = self.pending.remove(choice % self.pending.len());
+            self.carry_out(&effect);
+        }
+        self.crash();
     }
 
     fn outputs(&mut self) {
@@ -202,6 +317,11 @@ impl House {
             self.hub = restored;
         }
         while let Some(output) = self.hub.poll_output() {
+            if self.dies_after == Some(0) {
+                return self.crash();
+            }
+            self.dies_every = self.dies_every.or(self.dies_after);
+            self.dies_after = self.dies_after.map(|left| left - 1);
             match output {
                 Output::Complete {
                     token,
@@ -289,12 +409,8 @@ impl House {
                 outcome,
             });
         } else {
-            let token = self.confirming.remove(choice - self.pending.len());
-            let published = !self.unpublished.contains(&token);
-            if published {
-                self.published.push(token);
-            }
-            self.input(Input::Published { token, published });
+            let token = self.confirming[choice - self.pending.len()];
+            self.tell(token);
         }
         self.manual = manual;
         true
@@ -308,32 +424,43 @@ impl House {
             index: self.next_index,
             generation: 1,
         };
+        let ask = Ask {
+            tag: if ask.tag == 0 { self.next_index } else { ask.tag },
+            deadline_ns: if ask.deadline_ns == 0 {
+                Tick::NEVER.0
+            } else {
+                self.now.after_ns(ask.deadline_ns).0
+            },
+            ..ask
+        };
+        self.buffers.insert(token, ask.data.clone());
+        self.asks.insert(token, ask);
+        self.open.insert(token);
+        let fetched = self.fetched(token, false);
+        self.input(Input::Submission(Box::new(fetched)));
+        token
+    }
+
+    fn fetched(&self, token: Token, again: bool) -> Fetched {
+        let ask = self.asks[&token].clone();
         let opcode = Opcode(ask.opcode);
-        let port = channel == Channel::Port;
-        let fetched = Fetched {
+        let port = token.channel == Channel::Port;
+        Fetched {
             token,
             mode: opcode.mode(),
             opcode,
             flags: ask.flags,
-            tag: if ask.tag == 0 { self.next_index } else { ask.tag },
+            tag: ask.tag,
             handle: ask.handle,
             offset: ask.offset,
             argument: ask.argument,
-            deadline: if ask.deadline_ns == 0 {
-                Tick::NEVER
-            } else {
-                self.now.after_ns(ask.deadline_ns)
-            },
+            deadline: Tick(ask.deadline_ns),
             meta: ask.meta,
             data_bytes: ask.data.len() as u64,
             data: (port || (matches!(opcode, Opcode::SEND | Opcode::PUBLISH) && ask.data.len() <= 4096))
                 .then(|| ask.data.clone()),
-            again: ask.again,
-        };
-        self.buffers.insert(token, ask.data);
-        self.open.insert(token);
-        self.input(Input::Submission(Box::new(fetched)));
-        token
+            again: again || ask.again,
+        }
     }
 
     pub fn ask(&mut self, session: u64, ask: Ask) -> Token {
@@ -428,11 +555,85 @@ impl House {
         Outcome::Opened {
             slot,
             stat,
-            identity: Identity {
-                device: 1,
-                inode: u64::from(self.next_slot),
-            },
+            identity: self.identity(share, path),
         }
+    }
+
+    fn identity(&mut self, share: &str, path: &str) -> Identity {
+        let inode = self
+            .inodes
+            .entry((share.to_owned(), path.to_owned()))
+            .or_insert_with(|| {
+                self.next_inode += 1;
+                self.next_inode
+            });
+        Identity {
+            device: 1,
+            inode: *inode,
+            born_ns: 0,
+        }
+    }
+
+    /// Which file or directory a name is, if it is there.
+    fn identity_of(&mut self, share: &str, path: &str) -> Option<Identity> {
+        let name = (share.to_owned(), path.to_owned());
+        if let Some(inode) = self.directories.get(&name) {
+            return Some(Identity {
+                device: 1,
+                inode: *inode,
+                born_ns: 0,
+            });
+        }
+        self.files.contains_key(&name).then(|| self.identity(share, path))
+    }
+
+    fn make_directory(&mut self, share: &str, path: &str) -> Identity {
+        self.next_inode += 1;
+        let inode = self.next_inode;
+        self.directories
+            .insert((share.to_owned(), path.to_owned()), inode);
+        Identity {
+            device: 1,
+            inode,
+            born_ns: 0,
+        }
+    }
+
+    /// Moves a file or directory.
+    fn move_name(&mut self, share: &str, from: &str, to: &str) {
+        let (from, to) = (
+            (share.to_owned(), from.to_owned()),
+            (share.to_owned(), to.to_owned()),
+        );
+        for slot in self.slots.values_mut() {
+            if (&slot.share, &slot.path) == (&from.0, &from.1) {
+                slot.path.clone_from(&to.1);
+            }
+        }
+        match self.directories.remove(&from) {
+            Some(inode) => drop(self.directories.insert(to, inode)),
+            None => {
+                let contents = self.files.remove(&from).expect("the file is there");
+                self.files.insert(to.clone(), contents);
+                self.inodes.remove(&to);
+                let inode = self.inodes.remove(&from).expect("somebody knows the file");
+                self.inodes.insert(to, inode);
+            }
+        }
+    }
+
+    fn remove_name(&mut self, share: &str, path: &str) -> bool {
+        let name = (share.to_owned(), path.to_owned());
+        for (index, slot) in &mut self.slots {
+            if (&slot.share, &slot.path) == (&name.0, &name.1)
+                && let Some(contents) = self.files.get(&name)
+            {
+                self.orphans.insert(*index, contents.clone());
+                slot.path.clear();
+            }
+        }
+        self.inodes.remove(&name);
+        self.directories.remove(&name).is_some() || self.files.remove(&name).is_some()
     }
 
     fn bytes(&self, range: &BufferRange) -> Option<Vec<u8>> {
@@ -457,6 +658,9 @@ impl House {
     }
 
     fn contents(&mut self, slot: &FileSlot) -> &mut Vec<u8> {
+        if self.orphans.contains_key(&slot.index) {
+            return self.orphans.get_mut(&slot.index).unwrap();
+        }
         let file = self
             .slots
             .get(&slot.index)
@@ -551,7 +755,10 @@ impl House {
                 match (self.files.contains_key(&name), create, exclusive) {
                     (true, _, true) => return failed(Status::EXISTS),
                     (false, false, _) => return failed(Status::NO_SUCH_NAME),
-                    (false, true, _) => drop(self.files.insert(name.clone(), Vec::new())),
+                    (false, true, _) => {
+                        self.inodes.remove(&name);
+                        self.files.insert(name.clone(), Vec::new());
+                    }
                     _ => {}
                 }
                 if *truncate {
@@ -567,6 +774,7 @@ impl House {
             } => {
                 let name = key(share, temporary);
                 if !*resume || !self.files.contains_key(&name) {
+                    self.remove_name(share, temporary);
                     self.files.insert(name, Vec::new());
                 }
                 self.opened(share, temporary)
@@ -580,6 +788,11 @@ impl House {
                 bytes,
                 ..
             } => {
+                let open = self.slots[&slot.index].path.clone();
+                if open != *temporary {
+                    self.slots.remove(&slot.index);
+                    return Outcome::Committed { path: open };
+                }
                 let mut target = target.clone();
                 if self.files.contains_key(&key(share, &target)) {
                     match *existing {
@@ -588,21 +801,35 @@ impl House {
                         _ => {}
                     }
                 }
-                let mut contents = self
-                    .files
-                    .remove(&key(share, temporary))
-                    .expect("the temporary file is there");
-                contents.resize(*bytes as usize, 0);
-                self.files.insert(key(share, &target), contents);
+                self.contents(slot).resize(*bytes as usize, 0);
+                self.remove_name(share, &target);
+                self.move_name(share, temporary, &target);
                 assert!(self.slots.remove(&slot.index).is_some());
                 Outcome::Committed { path: target }
+            }
+            Effect::Reopen {
+                share,
+                path,
+                put,
+                identity,
+                ..
+            } => {
+                let targets = put
+                    .iter()
+                    .flat_map(|(target, _)| [target.clone(), format!("{target}.1")]);
+                for path in [path.clone()].into_iter().chain(targets) {
+                    if self.identity_of(share, &path) == Some(*identity) {
+                        return self.opened(share, &path);
+                    }
+                }
+                failed(Status::STALE)
             }
             Effect::Discard {
                 slot,
                 share,
                 temporary,
             } => {
-                assert!(self.files.remove(&key(share, temporary)).is_some());
+                assert!(self.remove_name(share, temporary) || self.crashes > 0);
                 assert!(self.slots.remove(&slot.index).is_some());
                 Outcome::Done
             }
@@ -639,36 +866,101 @@ impl House {
                 }
                 Outcome::Listed { entries, next: 0 }
             }
-            Effect::MakeDirectory { share, path } => {
-                if self.directories.insert(key(share, path)) {
-                    Outcome::Done
-                } else {
-                    failed(Status::EXISTS)
-                }
-            }
-            Effect::Remove { share, path } => match self.files.remove(&key(share, path)) {
-                Some(_) => Outcome::Done,
+            Effect::Identify { share, path } => match self.identity_of(share, path) {
+                Some(identity) => Outcome::Identified(identity),
                 None => failed(Status::NO_SUCH_NAME),
             },
+            Effect::PrepareDirectory {
+                share,
+                path,
+                temporary,
+            } => {
+                if self.identity_of(share, path).is_some() {
+                    return failed(Status::EXISTS);
+                }
+                Outcome::Identified(self.make_directory(share, temporary))
+            }
+            Effect::MakeDirectory {
+                share,
+                path,
+                temporary,
+                intended,
+            } => {
+                if intended.is_some() && self.identity_of(share, path) == *intended {
+                    return Outcome::Done;
+                }
+                if self.identity_of(share, path).is_some() {
+                    self.remove_name(share, temporary);
+                    return failed(Status::EXISTS);
+                }
+                self.move_name(share, temporary, path);
+                Outcome::Done
+            }
+            Effect::Remove {
+                share,
+                path,
+                intended,
+            } => {
+                if intended.is_some() && self.identity_of(share, path) != *intended {
+                    return Outcome::Done;
+                }
+                if self.remove_name(share, path) {
+                    Outcome::Done
+                } else {
+                    failed(Status::NO_SUCH_NAME)
+                }
+            }
             Effect::Rename {
                 share,
                 source,
                 target,
                 existing,
+                intended,
                 ..
             } => {
-                if *existing == existing::REFUSE && self.files.contains_key(&key(share, target)) {
+                if intended.is_some() && self.identity_of(share, target) == *intended {
+                    return Outcome::Committed { path: target.clone() };
+                }
+                if self.identity_of(share, source).is_none() {
+                    return failed(if intended.is_some() {
+                        Status::OUTCOME_UNKNOWN
+                    } else {
+                        Status::NO_SUCH_NAME
+                    });
+                }
+                if source == target && *existing != existing::REFUSE {
+                    return Outcome::Committed { path: target.clone() };
+                }
+                if *existing == existing::REFUSE && self.identity_of(share, target).is_some() {
                     return failed(Status::EXISTS);
                 }
-                let Some(contents) = self.files.remove(&key(share, source)) else {
-                    return failed(Status::NO_SUCH_NAME);
-                };
-                self.files.insert(key(share, target), contents);
+                self.remove_name(share, target);
+                self.move_name(share, source, target);
                 Outcome::Committed { path: target.clone() }
             }
-            Effect::Sweep { share, .. } => {
-                self.files
-                    .retain(|name, _| name.0 != *share || !name.1.contains(".vmgmt-put-"));
+            Effect::Sweep {
+                share,
+                keep,
+                adoption,
+                ..
+            } => {
+                let files = self.files.keys().map(|name| (name, self.inodes.get(name)));
+                let all = files.chain(self.directories.iter().map(|(name, inode)| (name, Some(inode))));
+                let goes = |name: &(String, String), inode: Option<&u64>| {
+                    let of_before = inode.is_some_and(|inode| *inode <= self.life_inode);
+                    name.0 == *share
+                        && name.1.contains(".vmgmt-put-")
+                        && !keep.contains(&name.1)
+                        && (!*adoption || (name.1.ends_with("-once") && of_before))
+                };
+                let names: Vec<_> = all.filter(|(name, inode)| goes(name, *inode)).collect();
+                for name in names
+                    .into_iter()
+                    .map(|(name, _)| name.clone())
+                    .collect::<Vec<_>>()
+                {
+                    self.remove_name(&name.0, &name.1);
+                }
                 Outcome::Done
             }
             other => panic!("not an effect on names: {other:?}"),

@@ -221,7 +221,12 @@ const CORE: &[Rule] = &[
         "files beneath shares; by name nothing else is there: the root directory is empty, and landlock"
     ),
     rule!(SYS_newfstatat, Always, "kind and length of a name in a share"),
-    rule!(SYS_renameat2, Always, "a put appears; rename"),
+    rule!(
+        SYS_statx,
+        Always,
+        "when a file was made: by that, its device and its number the next core knows it again"
+    ),
+    rule!(SYS_renameat2, Always, "a put appears; rename; make directory"),
     rule!(
         SYS_unlinkat,
         Always,

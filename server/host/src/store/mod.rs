@@ -30,6 +30,8 @@ use vmgmt_core::effect::{Effect, EffectId, FailedAt, FileSlot, Identity, Outcome
 #[derive(Debug)]
 pub struct Share {
     index: usize,
+    /// When this core life opened it, wall time: what is older is of another life.
+    began_ns: i64,
     root: OwnedFd,
     quota: Arc<Quota>,
     /// Permission bits that new files and directories do not get unless they are asked for: vmgmtd's umask.
@@ -85,6 +87,8 @@ pub struct Store {
     files: Slab<(u32, Arc<OpenFile>)>,
     generation: u32,
     pool: Pool<Finished>,
+    /// Slots that close when their file has got its name.
+    committing: BTreeMap<EffectId, FileSlot>,
     /// Of files that are the operator's (push, pull): they belong to no share, and nothing limits them.
     no_quota: Arc<Quota>,
 }
@@ -105,6 +109,7 @@ impl Store {
         for (index, (config, root)) in shares.iter().zip(roots).enumerate() {
             let share = Arc::new(Share {
                 index: index + 1,
+                began_ns: wall_ns(),
                 root,
                 quota: Arc::new(Quota::new(config.bytes_max, config.files_max)),
                 masked: umask,
@@ -127,6 +132,7 @@ impl Store {
             files: Slab::new(),
             generation: 0,
             pool,
+            committing: BTreeMap::new(),
             no_quota: Arc::new(Quota::new(None, None)),
         })
     }
@@ -253,6 +259,7 @@ impl Store {
                     done: names::run(&share, Some(&file), &effect),
                 };
                 self.pool.submit(owner, self.shares_index(slot), work);
+                self.committing.insert(id, slot);
                 Ok(())
             }
             Effect::BytesLeft { shares } => {
@@ -272,7 +279,10 @@ impl Store {
                 Ok(())
             }
             Effect::Open { ref share, .. }
+            | Effect::Reopen { ref share, .. }
             | Effect::CreateTemporary { ref share, .. }
+            | Effect::Identify { ref share, .. }
+            | Effect::PrepareDirectory { ref share, .. }
             | Effect::Stat { ref share, .. }
             | Effect::List { ref share, .. }
             | Effect::MakeDirectory { ref share, .. }
@@ -297,11 +307,20 @@ impl Store {
 
     /// Jobs that have ended.
     pub fn take_finished(&mut self) -> Vec<Finished> {
-        self.pool
+        let finished: Vec<Finished> = self
+            .pool
             .take_finished()
             .into_iter()
             .filter(|finished| finished.effect != EffectId(u64::MAX))
-            .collect()
+            .collect();
+        for Finished { effect, done } in &finished {
+            if let Some(slot) = self.committing.remove(effect)
+                && matches!(done, Done::Outcome(Outcome::Committed { .. }))
+            {
+                self.close(0, slot);
+            }
+        }
+        finished
     }
 
     fn shares_index(&self, slot: FileSlot) -> usize {
@@ -330,6 +349,14 @@ impl Share {
     fn root(&self) -> BorrowedFd<'_> {
         self.root.as_fd()
     }
+}
+
+/// Wall time, by the clock that file systems stamp with.
+fn wall_ns() -> i64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::RealtimeCoarse);
+    time.tv_sec
+        .saturating_mul(1_000_000_000)
+        .saturating_add(time.tv_nsec)
 }
 
 /// The outcome of a refused system call.

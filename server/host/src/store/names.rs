@@ -13,10 +13,12 @@ use std::mem::MaybeUninit;
 use std::sync::Arc;
 use vmgmt_abi::Status;
 use vmgmt_abi::file::{existing, kind};
-use vmgmt_core::effect::{Effect, FailedAt, Outcome, entry_bytes};
+use vmgmt_core::effect::{Effect, FailedAt, Identity, Outcome, entry_bytes};
 
 /// How temporary names begin; no guest can name or see one. (The hub makes them and refuses them in paths.)
 pub const TEMPORARY_PREFIX: &str = ".vmgmt-put-";
+/// How those end that only the submission which made them can go on with.
+pub const ONCE_SUFFIX: &str = "-once";
 /// Names that RENAME tries before it says EXISTS.
 const RENAMES_MAX: u32 = 1000;
 /// Entries of one listing at most, whatever the guest's buffer holds: bounds the time on a worker.
@@ -53,11 +55,36 @@ pub(super) fn run(share: &Arc<Share>, file: Option<&OpenFile>, effect: &Effect) 
             existing,
             durable,
             bytes,
+            again,
             ..
         } => match file {
-            Some(file) => commit(share, file, temporary, target, *existing, *durable, *bytes),
+            Some(file) => {
+                let name = Naming {
+                    source: temporary,
+                    target,
+                    policy: *existing,
+                    durable: *durable,
+                };
+                commit(share, file, &name, *bytes, *again)
+            }
             None => Err(Errno::BADF),
         },
+        Effect::Reopen {
+            path,
+            put,
+            read,
+            write,
+            identity,
+            ..
+        } => {
+            let put = put.as_ref().map(|(target, policy)| (target.as_str(), *policy));
+            return reopen(share, path, put, *read, *write, *identity)
+                .unwrap_or_else(|errno| Done::Outcome(refused(errno)));
+        }
+        Effect::Identify { path, .. } => {
+            resolve::stat(share.root(), path).map(|(_, identity)| Outcome::Identified(identity))
+        }
+        Effect::PrepareDirectory { path, temporary, .. } => prepare_directory(share, path, temporary),
         Effect::Discard { temporary, .. } => remove(share, temporary).or_else(|errno| match errno {
             Errno::NOENT => Ok(Outcome::Done),
             errno => Err(errno),
@@ -69,18 +96,39 @@ pub(super) fn run(share: &Arc<Share>, file: Option<&OpenFile>, effect: &Effect) 
             bytes_max,
             ..
         } => list(share, path, *cursor, *bytes_max),
-        Effect::MakeDirectory { path, .. } => make_directory(share, path),
-        Effect::Remove { path, .. } => remove(share, path),
+        Effect::MakeDirectory {
+            path,
+            temporary,
+            intended,
+            ..
+        } => make_directory(share, path, temporary, *intended),
+        Effect::Remove { path, intended, .. } => match intended {
+            // It is gone, or another one is there now: that one was not meant.
+            Some(identity) if !resolve::is_at(share.root(), path, *identity) => Ok(Outcome::Done),
+            _ => remove(share, path),
+        },
         Effect::Rename {
             source,
             target,
             existing,
             durable,
+            intended,
             ..
-        } => rename(share, source, target, *existing, *durable),
+        } => {
+            let name = Naming {
+                source,
+                target,
+                policy: *existing,
+                durable: *durable,
+            };
+            rename(share, &name, *intended)
+        }
         Effect::Sweep {
-            older_than_seconds, ..
-        } => sweep(share, *older_than_seconds),
+            older_than_seconds,
+            keep,
+            adoption,
+            ..
+        } => sweep(share, *older_than_seconds, keep, *adoption),
         _ => Err(Errno::OPNOTSUPP),
     };
     Done::Outcome(done.unwrap_or_else(refused))
@@ -174,40 +222,112 @@ fn create_temporary(
     Ok(Done::Opened { file, stat, identity })
 }
 
+/// A file of an earlier core life, if it is the same. One that was temporary may have its final name.
+fn reopen(
+    share: &Arc<Share>,
+    path: &str,
+    put: Option<(&str, u64)>,
+    read: bool,
+    write: bool,
+    identity: Identity,
+) -> Result<Done, Errno> {
+    let flags = match (read, write) {
+        (_, false) => OFlags::RDONLY,
+        (false, true) => OFlags::WRONLY,
+        (true, true) => OFlags::RDWR,
+    };
+    let named = || put.and_then(|(target, policy)| name_of(share, target, policy, identity));
+    let found = if resolve::is_at(share.root(), path, identity) {
+        Some(path.to_owned())
+    } else {
+        named()
+    };
+    let fd = resolve::file(share.root(), &found.ok_or(Errno::STALE)?, flags, Mode::empty())?;
+    let (stat, seen) = resolve::stat_of(fd.as_fd())?;
+    if seen != identity {
+        return Err(Errno::STALE);
+    }
+    let file = Box::new(share.opened(fd, stat.size));
+    Ok(Done::Opened { file, stat, identity })
+}
+
+/// The name that a file got under a policy for an existing target, if it has one of those.
+fn name_of(share: &Share, target: &str, policy: u64, identity: Identity) -> Option<String> {
+    let numbers = if policy == existing::RENAME {
+        RENAMES_MAX
+    } else {
+        1
+    };
+    let (above, name) = target.split_at(target.rfind('/').map_or(0, |slash| slash + 1));
+    (0..numbers)
+        .map(|number| format!("{above}{}", numbered(name, number)))
+        .find(|path| resolve::is_at(share.root(), path, identity))
+}
+
+/// A file that is to get a name.
+struct Naming<'a> {
+    source: &'a str,
+    target: &'a str,
+    policy: u64,
+    durable: bool,
+}
+
+impl Naming<'_> {
+    /// Has the name that it got written to the disk, if that was asked for.
+    fn sync(&self, share: &Share, path: &str) -> Result<(), Errno> {
+        if !self.durable {
+            return Ok(());
+        }
+        sync_parent(share, path)?;
+        sync_parent(share, self.source)
+    }
+}
+
 fn commit(
     share: &Share,
     file: &OpenFile,
-    temporary: &str,
-    target: &str,
-    policy: u64,
-    durable: bool,
+    name: &Naming<'_>,
     bytes: u64,
+    again: bool,
 ) -> Result<Outcome, Errno> {
     let (seen, identity) = resolve::stat_of(file.fd())?;
-    // Somebody on the host took the temporary name away or gave it to another file: ours is not to be published under it.
-    if resolve::stat(share.root(), temporary).map(|(_, identity)| identity) != Ok(identity) {
-        return Err(Errno::STALE);
+    if !resolve::is_at(share.root(), name.source, identity) {
+        // An earlier core life gave it its name; or somebody on the host took the temporary name away, or gave it to another file, that is not
+        // to be published.
+        return match name_of(share, name.target, name.policy, identity) {
+            Some(path) => {
+                if name.durable {
+                    fsync(file.fd())?;
+                }
+                name.sync(share, &path)?;
+                Ok(Outcome::Committed { path })
+            }
+            None if again => Ok(Outcome::failed(Status::OUTCOME_UNKNOWN, FailedAt::File)),
+            None => Err(Errno::STALE),
+        };
     }
     if seen.size != bytes {
         ftruncate(file.fd(), bytes)?;
         file.cut_charge(bytes);
     }
-    if durable {
+    if name.durable {
         fsync(file.fd())?;
     }
-    let path = give_name(share, temporary, target, policy)?;
-    if durable {
-        sync_parent(share, &path)?;
-    }
+    let path = give_name(share, name.source, name.target, name.policy)?;
+    name.sync(share, &path)?;
     Ok(Outcome::Committed { path })
 }
 
-fn rename(share: &Share, source: &str, target: &str, policy: u64, durable: bool) -> Result<Outcome, Errno> {
-    let path = give_name(share, source, target, policy)?;
-    if durable {
-        sync_parent(share, &path)?;
-        sync_parent(share, source)?;
-    }
+fn rename(share: &Share, name: &Naming<'_>, intended: Option<Identity>) -> Result<Outcome, Errno> {
+    let done = intended.and_then(|identity| name_of(share, name.target, name.policy, identity));
+    let path = match (done, intended) {
+        (Some(path), _) => path,
+        (None, Some(identity)) if !resolve::is_at(share.root(), name.source, identity) => {
+            return Ok(Outcome::failed(Status::OUTCOME_UNKNOWN, FailedAt::File));
+        }
+        (None, _) => give_name(share, name.source, name.target, name.policy)?,
+    };
+    name.sync(share, &path)?;
     Ok(Outcome::Committed { path })
 }
 
@@ -259,9 +379,40 @@ fn sync_parent(share: &Share, path: &str) -> Result<(), Errno> {
     fsync(resolve::directory_to_read(share.root(), directory)?)
 }
 
-fn make_directory(share: &Share, path: &str) -> Result<Outcome, Errno> {
+/// A directory is made under a name that nobody else has, so that it is known for certain who made it, and then moved to where nothing is.
+fn prepare_directory(share: &Share, path: &str, temporary: &str) -> Result<Outcome, Errno> {
     let (directory, name) = resolve::parent(share.root(), path)?;
-    mkdirat(&directory, name, share.mode(0o755)).map(|()| Outcome::Done)
+    match statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Err(Errno::NOENT) => {}
+        Ok(_) => return Err(Errno::EXIST),
+        Err(errno) => return Err(errno),
+    }
+    let (_, temporary_name) = resolve::split(temporary)?;
+    mkdirat(&directory, temporary_name, share.mode(0o755))?;
+    resolve::stat(share.root(), temporary).map(|(_, identity)| Outcome::Identified(identity))
+}
+
+fn make_directory(
+    share: &Share,
+    path: &str,
+    temporary: &str,
+    intended: Option<Identity>,
+) -> Result<Outcome, Errno> {
+    if intended.is_some_and(|identity| resolve::is_at(share.root(), path, identity)) {
+        return Ok(Outcome::Done);
+    }
+    let moved = give_name(share, temporary, path, existing::REFUSE);
+    if moved.is_err() {
+        // What made it fail is said, not what comes of tidying up: the sweep does that again.
+        let _ = remove(share, temporary);
+    }
+    match moved {
+        Ok(_) => Ok(Outcome::Done),
+        Err(Errno::NOENT) if intended.is_some() => {
+            Ok(Outcome::failed(Status::OUTCOME_UNKNOWN, FailedAt::File))
+        }
+        Err(errno) => Err(errno),
+    }
 }
 
 fn remove(share: &Share, path: &str) -> Result<Outcome, Errno> {
@@ -319,7 +470,7 @@ fn list(share: &Share, path: &str, cursor: u64, bytes_max: u64) -> Result<Outcom
     Ok(Outcome::Listed { entries, next: 0 })
 }
 
-fn sweep(share: &Share, older_than_seconds: u64) -> Result<Outcome, Errno> {
+fn sweep(share: &Share, older_than_seconds: u64, keep: &[String], adoption: bool) -> Result<Outcome, Errno> {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime).tv_sec;
     let mut directories = vec![String::new()];
     while let Some(path) = directories.pop() {
@@ -338,18 +489,30 @@ fn sweep(share: &Share, older_than_seconds: u64) -> Result<Outcome, Errno> {
                 continue;
             };
             let record = resolve::record(&stat);
-            if record.kind == kind::DIRECTORY && name != "." && name != ".." {
-                directories.push(if path.is_empty() {
-                    name.to_owned()
+            let below = if path.is_empty() {
+                name.to_owned()
+            } else {
+                format!("{path}/{name}")
+            };
+            if name.starts_with(TEMPORARY_PREFIX) {
+                let old =
+                    now.saturating_sub(stat.st_mtime) > i64::try_from(older_than_seconds).unwrap_or(i64::MAX);
+                let orphan = adoption && name.ends_with(ONCE_SUFFIX) && record.modified_ns < share.began_ns;
+                let is_directory = record.kind == kind::DIRECTORY;
+                let flags = if is_directory {
+                    AtFlags::REMOVEDIR
                 } else {
-                    format!("{path}/{name}")
-                });
-            } else if record.kind == kind::FILE
-                && name.starts_with(TEMPORARY_PREFIX)
-                && now.saturating_sub(stat.st_mtime) > i64::try_from(older_than_seconds).unwrap_or(i64::MAX)
-                && unlinkat(directory, name, AtFlags::empty()).is_ok()
-            {
-                share.quota.give_back(record.size, 1);
+                    AtFlags::empty()
+                };
+                if (old || orphan)
+                    && !keep.contains(&below)
+                    && unlinkat(directory, name, flags).is_ok()
+                    && record.kind == kind::FILE
+                {
+                    share.quota.give_back(record.size, 1);
+                }
+            } else if record.kind == kind::DIRECTORY && name != "." && name != ".." {
+                directories.push(below);
             }
         }
     }

@@ -3,7 +3,7 @@
 //! In: a root directory and a relative path that a guest chose. Out: descriptors beneath the root. Must never know: who asks.
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, fstat, openat2};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxFlags, fstat, openat2, statx};
 use rustix::io::Errno;
 use rustix::path::Arg;
 use vmgmt_abi::file::kind;
@@ -103,13 +103,27 @@ pub fn stat(root: BorrowedFd<'_>, path: &str) -> Result<(StatRecord, Identity), 
 /// The system's.
 pub fn stat_of(fd: BorrowedFd<'_>) -> Result<(StatRecord, Identity), Errno> {
     let stat = fstat(fd)?;
-    Ok((
-        record(&stat),
-        Identity {
-            device: stat.st_dev,
-            inode: stat.st_ino,
-        },
-    ))
+    // A file system (or a kernel) that does not know when a file was made says so by leaving the bit out.
+    let born = statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::BTIME).ok();
+    let born = born.filter(|statx| statx.stx_mask & StatxFlags::BTIME.bits() != 0);
+    let born_ns = born.map_or(0, |statx| {
+        let time = statx.stx_btime;
+        time.tv_sec
+            .saturating_mul(1_000_000_000)
+            .saturating_add(i64::from(time.tv_nsec))
+    });
+    let identity = Identity {
+        device: stat.st_dev,
+        inode: stat.st_ino,
+        born_ns,
+    };
+    Ok((record(&stat), identity))
+}
+
+/// Whether this file or directory lies at a path.
+#[must_use]
+pub fn is_at(root: BorrowedFd<'_>, path: &str, identity: Identity) -> bool {
+    stat(root, path).is_ok_and(|(_, found)| found == identity)
 }
 
 /// A regular file beneath the root, opened; anything else is refused before it is opened for use (a device node or a FIFO

@@ -4,6 +4,9 @@ use super::*;
 use crate::config::ShareConfig;
 use vmgmt_abi::file::existing;
 
+#[path = "tests_again.rs"]
+mod again;
+
 struct Bench {
     directory: tempfile::TempDir,
     store: Store,
@@ -108,6 +111,7 @@ impl Bench {
             existing: policy,
             durable: true,
             bytes: contents.len() as u64,
+            again: false,
         };
         let outcome = self.run(commit);
         if matches!(outcome, Outcome::Failed { .. }) {
@@ -312,7 +316,8 @@ fn a_quota_refuses_by_name_and_gives_back() {
     assert_eq!(
         bench.run(Effect::Remove {
             share: "data".into(),
-            path: "a".into()
+            path: "a".into(),
+            intended: None,
         }),
         Outcome::Done
     );
@@ -358,7 +363,9 @@ fn a_broken_put_goes_on_where_it_was() {
     assert_eq!(
         bench.run(Effect::Sweep {
             share: "data".into(),
-            older_than_seconds: 3600
+            older_than_seconds: 3600,
+            keep: Vec::new(),
+            adoption: true,
         }),
         Outcome::Done
     );
@@ -388,6 +395,7 @@ fn a_commit_under_a_name_that_was_taken_away_is_refused() {
         existing: 0,
         durable: false,
         bytes: 0,
+        again: false,
     };
     assert_eq!(status(&bench.run(commit)), Status::STALE);
     assert!(!bench.path("t").exists());

@@ -166,13 +166,7 @@ impl EventLoop {
     fn finish_adoption(&mut self) {
         self.adopted = true;
         self.thaw_unknown();
-        for token in self.hub.unresolved() {
-            if self.sessions.get_mut(token.session).is_none() {
-                let session = token.session;
-                self.hub
-                    .handle(now(), interface::Input::SessionClosed { session });
-            }
-        }
+        self.hub.handle(now(), interface::Input::Adopted);
     }
 
     pub(super) fn look_again(&mut self, session: u64) {

@@ -1,0 +1,494 @@
+//! ATTIC: what survives of operations: answers not known to be published, intents, open handles, offers and streams.
+//!
+//! In: [`Change`]s and [`Settled`] answers, live from the rooms and again in replay: this is the only way it changes. Out: look-ups.
+//! It never knows slots, effects or what is under way: that is found again in the rings, whose submissions come again.
+
+use crate::effect::Identity;
+use crate::modes::coverage::Coverage;
+use crate::modes::offers::OfferState;
+use crate::modes::puts::PutOpening;
+use crate::modes::streams::{Failure, Side};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use vmgmt_device::rings::{Answer, Token};
+
+/// An answer that is not known to be published: should its submission come again, it is this and nothing is done again.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Settled {
+    pub token: Token,
+    /// The guest's own.
+    pub tag: u32,
+    pub answer: Answer,
+    pub payload: Vec<u8>,
+}
+
+/// An operation on names is about to be done, to this file or directory.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Intent {
+    pub tag: u32,
+    pub identity: Identity,
+    /// Share and temporary name of a directory that is being made.
+    pub temporary: Option<(String, String)>,
+}
+
+/// An open file.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct KeptFile {
+    pub session: u64,
+    pub vm: u64,
+    pub share: String,
+    pub path: String,
+    pub read: bool,
+    pub write: bool,
+    pub identity: Identity,
+}
+
+/// A put under way. Its temporary file may have its final name already: the identity tells.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct KeptPut {
+    pub session: u64,
+    pub what: PutOpening,
+    pub identity: Identity,
+    /// Ranges with their checksum, as far as they are known.
+    pub coverage: Coverage,
+    /// Bytes the temporary file has at least.
+    pub extent: u64,
+}
+
+/// One end of a stream between VMs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct KeptEnd {
+    pub vm: u64,
+    pub session: u64,
+    pub handle: u64,
+    pub open: bool,
+}
+
+/// A stream between VMs. `written` and `read` count bytes of submissions that are settled; where they differ the difference is in the
+/// buffer of the one submission that is half done.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct KeptStream {
+    pub source: KeptEnd,
+    pub target: KeptEnd,
+    pub size: u64,
+    pub written: u64,
+    pub read: u64,
+    /// The read that has the bytes between `read` and `written`.
+    pub into: Option<Token>,
+    /// The write whose bytes between `written` and `read` are moved.
+    pub from: Option<Token>,
+    pub end_read: bool,
+    /// The sender's STREAM_END and its tag, once the reader was told the end.
+    pub finish: Option<(Token, u32)>,
+    pub failure: Option<Failure>,
+}
+
+impl KeptStream {
+    /// One that begins.
+    #[must_use]
+    pub const fn new(source: KeptEnd, target: KeptEnd, size: u64) -> Self {
+        Self {
+            source,
+            target,
+            size,
+            written: 0,
+            read: 0,
+            into: None,
+            from: None,
+            end_read: false,
+            finish: None,
+            failure: None,
+        }
+    }
+}
+
+/// An offer of a VM that is not answered.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct KeptOffer {
+    pub vm: u64,
+    /// The OFFER submission.
+    pub token: Token,
+    pub tag: u32,
+    pub target: u64,
+    pub name: String,
+    pub size: u64,
+    pub state: OfferState,
+}
+
+/// A change of what is kept. One that fits nothing changes nothing.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Change {
+    /// Nothing beside the answers.
+    None,
+    FileOpened {
+        handle: u64,
+        file: Box<KeptFile>,
+    },
+    PutOpened {
+        handle: u64,
+        put: Box<KeptPut>,
+    },
+    /// Bytes of a put have this checksum, or (`None`) are about to change. The file has `extent` bytes at least.
+    Wrote {
+        handle: u64,
+        offset: u64,
+        bytes: u64,
+        crc32: Option<u32>,
+        extent: u64,
+    },
+    /// A put's file was given this length.
+    Cut {
+        handle: u64,
+        bytes: u64,
+    },
+    /// A file or put is not open any more.
+    Closed {
+        handle: u64,
+    },
+    Intends {
+        token: Token,
+        intent: Intent,
+    },
+    /// Its submission is void.
+    Forgone {
+        token: Token,
+    },
+    Offered {
+        offer: u64,
+        kept: Box<KeptOffer>,
+    },
+    OfferMoved {
+        offer: u64,
+        state: OfferState,
+    },
+    OfferGone {
+        offer: u64,
+    },
+    /// An offer was accepted.
+    Began {
+        offer: u64,
+        stream: u64,
+        kept: Box<KeptStream>,
+    },
+    /// A write ended with so many of its bytes moved; `into`: the read they went to last.
+    Sent {
+        stream: u64,
+        bytes: u64,
+        into: Option<Token>,
+    },
+    /// A read ended with so many bytes; `from`: the write that has more for the next.
+    Received {
+        stream: u64,
+        bytes: u64,
+        from: Option<Token>,
+    },
+    /// The reader was told the end.
+    EndRead {
+        stream: u64,
+        finish: Option<(Token, u32)>,
+    },
+    StreamFailed {
+        stream: u64,
+        failure: Failure,
+    },
+    EndClosed {
+        stream: u64,
+        side: Side,
+    },
+    StreamGone {
+        stream: u64,
+    },
+}
+
+/// All that is kept.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Kept {
+    pub settled: BTreeMap<Token, Settled>,
+    pub intents: BTreeMap<Token, Intent>,
+    pub files: BTreeMap<u64, KeptFile>,
+    pub puts: BTreeMap<u64, KeptPut>,
+    pub offers: BTreeMap<u64, KeptOffer>,
+    pub streams: BTreeMap<u64, KeptStream>,
+}
+
+/// As it is saved.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct SavedKept {
+    settled: Vec<Settled>,
+    intents: Vec<(Token, Intent)>,
+    files: Vec<(u64, KeptFile)>,
+    puts: Vec<(u64, KeptPut)>,
+    offers: Vec<(u64, KeptOffer)>,
+    streams: Vec<(u64, KeptStream)>,
+}
+
+impl Kept {
+    /// Takes answers and a change in, as one.
+    pub fn apply(&mut self, settled: &[Settled], change: &Change) {
+        for entry in settled {
+            self.intents.remove(&entry.token);
+            self.settled.insert(entry.token, entry.clone());
+        }
+        match change {
+            Change::None => {}
+            Change::Intends { token, intent } => {
+                self.intents.insert(*token, intent.clone());
+            }
+            Change::Forgone { token } => {
+                self.intents.remove(token);
+            }
+            Change::FileOpened { handle, file } => {
+                self.files.insert(*handle, (**file).clone());
+            }
+            Change::PutOpened { handle, put } => {
+                self.puts.insert(*handle, (**put).clone());
+            }
+            Change::Wrote {
+                handle,
+                offset,
+                bytes,
+                crc32,
+                extent,
+            } => {
+                if let Some(put) = self.puts.get_mut(handle) {
+                    match crc32 {
+                        Some(crc32) => put.coverage.insert(*offset, *bytes, *crc32),
+                        None => put.coverage.forget(*offset, *bytes),
+                    }
+                    put.extent = put.extent.max(*extent);
+                }
+            }
+            Change::Cut { handle, bytes } => {
+                if let Some(put) = self.puts.get_mut(handle) {
+                    put.extent = *bytes;
+                }
+            }
+            Change::Closed { handle } => {
+                self.files.remove(handle);
+                self.puts.remove(handle);
+            }
+            change => self.apply_transfer(change),
+        }
+    }
+
+    /// A send was accepted: this is its answer.
+    pub fn settle_send(&mut self, token: Token, tag: u32, result: u64) {
+        let settled = Settled {
+            token,
+            tag,
+            answer: Answer::ok(result),
+            payload: Vec::new(),
+        };
+        self.settled.insert(token, settled);
+    }
+
+    fn apply_transfer(&mut self, change: &Change) {
+        match change {
+            Change::Offered { offer, kept } => {
+                self.offers.insert(*offer, (**kept).clone());
+            }
+            Change::OfferMoved { offer, state } => {
+                if let Some(kept) = self.offers.get_mut(offer) {
+                    kept.state = *state;
+                }
+            }
+            Change::OfferGone { offer } => {
+                self.offers.remove(offer);
+            }
+            Change::Began { offer, stream, kept } => {
+                self.offers.remove(offer);
+                self.streams.insert(*stream, (**kept).clone());
+            }
+            Change::Sent { stream, bytes, into } => {
+                if let Some(kept) = self.streams.get_mut(stream) {
+                    kept.written = kept.written.saturating_add(*bytes);
+                    (kept.from, kept.into) = (None, *into);
+                }
+            }
+            Change::Received { stream, bytes, from } => {
+                if let Some(kept) = self.streams.get_mut(stream) {
+                    kept.read = kept.read.saturating_add(*bytes);
+                    (kept.from, kept.into) = (*from, None);
+                }
+            }
+            Change::EndRead { stream, finish } => {
+                if let Some(kept) = self.streams.get_mut(stream) {
+                    (kept.end_read, kept.finish) = (true, *finish);
+                }
+            }
+            Change::StreamFailed { stream, failure } => {
+                if let Some(kept) = self.streams.get_mut(stream) {
+                    kept.failure = Some(*failure);
+                }
+            }
+            Change::EndClosed { stream, side } => {
+                if let Some(kept) = self.streams.get_mut(stream) {
+                    match side {
+                        Side::Source => kept.source.open = false,
+                        Side::Target => kept.target.open = false,
+                    }
+                }
+            }
+            Change::StreamGone { stream } => {
+                self.streams.remove(stream);
+            }
+            _ => {}
+        }
+    }
+
+    /// What a submission that comes again was answered, and under which token.
+    #[must_use]
+    pub fn answered(&self, token: Token, tag: u32) -> Option<(Token, &Settled)> {
+        find(&self.settled, token, |settled| settled.tag == tag)
+    }
+
+    /// What a submission that comes again was about to be done to.
+    #[must_use]
+    pub fn intended(&self, token: Token, tag: u32) -> Option<&Intent> {
+        find(&self.intents, token, |intent| intent.tag == tag).map(|(_, intent)| intent)
+    }
+
+    /// The offer that a submission which comes again has made.
+    #[must_use]
+    pub fn offered(&self, token: Token) -> Option<u64> {
+        let found = self.offers.iter().find(|(_, kept)| kept.token == token);
+        found.map(|(offer, _)| *offer)
+    }
+
+    /// Sessions that something here belongs to, of one VM or of all.
+    #[must_use]
+    pub fn sessions(&self, vm: Option<u64>) -> BTreeSet<u64> {
+        let of = |number: u64| vm.is_none_or(|vm| vm == number);
+        let files = self.files.values().map(|file| (file.vm, file.session));
+        let puts = self.puts.values().map(|put| (put.what.vm, put.session));
+        let ends = self
+            .streams
+            .values()
+            .flat_map(|stream| [stream.source, stream.target]);
+        let ends = ends.filter(|end| end.open).map(|end| (end.vm, end.session));
+        let offers = self.offers.values().map(|offer| (offer.vm, offer.token.session));
+        let owned = files.chain(puts).chain(ends).chain(offers);
+        let mut sessions: BTreeSet<u64> = owned
+            .filter(|(vm, _)| of(*vm))
+            .map(|(_, session)| session)
+            .collect();
+        if vm.is_none() {
+            sessions.extend(
+                self.settled
+                    .keys()
+                    .chain(self.intents.keys())
+                    .map(|token| token.session),
+            );
+            let seen = self.offers.values().filter_map(|offer| match offer.state {
+                OfferState::Queued => None,
+                OfferState::Presenting { token } => Some(token.session),
+                OfferState::Shown { session } => Some(session),
+            });
+            sessions.extend(seen);
+        }
+        sessions
+    }
+
+    /// The temporary names of a share that somebody goes on with.
+    #[must_use]
+    pub fn temporaries(&self, share: &str) -> Vec<String> {
+        let puts = self
+            .puts
+            .values()
+            .map(|put| (&put.what.share, &put.what.temporary));
+        let directories = self
+            .intents
+            .values()
+            .filter_map(|intent| intent.temporary.as_ref());
+        let all = puts.chain(directories.map(|(share, path)| (share, path)));
+        all.filter(|(of, _)| *of == share)
+            .map(|(_, path)| path.clone())
+            .collect()
+    }
+
+    #[must_use]
+    pub fn save(&self) -> SavedKept {
+        let Self {
+            settled,
+            intents,
+            files,
+            puts,
+            offers,
+            streams,
+        } = self;
+        SavedKept {
+            settled: settled.values().cloned().collect(),
+            intents: intents
+                .iter()
+                .map(|(token, intent)| (*token, intent.clone()))
+                .collect(),
+            files: pairs(files),
+            puts: pairs(puts),
+            offers: pairs(offers),
+            streams: pairs(streams),
+        }
+    }
+
+    /// # Errors
+    /// What is wrong with the saved state.
+    pub fn restore(saved: SavedKept) -> Result<Self, &'static str> {
+        let SavedKept {
+            settled,
+            intents,
+            files,
+            puts,
+            offers,
+            streams,
+        } = saved;
+        let sound = |put: &KeptPut| put.coverage.is_sound() && put.extent <= crate::limits::FILE_OFFSET_MAX;
+        if !puts.iter().all(|(_, put)| sound(put)) {
+            return Err("a put has ranges that no file has");
+        }
+        let mut numbers = BTreeSet::new();
+        let ends = streams
+            .iter()
+            .flat_map(|(_, stream)| [stream.source.handle, stream.target.handle]);
+        let handles = files.iter().map(|(handle, _)| *handle);
+        let handles = handles.chain(puts.iter().map(|(handle, _)| *handle)).chain(ends);
+        if !handles.into_iter().all(|handle| numbers.insert(handle)) {
+            return Err("a handle is there twice");
+        }
+        Ok(Self {
+            settled: settled
+                .into_iter()
+                .map(|settled| (settled.token, settled))
+                .collect(),
+            intents: intents.into_iter().collect(),
+            files: files.into_iter().collect(),
+            puts: puts.into_iter().collect(),
+            offers: offers.into_iter().collect(),
+            streams: streams.into_iter().collect(),
+        })
+    }
+}
+
+fn pairs<V: Clone>(map: &BTreeMap<u64, V>) -> Vec<(u64, V)> {
+    map.iter()
+        .map(|(number, value)| (*number, value.clone()))
+        .collect()
+}
+
+/// The entry of this token, or (a port submission may have another) of this channel that is meant.
+fn find<V>(map: &BTreeMap<Token, V>, token: Token, is_meant: impl Fn(&V) -> bool) -> Option<(Token, &V)> {
+    if let Some(value) = map.get(&token) {
+        return Some((token, value));
+    }
+    let first = Token {
+        index: 0,
+        generation: 0,
+        ..token
+    };
+    let last = Token {
+        index: u32::MAX,
+        generation: u32::MAX,
+        ..token
+    };
+    map.range(first..=last)
+        .find(|(_, value)| is_meant(value))
+        .map(|(token, value)| (*token, value))
+}
