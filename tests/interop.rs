@@ -97,9 +97,11 @@ fn it_sets_interrupts_that_arrive() -> Result<()> {
     let fds: Vec<_> = (0..16).map(|_| eventfd()).collect::<Result<_, _>>()?;
     let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     client.set_irqs(irq::MSI, irq::DATA_EVENTFD | irq::TRIGGER, 0, 16, &raw)?;
-    // Whoever takes over an eventfd may signal it once, so these are emptied first.
+    // The core signals each that it takes over once, after the answer: all are emptied when that has come.
     for fd in &fds {
-        let _ = rustix::io::read(fd, &mut [0; 8]);
+        wait_until("the core to take over", Duration::from_secs(5), || {
+            Ok(rustix::io::read(fd, &mut [0; 8]).ok())
+        })?;
     }
     client.set_irqs(irq::MSI, irq::DATA_NONE | irq::TRIGGER, 5, 1, &[])?;
     ensure!(rustix::io::read(fds.get(5).context("no eventfd")?, &mut [0; 8]).is_ok());

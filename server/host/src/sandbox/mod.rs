@@ -90,8 +90,9 @@ pub fn enter(
         });
     }
     print_panics_without_files();
-    // The system-call library finds the clock's code when it is asked for the first time, and may read a file for that.
+    // The system-call library finds the clock's code and the size of pages when it is asked for the first time, and may read a file for that.
     let _ = clock_gettime(ClockId::Boottime);
+    let _ = rustix::param::page_size();
     let account = match role {
         Role::Front => config.front,
         Role::Core => config.core,

@@ -191,6 +191,13 @@ const BOTH: &[Rule] = &[
     ),
 ];
 
+/// What the core is refused (EACCES) instead of dying of it: the C library opens files by itself and goes on where it cannot.
+/// `openat`: its heap looks at `/proc/sys/vm/overcommit_memory` when a thread's heap shrinks, and at `/sys/devices/system/cpu/online` when
+/// many threads have one.
+pub const REFUSED: &[i64] = &[libc::SYS_openat];
+/// Their names.
+pub const REFUSED_NAMES: &[&str] = &["openat"];
+
 const FRONT: &[Rule] = &[
     rule!(SYS_getsockopt[PEER[0], PEER[1]], Always, "which process has connected"),
     rule!(

@@ -2,7 +2,8 @@
 //!
 //! In: a role. Out: a program for the kernel, applied to all threads at once. What a call that has no rule meets:
 //! * In the core it ends the process (SIGSYS). A core that calls what it never needs is taken over or has a mistake; it may die at any time,
-//!   unseen, the keeper's log names the signal, and the session that was being handled is noted as the culprit.
+//!   unseen, the keeper's log names the signal, and the session that was being handled is noted as the culprit. The exception is
+//!   what the C library tries by itself ([`rules::REFUSED`]): that is refused.
 //! * In the front it is refused (EPERM) and the process goes on. Its death would end all devices: a library's harmless surprise must not
 //!   do that. Who has taken the front over gains nothing by the difference: the call is not made in either case.
 
@@ -16,7 +17,11 @@ use std::collections::BTreeMap;
 
 /// A filter for this process.
 #[derive(Debug)]
-pub(super) struct Filter(BpfProgram);
+pub(super) struct Filter {
+    /// Refuses, and lets everything else through. The kernel asks both and takes the stricter answer.
+    refuses: Option<BpfProgram>,
+    rules: BpfProgram,
+}
 
 impl Filter {
     /// Compiles a role's rules for the calling process.
@@ -31,18 +36,36 @@ impl Filter {
                 }
             }
         }
+        let refused = match role {
+            // There everything is refused.
+            Role::Front => &[],
+            Role::Core => rules::REFUSED,
+        };
+        // The stricter filter must not end the process for them.
+        calls.extend(refused.iter().map(|call| (*call, Vec::new())));
         let otherwise = match role {
             Role::Front => SeccompAction::Errno(libc::EPERM.unsigned_abs()),
             Role::Core => SeccompAction::KillProcess,
         };
         let target = std::env::consts::ARCH.try_into()?;
-        let filter = SeccompFilter::new(calls, otherwise, SeccompAction::Allow, target)?;
-        Ok(Self(filter.try_into()?))
+        let rules = SeccompFilter::new(calls, otherwise, SeccompAction::Allow, target)?.try_into()?;
+        let refuses = (!refused.is_empty())
+            .then(|| {
+                let calls = refused.iter().map(|call| (*call, Vec::new())).collect();
+                let answer = SeccompAction::Errno(libc::EACCES.unsigned_abs());
+                SeccompFilter::new(calls, SeccompAction::Allow, answer, target)?.try_into()
+            })
+            .transpose()?;
+        Ok(Self { refuses, rules })
     }
 
     /// From here on, for all threads.
     pub(super) fn apply(&self) -> anyhow::Result<()> {
-        Ok(apply_filter_all_threads(&self.0)?)
+        // The other one first: after the rules no filter can be added.
+        if let Some(refuses) = &self.refuses {
+            apply_filter_all_threads(refuses)?;
+        }
+        Ok(apply_filter_all_threads(&self.rules)?)
     }
 }
 
@@ -97,9 +120,9 @@ mod tests {
             let filter = Filter::of(role).unwrap();
             // The kernel takes 4096 instructions.
             assert!(
-                !filter.0.is_empty() && filter.0.len() < 1000,
+                !filter.rules.is_empty() && filter.rules.len() < 1000,
                 "{}",
-                filter.0.len()
+                filter.rules.len()
             );
             let calls: BTreeSet<i64> = rules::of(role).map(|rule| rule.call).collect();
             assert_eq!(
