@@ -109,7 +109,6 @@ impl Wake {
     }
 
     /// By which workers say for which VM they work.
-    #[must_use]
     pub fn worker_blame(&self) -> impl Fn(usize, u64) + Send + Sync + 'static {
         let life = self.life.clone();
         move |worker, vm| life.set_blamed_vm(1 + worker, vm)

@@ -139,15 +139,14 @@ impl Keeper {
         checker.flush();
         // Looked at before its words, so that its last ones are not missed.
         let exit = checker.ended();
-        match checker.receive() {
-            Ok(Some(packet)) => match packet.header {
-                CoreToKeeper::Checked => return self.begin_drain(),
+        if let Ok(Some(packet)) = checker.receive() {
+            return match packet.header {
+                CoreToKeeper::Checked => self.begin_drain(),
                 CoreToKeeper::Refused { reason } => {
-                    return Progress::Denied(format!("the new program refuses: {reason}"));
+                    Progress::Denied(format!("the new program refuses: {reason}"))
                 }
-                _ => return Progress::Denied("the new program talks nonsense".into()),
-            },
-            Ok(None) | Err(_) => {}
+                _ => Progress::Denied("the new program talks nonsense".into()),
+            };
         }
         if let Some(exit) = exit {
             return Progress::Denied(format!(
