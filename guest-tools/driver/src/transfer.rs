@@ -27,6 +27,18 @@ pub struct TransferOptions {
     pub check: bool,
 }
 
+impl TransferOptions {
+    /// What a PUT says of it: with no checksum to compare at the end, the host works none out either.
+    #[must_use]
+    pub const fn put_bits(&self) -> u64 {
+        if self.check {
+            0
+        } else {
+            vmgmt_abi::file::put::UNCHECKED
+        }
+    }
+}
+
 impl Default for TransferOptions {
     fn default() -> Self {
         Self {
@@ -428,7 +440,8 @@ impl Client {
         how: u64,
         options: &TransferOptions,
     ) -> Result<String> {
-        let put = self.put(path, bytes as u64, how & !vmgmt_abi::file::put::RESUME)?;
+        let how = how & !vmgmt_abi::file::put::RESUME | options.put_bits();
+        let put = self.put(path, bytes as u64, how)?;
         let written = self.write_from(put.handle, memory, bytes, options);
         written
             .and_then(|done| self.commit(put.handle, done.bytes, done.checksum, false))

@@ -105,7 +105,8 @@ impl Upload<'_> {
         progress: &mut Progress,
     ) -> vmgmt_driver::Result<(Transferred, String)> {
         let resume = if self.resume { file::put::RESUME } else { 0 };
-        let mut put = client.put(self.path, announced(self.size), self.how | resume)?;
+        let how = self.how | resume | options.put_bits();
+        let mut put = client.put(self.path, announced(self.size), how)?;
         let mut prefix = None;
         if put.resumed_bytes > 0 {
             // What is there must be the beginning of what we have.

@@ -21,7 +21,10 @@ pub mod put {
     /// Bits 16..32: permission bits of the new file, with this bit set; else the host's default.
     pub const SET_PERMISSIONS: u64 = 1 << 5;
     pub const PERMISSIONS_SHIFT: u32 = 16;
-    pub const KNOWN: u64 = super::existing::MASK | RESUME | SET_PERMISSIONS | (0x1ff << PERMISSIONS_SHIFT);
+    /// COMMIT will say no checksum, so none is worked out while bytes come. (One that it says all the same is compared with the file as it is then.)
+    pub const UNCHECKED: u64 = 1 << 6;
+    pub const KNOWN: u64 =
+        super::existing::MASK | RESUME | SET_PERMISSIONS | UNCHECKED | (0x1ff << PERMISSIONS_SHIFT);
 }
 
 /// `argument` bits of OPEN.

@@ -69,7 +69,7 @@ fn dump() -> String {
     numbers!(dump, vmgmt_abi::ring::event_offset: SUBMISSION_TAIL, COMPLETION_HEAD, COMPLETION_EVENT, NONCE, SUBMISSION_HEAD, SUBMISSION_EVENT);
     numbers!(dump, vmgmt_abi::file: SIZE_UNKNOWN);
     numbers!(dump, vmgmt_abi::file::existing: REFUSE, REPLACE, RENAME, MASK);
-    numbers!(dump, vmgmt_abi::file::put: RESUME, SET_PERMISSIONS, PERMISSIONS_SHIFT, KNOWN);
+    numbers!(dump, vmgmt_abi::file::put: RESUME, SET_PERMISSIONS, PERMISSIONS_SHIFT, UNCHECKED, KNOWN);
     numbers!(dump, vmgmt_abi::file::open: READ, WRITE, CREATE, EXCLUSIVE, TRUNCATE, KNOWN);
     numbers!(dump, vmgmt_abi::file::kind: FILE, DIRECTORY, OTHER);
     numbers!(dump, vmgmt_abi::file::offer_kind: OFFER, REQUEST);

@@ -105,6 +105,44 @@ fn holes_rewrites_and_cut_ends_are_read_back_for_the_checksum() {
 }
 
 #[test]
+fn an_unchecked_put_pays_for_no_checksum_but_gets_one_that_commit_says_all_the_same() {
+    for (crc32, status) in [
+        (None, Status::OK),
+        (Some(0), Status::OK),
+        (Some(1), Status::INTEGRITY),
+    ] {
+        let mut house = House::new();
+        let handle = house.ok(A, put_ask("rw/f").argument(put::UNCHECKED));
+        house.manual = true;
+        house.ask(A, write(handle, 2, b"cdef"));
+        house.ask(A, write(handle, 0, b"ab"));
+        let unasked = |effect: &Effect| matches!(effect, Effect::Write { checksum: false, .. });
+        assert!(
+            house.pending.iter().all(|(_, effect)| unasked(effect)),
+            "{:?}",
+            house.pending
+        );
+        house.settle();
+        let commit = match crc32 {
+            Some(change) => commit(handle, 6)
+                .flags(flag::CHECK)
+                .argument(u64::from(crc32fast::hash(b"abcdef") ^ change)),
+            None => commit(handle, 6),
+        };
+        let done = house.ask(A, commit);
+        let read_back = house
+            .pending
+            .iter()
+            .any(|(_, effect)| matches!(effect, Effect::Checksum { .. }));
+        assert_eq!(read_back, crc32.is_some());
+        house.settle();
+        assert_eq!(house.status(done), status);
+        assert_eq!(house.file("rw", "f").is_some(), status == Status::OK);
+        no_leftovers(&house);
+    }
+}
+
+#[test]
 fn a_commit_waits_for_the_writes_before_it() {
     let mut house = House::new();
     let handle = house.ok(A, put_ask("rw/f"));

@@ -123,7 +123,7 @@ fn measure(
 
         target.rewind().context(shown.clone())?;
         let started = Instant::now();
-        let put = client.put(path, bytes, existing::REPLACE)?;
+        let put = client.put(path, bytes, existing::REPLACE | options.put_bits())?;
         let done = client.write_all(
             put.handle,
             None,

@@ -32,6 +32,9 @@ pub struct PutOpening {
     pub existing: u64,
     /// Kept when it breaks off.
     pub resumable: bool,
+    /// Nobody will ask for a checksum: none is worked out while bytes come.
+    #[serde(default)]
+    pub unchecked: bool,
 }
 
 impl PutOpening {
@@ -134,6 +137,7 @@ impl Puts {
             size: fetched.offset,
             existing: argument & existing::MASK,
             resumable,
+            unchecked: argument & put::UNCHECKED != 0,
         };
         if self.live.contains_key(&what.key()) {
             return Err(Refusal::PutBusy);
@@ -266,7 +270,7 @@ impl Puts {
                     slot,
                     offset: fetched.offset,
                     from: whole(token, bytes),
-                    checksum: true,
+                    checksum: !put.what.unchecked,
                 };
                 (effect, Some((fetched.offset, bytes)))
             }
@@ -334,6 +338,10 @@ impl Puts {
                     crc32: Some(*crc32),
                     extent: offset.saturating_add(bytes),
                 }),
+                Outcome::Written {
+                    bytes: written,
+                    crc32: None,
+                } if *written == bytes => grown(office, handle, offset, bytes),
                 _ => forget(office, handle, offset, bytes),
             }
         }
@@ -471,6 +479,21 @@ pub(super) fn open_put<'a>(
         return Err(Refusal::HandleBusy);
     }
     Ok(put)
+}
+
+/// Bytes of a put were written of which no checksum is wanted: the file is that long at least.
+fn grown(office: &mut Office, handle: u64, offset: u64, bytes: u64) {
+    let extent = offset.saturating_add(bytes);
+    let kept = office.ledger.kept.puts.get(&handle);
+    if kept.is_some_and(|kept| kept.extent < extent) {
+        office.change(Change::Wrote {
+            handle,
+            offset,
+            bytes,
+            crc32: None,
+            extent,
+        });
+    }
 }
 
 /// Bytes of a put are about to change: what was known of them is not known any more.
