@@ -62,6 +62,20 @@ pub trait GuestMemory {
     /// See [`MemoryError`], never Pending; some of it may have been written.
     fn write(&mut self, iova: u64, from: &[u8]) -> Result<(), MemoryError>;
 
+    /// As [`GuestMemory::write`], into a buffer that a submission named. When such a write fails later (its owner refused the message), that is
+    /// the matter of this submission alone: [`GuestMemory::settled`] does not tell, [`GuestMemory::take_refused`] does.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::write`].
+    fn write_buffer(&mut self, iova: u64, from: &[u8]) -> Result<(), MemoryError> {
+        self.write(iova, from)
+    }
+
+    /// Whether a write into a buffer failed within this range, since it was last written or this was last asked.
+    fn take_refused(&mut self, _iova: u64, _bytes: u64) -> bool {
+        false
+    }
+
     /// Loads a word with acquire order.
     ///
     /// # Errors
@@ -86,7 +100,7 @@ pub trait GuestMemory {
     /// Whether all writes so far are visible to the guest.
     ///
     /// # Errors
-    /// Pending while they are not; Gone when one failed since the last call that answered Ok.
+    /// Pending while they are not; Gone when one (not into a buffer) failed since the last call that answered Ok.
     fn settled(&mut self) -> Result<(), MemoryError>;
 
     /// Checks that a range is mapped for `direction`, without touching it.

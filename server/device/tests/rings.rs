@@ -155,6 +155,43 @@ fn a_submission_goes_to_the_hub_and_its_answer_comes_back() {
 }
 
 #[test]
+fn a_buffer_that_the_vms_process_refuses_fails_its_submission_and_nothing_else() {
+    let mut bed = bed();
+    bed.memory.set_by_messages(true);
+    let mut ring = RingPlan::new(0, 0, 64, 64, Mode::FILE.0);
+    bed.enable(&mut ring);
+    turn(&mut bed);
+    bed.memory.set_refusing(DATA..DATA + 4096);
+    let stat = |tag, buffer| Submission {
+        buffer,
+        length: 64,
+        ..of(Opcode::LIST, tag)
+    };
+    ring.submit(&bed.guest, &stat(1, DATA + 16));
+    ring.submit(&bed.guest, &stat(2, DATA + 4096));
+    bed.front.ring_doorbell(0, ring.tail);
+    bed.touch();
+    let outputs = turn(&mut bed);
+    let [Output::Submission(first), Output::Submission(second)] = outputs.as_slice() else {
+        panic!("two submissions expected, not {outputs:?}");
+    };
+    complete(&mut bed, first, Answer::ok(5), b"first", true);
+    complete(&mut bed, second, Answer::ok(6), b"second", true);
+    let published = turn(&mut bed);
+    let told = |fetched: &Fetched, published| Output::Published {
+        token: fetched.token,
+        published,
+    };
+    assert_eq!(published, [told(first, false), told(second, true)]);
+    assert_eq!(status(ring.take(&bed.guest)), Some((1, Status::BAD_ADDRESS)));
+    assert_eq!(status(ring.take(&bed.guest)), Some((2, Status::OK)));
+    let mut there = [0; 6];
+    bed.guest.read(DATA + 4096, &mut there);
+    assert_eq!(&there, b"second");
+    assert_eq!(bed.core.open_answer(0).state, RingState::OPEN);
+}
+
+#[test]
 fn what_the_rings_answer_themselves() {
     let mut bed = bed();
     let mut ring = open(&mut bed, Mode::FILE);

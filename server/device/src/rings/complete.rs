@@ -5,7 +5,7 @@
 //! without an answer (all is done again), or one whose payload is in place and whose completion may be written once more. The payload goes before
 //! the journal, not after it, because it is not in the journal: behind a journaled completion the buffer is never touched again.
 
-use super::interface::{Answer, Output};
+use super::interface::{Answer, Output, Segment};
 use super::prepare::scatter;
 use super::ring::{Desk, Due, Ring, Slot, Standing, Step, Stop};
 use super::table::{FLAG_CONFIRM, FLAG_LOST};
@@ -69,6 +69,11 @@ fn publish_one<W: Words, M: GuestMemory>(
     }
     if due.step == Step::Settle {
         memory.settled()?;
+        let refused =
+            |refused: bool, segment: &Segment| memory.take_refused(segment.iova, segment.bytes) | refused;
+        if slot.segments.as_slice().iter().fold(false, refused) && !due.lost {
+            lose(desk, due, Status::BAD_ADDRESS);
+        }
         due.step = Step::Journal;
     }
     if due.step == Step::Journal {
@@ -111,10 +116,15 @@ fn write_payload<W: Words, M: GuestMemory>(
             }
         }
     };
+    lose(desk, due, status);
+    Ok(())
+}
+
+/// What the guest was to get did not arrive: that is its answer.
+fn lose<W: Words>(desk: &mut Desk<W>, due: &mut Due, status: Status) {
     desk.counters.bad_addresses += 1;
     due.answer = Answer::failed(status);
     due.lost = true;
-    Ok(())
 }
 
 fn is_shared<M: GuestMemory>(slot: &Slot, memory: &mut M) -> bool {

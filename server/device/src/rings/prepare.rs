@@ -263,7 +263,7 @@ pub(super) fn scatter<M: GuestMemory>(
         }
         let bytes = segment.bytes.min(from.len() as u64) as usize;
         let (piece, rest) = from.split_at(bytes);
-        memory.write(segment.iova, piece)?;
+        memory.write_buffer(segment.iova, piece)?;
         from = rest;
     }
     Ok(())

@@ -5,6 +5,7 @@
 
 use crate::{Direction, GuestMemory, MemoryError};
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -142,6 +143,9 @@ pub struct FlatMemory {
     /// Reads asked for by message; `None`: not answered yet.
     asked: BTreeMap<(u64, usize), Option<Vec<u8>>>,
     queued: VecDeque<(u64, Vec<u8>)>,
+    /// Writes by message to these addresses (buffers) are refused by the VM's process.
+    refusing: Range<u64>,
+    refused: Vec<u64>,
     /// Accesses so far, of any kind.
     accesses: u64,
 }
@@ -162,6 +166,8 @@ impl FlatMemory {
             quiet: false,
             asked: BTreeMap::new(),
             queued: VecDeque::new(),
+            refusing: 0..0,
+            refused: Vec::new(),
             accesses: 0,
         }
     }
@@ -175,6 +181,11 @@ impl FlatMemory {
         self.by_messages = by_messages;
     }
 
+    /// The VM's process refuses writes to these addresses, where a guest has buffers.
+    pub fn set_refusing(&mut self, refusing: Range<u64>) {
+        self.refusing = refusing;
+    }
+
     /// No DMA (bus mastering is off), or again.
     pub fn set_quiet(&mut self, quiet: bool) {
         self.quiet = quiet;
@@ -184,7 +195,11 @@ impl FlatMemory {
     pub fn deliver(&mut self) -> bool {
         let mut done = !self.queued.is_empty();
         for (address, bytes) in self.queued.drain(..) {
-            self.guest.write(address, &bytes);
+            if self.refusing.contains(&address) {
+                self.refused.push(address);
+            } else {
+                self.guest.write(address, &bytes);
+            }
         }
         for ((address, length), answer) in &mut self.asked {
             if answer.is_none() {
@@ -256,6 +271,12 @@ impl GuestMemory for FlatMemory {
 
     fn write(&mut self, iova: u64, from: &[u8]) -> Result<(), MemoryError> {
         self.put(iova, from)
+    }
+
+    fn take_refused(&mut self, iova: u64, bytes: u64) -> bool {
+        let before = self.refused.len();
+        self.refused.retain(|at| !(iova..iova + bytes).contains(at));
+        self.refused.len() != before
     }
 
     fn load_u32(&mut self, iova: u64) -> Result<u32, MemoryError> {

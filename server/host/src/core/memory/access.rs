@@ -26,6 +26,17 @@ struct Span {
     place: Option<(Arc<Extent>, usize)>,
 }
 
+/// What is written.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum WriteKind {
+    /// Part of a ring.
+    Ring,
+    /// A word that publishes.
+    Word,
+    /// A submission's buffer.
+    Buffer,
+}
+
 /// Where the bytes at an address are.
 enum Place {
     Mapped(Arc<Extent>, usize),
@@ -56,7 +67,19 @@ impl GuestMemory for SessionMemory {
                 .write(offset, from)
                 .map_err(|fault| gone(fault, iova));
         }
-        self.write_slow(iova, from, false)
+        self.write_slow(iova, from, WriteKind::Ring)
+    }
+
+    #[inline]
+    fn write_buffer(&mut self, iova: u64, from: &[u8]) -> Result<(), MemoryError> {
+        if self.messages.is_idle() && self.hit(iova, from.len(), rights::WRITE).is_some() {
+            return self.write(iova, from);
+        }
+        self.write_slow(iova, from, WriteKind::Buffer)
+    }
+
+    fn take_refused(&mut self, iova: u64, bytes: u64) -> bool {
+        self.messages.take_refused(iova, bytes)
     }
 
     #[inline]
@@ -79,7 +102,7 @@ impl GuestMemory for SessionMemory {
                 .store_u32(offset, value)
                 .map_err(|fault| gone(fault, iova));
         }
-        self.write_slow(iova, &value.to_le_bytes(), true)
+        self.write_slow(iova, &value.to_le_bytes(), WriteKind::Word)
     }
 
     #[inline]
@@ -92,7 +115,7 @@ impl GuestMemory for SessionMemory {
                 .store_u64(offset, value)
                 .map_err(|fault| gone(fault, iova));
         }
-        self.write_slow(iova, &value.to_le_bytes(), true)
+        self.write_slow(iova, &value.to_le_bytes(), WriteKind::Word)
     }
 
     #[inline]
@@ -306,7 +329,7 @@ impl SessionMemory {
     }
 
     /// Writes the long way: by message what must be, and after such a write the rest behind it.
-    fn write_slow(&mut self, iova: u64, from: &[u8], barrier: bool) -> Result<(), MemoryError> {
+    fn write_slow(&mut self, iova: u64, from: &[u8], kind: WriteKind) -> Result<(), MemoryError> {
         self.quiet()?;
         // An object that has not come yet is no reason to wait: a message does the same.
         let spans = self.spans(&[(iova, from.len() as u64)], rights::WRITE, false)?;
@@ -331,8 +354,9 @@ impl SessionMemory {
                             iova: at,
                             data: chunk.to_vec(),
                             number: span.number,
-                            barrier,
+                            barrier: kind == WriteKind::Word,
                             local,
+                            buffer: kind == WriteKind::Buffer,
                         };
                         if !self.messages.write(write) {
                             return Err(MemoryError::Gone { iova: at });

@@ -19,6 +19,8 @@ pub const EXTENTS_OBJECT: u64 = 64;
 pub const PAGE_BYTES: u64 = 4096;
 /// Answers to reads by message that are kept for the one who asked: the largest transfer in pieces, for several rings.
 pub const READS_MAX: usize = 1024;
+/// Refused writes into buffers that are remembered for those who ask; above, a refusal fails the device: one for each piece of two of the largest transfers.
+pub const REFUSED_MAX: usize = 2 * TRANSFER_BYTES_MAX as usize / MESSAGE_DMA_BYTES_MAX as usize + 64;
 /// Bytes of writes by message that wait at most: two of the largest transfers, so that one fills while the other is sent.
 pub const QUEUED_BYTES_MAX: usize = 2 * TRANSFER_BYTES_MAX as usize;
 /// A read or write by message is given up after this: twice the time after which QEMU gives up on us.

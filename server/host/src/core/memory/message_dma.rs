@@ -7,7 +7,7 @@
 //! *barrier* write (a word that publishes) is given out only when all writes before it are answered, so that a guest never sees
 //! a completion whose payload failed. Writes to shared memory that come while writes by message wait are queued too ([`Write::local`]).
 
-use super::limits::{MESSAGE_WAIT_NS, QUEUED_BYTES_MAX, READ_IDLE_NS, READS_MAX};
+use super::limits::{MESSAGE_WAIT_NS, QUEUED_BYTES_MAX, READ_IDLE_NS, READS_MAX, REFUSED_MAX};
 use crate::messages::{CoreToFront, MESSAGE_DMA_OUTSTANDING_MAX};
 use std::collections::{BTreeMap, VecDeque};
 use vmgmt_device::Tick;
@@ -30,6 +30,8 @@ pub struct Write {
     pub barrier: bool,
     /// Done by ourselves, in shared memory, when its turn comes (a barrier, too).
     pub local: bool,
+    /// Into a submission's buffer: if it fails, that submission does, and nothing else.
+    pub buffer: bool,
 }
 
 #[derive(Debug)]
@@ -80,6 +82,8 @@ pub struct MessageQueue {
     queued_bytes: usize,
     /// First address whose write failed since it was last told.
     failed: Option<u64>,
+    /// Writes into buffers that failed and were not asked about: address and bytes.
+    refused: Vec<(u64, u64)>,
 }
 
 /// errno of an answer that says: dropped at a fence, ask again if it still holds. It may have been sent all the same; doing it twice
@@ -179,8 +183,21 @@ impl MessageQueue {
             return false;
         }
         self.queued_bytes += write.data.len();
+        if write.buffer && !self.refused.is_empty() {
+            // What failed there before was another submission's, that nobody asks about any more.
+            self.take_refused(write.iova, write.data.len() as u64);
+        }
         self.queue.push_back(Operation::Write(write));
         true
+    }
+
+    /// Whether a write into a buffer failed within this range; it is forgotten with that.
+    pub fn take_refused(&mut self, iova: u64, bytes: u64) -> bool {
+        let before = self.refused.len();
+        self.refused.retain(|(start, length)| {
+            *start >= iova.saturating_add(bytes) || start.saturating_add(*length) <= iova
+        });
+        self.refused.len() != before
     }
 
     /// Whether all writes are done; `Err`: one failed since this was last asked, at this address.
@@ -315,9 +332,11 @@ impl MessageQueue {
             match operation {
                 Operation::Read { number, .. } if !is_mapped(number) => self.finish(operation, None),
                 Operation::Write(write) if self.failed.is_some() || !is_mapped(write.number) => {
-                    // The writes before it still go, none after it.
+                    // The writes before it still go; none after it, unless it was a buffer.
                     self.queued_bytes = self.queued_bytes.saturating_sub(write.data.len());
-                    self.failed.get_or_insert(write.iova);
+                    if self.failed.is_some() || !self.refuse(&write) {
+                        self.failed.get_or_insert(write.iova);
+                    }
                 }
                 operation => self.queue.push_back(operation),
             }
@@ -356,15 +375,27 @@ impl MessageQueue {
             Operation::Write(write) => {
                 self.queued_bytes = self.queued_bytes.saturating_sub(write.data.len());
                 if done.is_none() {
-                    self.fail(write.iova);
+                    self.fail(&write);
                 }
             }
         }
     }
 
-    /// A write failed: none after it may be seen by the guest.
-    pub fn fail(&mut self, iova: u64) {
-        self.failed.get_or_insert(iova);
+    /// Notes that a write into a buffer failed; false: it is none, or there is no room for the note.
+    fn refuse(&mut self, write: &Write) -> bool {
+        let fits = write.buffer && self.refused.len() < REFUSED_MAX;
+        if fits {
+            self.refused.push((write.iova, write.data.len() as u64));
+        }
+        fits
+    }
+
+    /// A write failed: none after it may be seen by the guest, unless it was one into a buffer.
+    pub fn fail(&mut self, write: &Write) {
+        if self.refuse(write) {
+            return;
+        }
+        self.failed.get_or_insert(write.iova);
         self.queue.retain(|operation| match operation {
             Operation::Read { .. } => true,
             Operation::Write(write) => {

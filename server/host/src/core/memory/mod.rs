@@ -355,7 +355,7 @@ impl SessionMemory {
             };
             self.late_stores = true;
             if self.write_through(write.iova, &write.data).is_err() {
-                self.messages.fail(write.iova);
+                self.messages.fail(&write);
             }
         }
     }

@@ -165,6 +165,42 @@ fn a_failed_write_is_told_once_and_nothing_after_it_is_seen() {
 }
 
 #[test]
+fn a_refused_buffer_is_the_matter_of_who_asks_for_it() {
+    let (mut session, mut ram) = unshared();
+    session
+        .turn(|memory| {
+            memory.write_buffer(0x1000, b"refused")?;
+            memory.write_buffer(0x2000, b"taken")?;
+            memory.store_u64(0x20, 0xfeed)
+        })
+        .unwrap();
+    let buffers = session.requests();
+    answer(&mut session, &buffers[0], 14, &[]);
+    session.serve(&buffers[1], &mut ram);
+    let (settled, _) = session.until_done(&mut ram, SessionMemory::settled);
+    assert_eq!(settled, Ok(()));
+    assert_eq!(
+        (ram.read(0x2000, 5), ram.read(0x20, 2)),
+        (b"taken".to_vec(), vec![0xed, 0xfe])
+    );
+    assert!(!session.memory.take_refused(0x2000, 5));
+    assert!(session.memory.take_refused(0x1004, 1));
+    assert!(!session.memory.take_refused(0x1000, 7), "told once");
+    // What nobody asked about does not fail the next one there.
+    session
+        .turn(|memory| memory.write_buffer(0x1000, b"again"))
+        .unwrap();
+    let again = session.requests();
+    answer(&mut session, &again[0], 14, &[]);
+    session
+        .turn(|memory| memory.write_buffer(0x1000, b"third"))
+        .unwrap();
+    let (settled, _) = session.until_done(&mut ram, SessionMemory::settled);
+    assert_eq!((settled, session.memory.take_refused(0x1000, 5)), (Ok(()), false));
+    assert_eq!(ram.read(0x1000, 5), b"third");
+}
+
+#[test]
 fn a_failed_read_is_told_and_leaves_nothing_old_behind() {
     let (mut session, mut ram) = unshared();
     let mut read = vec![0; 100_000];
