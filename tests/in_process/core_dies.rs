@@ -4,6 +4,7 @@ use super::*;
 use vmgmt_driver::abi::registers;
 use vmgmt_driver::backing::Backing;
 use vmgmt_driver::operations::chat::Receiver;
+use vmgmt_testkit::deaths::while_cores_die;
 
 #[test]
 fn registers_answer_while_the_core_is_dead_and_work_goes_on_after() -> Result<()> {
@@ -131,29 +132,8 @@ fn a_ring_opened_while_there_is_no_core_opens_when_there_is() -> Result<()> {
     Ok(())
 }
 
-/// Kills the core at odd times until `work` is done; what it said, and how many cores died.
-fn while_cores_die<T: Send>(
-    site: &Site,
-    seed: u64,
-    work: impl FnOnce() -> Result<T> + Send,
-) -> Result<(T, u32)> {
-    std::thread::scope(|scope| {
-        let work = scope.spawn(work);
-        let (mut deaths, mut state) = (0, seed | 1);
-        while !work.is_finished() {
-            // Not a time that is waited for, but one at which nothing in particular happens.
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            std::thread::sleep(Duration::from_micros(state % 40_000));
-            let old = site.daemon.kill_role("core")?;
-            site.daemon.wait_for_new("core", old, PATIENCE)?;
-            deaths += 1;
-        }
-        let done = work.join().map_err(|_| anyhow::anyhow!("the guest panicked"))?;
-        Ok((done?, deaths))
-    })
-}
+/// Cores die at most so far apart.
+const APART: Duration = Duration::from_millis(40);
 
 #[test]
 fn a_guest_that_puts_and_names_files_sees_no_error_however_often_cores_die() -> Result<()> {
@@ -164,7 +144,7 @@ fn a_guest_that_puts_and_names_files_sees_no_error_however_often_cores_die() -> 
     let mut deaths = 0;
     for round in 0..6_u64 {
         let data = pattern((4 << 20) + 77, round);
-        let (_, died) = while_cores_die(&site, round * 77 + 5, || {
+        let (_, died) = while_cores_die(&site.daemon, round * 77 + 5, APART, PATIENCE, || {
             let at = |name: &str| format!("work/{name}-{round}");
             for number in 0..4 {
                 let name = at(&format!("f{number}"));
@@ -210,7 +190,7 @@ fn a_file_goes_from_vm_to_vm_while_cores_die() -> Result<()> {
     let (source, target) = (site.vm(0)?, site.vm(1)?);
     for round in 0..5_u64 {
         let data = pattern((12 << 20) + 5, round + 40);
-        let (got, _) = while_cores_die(&site, round * 131 + 7, || {
+        let (got, _) = while_cores_die(&site.daemon, round * 131 + 7, APART, PATIENCE, || {
             std::thread::scope(|scope| {
                 let receiver = scope.spawn(|| super::streams::receive(&target));
                 super::streams::send(&source, "vm1", "a file", &data).context("the sender")?;

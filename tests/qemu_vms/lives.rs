@@ -3,6 +3,8 @@
 use crate::site::{LONG, SHORT, checksum, host_checksum, site};
 use anyhow::{Context, Result, ensure};
 use std::thread;
+use std::time::Duration;
+use vmgmt_testkit::deaths::while_cores_die;
 use vmgmt_testkit::process::wait_until;
 use vmgmt_testkit::vm::Vm;
 
@@ -33,6 +35,36 @@ fn the_core_is_killed_and_the_guest_does_nothing_about_it() -> Result<()> {
             vm.ok_for("vmgmt get --force data/in.bin /tmp/in.bin", LONG)?;
             ensure!(checksum(&vm, "/tmp/in.bin")? == host_checksum(&site.shared("in.bin"))?);
         }
+        Ok(())
+    })
+}
+
+#[test]
+fn files_go_every_way_while_cores_die_and_no_command_fails() -> Result<()> {
+    let Some(site) = site(2)? else { return Ok(()) };
+    let (vm1, vm2) = both(&site)?;
+    site.check(&[&vm1, &vm2], || {
+        site.fill("in.bin", (6 << 20) + 77)?;
+        let expected = host_checksum(&site.shared("in.bin"))?;
+        let apart = Duration::from_millis(150);
+        let mut deaths = 0;
+        for round in 0..2_u64 {
+            let ((), died) = while_cores_die(&site.daemon, 31 * round + 3, apart, SHORT, || {
+                vm1.ok_for(&format!("vmgmt get data/in.bin /tmp/got{round}"), LONG)?;
+                vm1.ok_for(&format!("vmgmt put /tmp/got{round} data/put{round}"), LONG)?;
+                let accept = vm2.spawn("vmgmt accept --once --into /tmp")?;
+                vm1.ok_for(&format!("vmgmt cp /tmp/got{round} vm2:"), LONG)?;
+                accept.wait(LONG)?.ok().map(drop)
+            })?;
+            deaths += died;
+            ensure!(checksum(&vm1, &format!("/tmp/got{round}"))? == expected, "get");
+            ensure!(
+                host_checksum(&site.shared(&format!("put{round}")))? == expected,
+                "put"
+            );
+            ensure!(checksum(&vm2, &format!("/tmp/got{round}"))? == expected, "cp");
+        }
+        ensure!(deaths >= 6, "only {deaths} cores died");
         Ok(())
     })
 }

@@ -1,6 +1,7 @@
 //! What the tests share: machines and programs as guarded processes, a raw vfio-user client, and a guest simulated over it.
 
 pub mod client;
+pub mod deaths;
 pub mod guest;
 pub mod process;
 pub mod setup;
