@@ -400,6 +400,7 @@ fn the_systemd_unit_says_what_survival_needs() -> Result<()> {
         ("Service", "RestartSec", "0"),
         ("Unit", "StartLimitIntervalSec", "0"),
         ("Service", "OOMScoreAdjust", "-1000"),
+        ("Service", "OOMPolicy", "continue"),
     ] {
         ensure!(
             setting(section, key) == Some(value),
@@ -409,10 +410,11 @@ fn the_systemd_unit_says_what_survival_needs() -> Result<()> {
     }
     ensure!(setting("Unit", "Before").is_some_and(|units| units.contains("libvirtd.service")));
 
-    // systemd's own opinion, where it is there; the program is not installed on a machine that only tests.
+    // systemd's own opinion, where it is there; the programs are not installed on a machine that only tests.
     let folder = tempfile::tempdir()?;
     let copy = folder.path().join("vmgmtd.service");
-    fs::write(&copy, text.replace("/usr/local/bin/vmgmtd", "/bin/true"))?;
+    let text = text.replace("/usr/local/bin/vmgmtd", "/bin/true");
+    fs::write(&copy, text.replace("/usr/local/bin/vmgmtctl", "/bin/true"))?;
     match Command::new("systemd-analyze")
         .args(["verify", "--man=no"])
         .arg(&copy)
