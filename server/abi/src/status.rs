@@ -87,5 +87,6 @@ open_enum! {
         SHARE_FILES = 10, "files of the share";
         RECEIVES = 11, "receive submissions posted";
         SUBMISSIONS_IN_FLIGHT = 12, "submissions in flight";
+        STATE_BYTES = 13, "the host daemon's memory for messages and open files, of all VMs together";
     }
 }

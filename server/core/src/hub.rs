@@ -72,6 +72,7 @@ impl Hub {
             Input::Control { client, id, request } => self.control(client, id, request),
             Input::ControlClosed { client } => self.control_closed(client),
             Input::Adopted => self.adopted(),
+            Input::StateFull(full) => self.office.state_full = full,
             Input::WallClock { now_ns } => {
                 let floor_ns = if self.office.wall.known {
                     0
@@ -208,6 +209,7 @@ impl Hub {
     /// Whether a VM's budgets let a submission in; when, if not now.
     fn admit(&mut self, vm: u64, fetched: &Fetched) -> Result<Option<Tick>, Refusal> {
         let now = self.office.now;
+        let full = self.office.state_full;
         let Some(entry) = self.office.vm_mut(vm) else {
             return Err(Refusal::NoSession);
         };
@@ -217,6 +219,15 @@ impl Hub {
         } else {
             fetched.data_bytes
         };
+        // (A message is refused when its room in a mailbox is looked for.)
+        if full
+            && matches!(
+                fetched.opcode,
+                Opcode::OPEN | Opcode::PUT | Opcode::OFFER | Opcode::PUBLISH
+            )
+        {
+            return Err(Refusal::StateBytes);
+        }
         if entry.flights >= entry.limits.submissions_in_flight_max {
             return Err(Refusal::SubmissionsInFlight);
         }

@@ -161,6 +161,8 @@ pub struct Office {
     pub outputs: VecDeque<Output>,
     /// Numbers of handles, offers and streams; never used again, whichever core life.
     pub next_handle: u64,
+    /// The memory for what survives is nearly full. The shell tells it, in each life anew.
+    pub state_full: bool,
     /// Mailboxes that got something in this turn; empty between turns.
     pub woken: Vec<u64>,
 }

@@ -69,6 +69,7 @@ refusals! {
     OfferUnknown = 31, STALE, NONE, "an offer or request that is not open (answered, withdrawn, or from before a restart)";
     AnswerToHost = 32, BAD_ARGUMENT, NONE, "an answer to a request must be offered to `host`";
     StreamFailed = 34, CANCELLED, NONE, "a stream that has failed";
+    StateBytes = 35, OVER_BUDGET, STATE_BYTES, "the memory for what survives a crash is nearly full: what waits in mailboxes must be read, or lower limits.mailbox-bytes-max";
     Checksum = 29, INTEGRITY, NONE, "a checksum did not match: the file was thrown away";
 }
 

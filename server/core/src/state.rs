@@ -172,6 +172,7 @@ impl Hub {
             effects,
             outputs,
             next_handle,
+            state_full: _,
             woken: _,
         } = office;
         let Files {

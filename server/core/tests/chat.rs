@@ -423,6 +423,32 @@ fn the_host_talks_and_listens() {
     assert!(ours, "{:?}", house.replies);
 }
 
+#[test]
+fn with_its_memory_nearly_full_nothing_is_taken_that_makes_it_fuller() {
+    let mut house = House::new();
+    house.repack = false;
+    let send = |key| Ask::new(Opcode::SEND).handle(2).argument(key).data("message");
+    let sent = house.ok(A, send(1));
+    house.input(Input::StateFull(true));
+    for ask in [
+        send(2),
+        Ask::new(Opcode::PUT).meta("rw/f"),
+        Ask::new(Opcode::OPEN).meta("rw/f").argument(0b110),
+        Ask::new(Opcode::OFFER).meta("b\0f").offset(1),
+    ] {
+        let token = house.ask(A, ask);
+        let answer = house.answer(token).0;
+        assert_eq!(
+            (Status(answer.status), answer.detail),
+            (Status::OVER_BUDGET, Budget::STATE_BYTES.0)
+        );
+    }
+    assert_eq!(house.ok(A, send(1)), sent, "what was accepted is said again");
+    house.ok(B, Ask::new(Opcode::RECEIVE).room(4096));
+    house.input(Input::StateFull(false));
+    house.ok(A, send(2));
+}
+
 /// The core dies; a new one has the journal, and is told nothing of the rings yet.
 fn crash(house: &mut House) {
     house.open.clear();

@@ -509,6 +509,9 @@ fn has_room(office: &Office, target: u64, bytes: u64) -> Result<(), Refusal> {
     let Some(mailbox) = office.ledger.mailbox(target) else {
         return Err(Refusal::PeerAbsent);
     };
+    if office.state_full {
+        return Err(Refusal::StateBytes);
+    }
     if target == PEER_HOST {
         return if mailbox.has_room(bytes, HOST_MAILBOX_BYTES_MAX) {
             Ok(())

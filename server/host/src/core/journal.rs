@@ -10,6 +10,8 @@
 
 use vmgmt_device::page::{LAYOUT, Words};
 
+/// A journal longer than this and four times its snapshot is worth a new snapshot.
+const JOURNAL_BYTES_MIN: usize = 1 << 20;
 const COMMIT: usize = 1;
 const HALF_WORDS: usize = 2;
 const HALVES: usize = 8;
@@ -38,6 +40,33 @@ pub struct Recovered {
     /// `None`: nothing was ever written.
     pub snapshot: Option<Vec<u8>>,
     pub records: Vec<Vec<u8>>,
+}
+
+/// What the fill of the memory asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fill {
+    /// A new snapshot pays: there are many records, or they take room that is needed.
+    pub compact: bool,
+    /// Nearly full: nothing that makes the state larger should be taken. A quarter is left for what was taken already, and for what makes it smaller.
+    pub full: bool,
+}
+
+impl Fill {
+    /// Of a memory with `room_bytes`, of which a snapshot and records take some.
+    #[must_use]
+    pub const fn of(room_bytes: usize, snapshot_bytes: usize, journal_bytes: usize) -> Self {
+        let much = snapshot_bytes.saturating_add(journal_bytes) > room_bytes / 4 * 3;
+        let long = if snapshot_bytes * 4 > JOURNAL_BYTES_MIN {
+            journal_bytes > snapshot_bytes * 4
+        } else {
+            journal_bytes > JOURNAL_BYTES_MIN
+        };
+        let compact = long || (much && journal_bytes > room_bytes / 16);
+        Self {
+            compact,
+            full: much && !compact,
+        }
+    }
 }
 
 /// The writer.
@@ -163,6 +192,12 @@ impl<W: Words> Journal<W> {
         })
     }
 
+    /// Bytes that a snapshot and its records may have together.
+    #[must_use]
+    pub const fn room_bytes(&self) -> usize {
+        (self.half_words - CONTENTS) * 8
+    }
+
     fn half_in_force(&self) -> Option<usize> {
         match self.words.load(COMMIT) {
             0 => None,
@@ -271,6 +306,23 @@ mod tests {
             records: vec![vec![7; 32]],
         };
         assert_eq!(journal.recover().unwrap(), expected);
+    }
+
+    #[test]
+    fn a_memory_that_fills_is_compacted_first_and_full_then() {
+        const ROOM: usize = 128 << 20;
+        let of = |snapshot: usize, journal: usize| {
+            let Fill { compact, full } = Fill::of(ROOM, snapshot << 20, journal << 20);
+            (compact, full)
+        };
+        assert_eq!(of(0, 1), (false, false));
+        assert_eq!(of(0, 2), (true, false), "more than a little");
+        assert_eq!(of(30, 60), (false, false));
+        assert_eq!(of(10, 60), (true, false), "four times the snapshot");
+        assert_eq!(of(60, 40), (true, false), "room is needed");
+        assert_eq!(of(92, 3), (false, false));
+        assert_eq!(of(92, 5), (false, true));
+        assert_eq!(of(100, 0), (false, true));
     }
 
     #[test]

@@ -252,13 +252,36 @@ impl EventLoop {
     pub(super) fn write_record(&mut self, record: &vmgmt_core::journal::Record) -> anyhow::Result<()> {
         let mut bytes = Vec::with_capacity(128);
         ciborium::into_writer(record, &mut bytes).context("a record of the hub")?;
-        let long = self.journal.journal_bytes() > JOURNAL_BYTES_MIN.max(4 * self.snapshot_bytes);
+        let fill = self.fill();
         match self.journal.append(&bytes) {
-            Ok(()) if !long => Ok(()),
+            Ok(()) if !fill.compact => {
+                self.tell_fill(fill);
+                Ok(())
+            }
             // The hub's state has the change already: the snapshot stands for the record.
             Ok(()) | Err(JournalError::Full { .. }) => self.take_snapshot(),
             Err(error) => Err(error.into()),
         }
+    }
+
+    fn fill(&self) -> Fill {
+        let journal = &self.journal;
+        Fill::of(journal.room_bytes(), self.snapshot_bytes, journal.journal_bytes())
+    }
+
+    /// The hub refuses what would make its state larger than its memory, long before it is.
+    fn tell_fill(&mut self, fill: Fill) {
+        if fill.full == self.state_full {
+            return;
+        }
+        self.state_full = fill.full;
+        self.hub.handle(now(), interface::Input::StateFull(fill.full));
+        let text = if fill.full {
+            "the memory for what survives a crash is nearly full: messages, puts, opens and offers are refused until what waits in mailboxes is read, or lower limits.mailbox-bytes-max"
+        } else {
+            "there is room again in the memory for what survives a crash"
+        };
+        self.log(None, text.to_owned());
     }
 
     pub(super) fn take_snapshot(&mut self) -> anyhow::Result<()> {
@@ -266,6 +289,8 @@ impl EventLoop {
         self.snapshot_bytes = snapshot.len();
         self.journal
             .snapshot(&snapshot)
-            .context("the hub's state does not fit its memory: lower the mailbox limits")
+            .context("the hub's state does not fit its memory: lower the mailbox limits")?;
+        self.tell_fill(self.fill());
+        Ok(())
     }
 }

@@ -14,7 +14,7 @@ use crate::control::limits::TOKENS as CONTROL_TOKENS;
 use crate::control::protocol::UpgradeReport;
 use crate::core::Start;
 use crate::core::bulk::Bulk;
-use crate::core::journal::{Journal, JournalError};
+use crate::core::journal::{Fill, Journal, JournalError};
 use crate::core::lines::{Line, Lines};
 use crate::core::memory::MemoryLimits;
 use crate::core::operators::{Ask, Books, Operators, Transfer};
@@ -56,8 +56,6 @@ const POLL_BUDGET: u32 = 64;
 const LOOK_NS: u64 = 50_000;
 /// The hub is told the wall time when it is older than this.
 const WALL_CLOCK_NS: u64 = 1_000_000;
-/// A journal longer than this and four times its snapshot is worth a new snapshot.
-const JOURNAL_BYTES_MIN: usize = 1 << 20;
 /// Descriptors of the keeper's Start, without those of the shares.
 pub(super) const START_FDS: usize = 7;
 /// Packets taken from a channel in one turn, so that nobody's flood holds up the rings.
@@ -80,6 +78,8 @@ pub struct EventLoop {
     hub: Hub,
     journal: Journal<MappedWords>,
     snapshot_bytes: usize,
+    /// The hub was told that its state's memory is nearly full.
+    state_full: bool,
     store: Store,
     bulk: Bulk,
     operators: Operators,
@@ -227,6 +227,7 @@ impl EventLoop {
             hub,
             journal,
             snapshot_bytes: 0,
+            state_full: false,
             store,
             bulk: Bulk::default(),
             operators,
