@@ -16,6 +16,7 @@ use vmgmt_testkit::process::{TRACE_VARIABLE, wait_until};
 #[derive(Default)]
 struct Seen {
     roles: BTreeMap<u32, (String, u32)>,
+    filters: BTreeMap<u32, u32>,
     sealed: BTreeSet<u32>,
     calls: BTreeMap<String, BTreeMap<String, u64>>,
     /// Processes that were sealed, by role.
@@ -53,8 +54,7 @@ impl Seen {
             self.roles.insert(thread, (role.clone(), process));
         }
         let seals = name == "seccomp" && arguments.contains("SECCOMP_SET_MODE_FILTER");
-        // A core sets two filters, so what comes between is not service yet.
-        if self.sealed.contains(&process) && !seals && !rest.starts_with(['<', '+', '-']) {
+        if self.sealed.contains(&process) && !rest.starts_with(['<', '+', '-']) {
             *self
                 .calls
                 .entry(role)
@@ -62,8 +62,14 @@ impl Seen {
                 .entry(name.to_owned())
                 .or_default() += 1;
         } else if seals {
-            *self.counted.entry(role).or_default() += 1;
-            self.sealed.insert(process);
+            let filters = self.filters.entry(process).or_default();
+            *filters += 1;
+            // A core sets two filters; what comes between is not service yet.
+            let last = if role == Role::Core.name() { 2 } else { 1 };
+            if *filters == last {
+                *self.counted.entry(role).or_default() += 1;
+                self.sealed.insert(process);
+            }
         }
     }
 }
@@ -105,6 +111,9 @@ fn no_rule_of_the_filters_is_unused_and_none_is_missing() -> Result<()> {
             "no_rule_of_the_filters",
             "--skip",
             "an_interrupt_wakes_each_sleeper",
+            // Many deaths of many cores, slowly, and no call that the others do not make.
+            "--skip",
+            "cores_die",
         ])
         .env(TRACE_VARIABLE, folder.path())
         .output()?;
@@ -115,6 +124,7 @@ fn no_rule_of_the_filters_is_unused_and_none_is_missing() -> Result<()> {
     for trace in std::fs::read_dir(folder.path())? {
         // Numbers of processes are used again from one daemon to the next.
         seen.roles.clear();
+        seen.filters.clear();
         seen.sealed.clear();
         let text = std::fs::read(trace?.path())?;
         String::from_utf8_lossy(&text)
