@@ -56,6 +56,9 @@ fn publish_one<W: Words, M: GuestMemory>(
     memory: &mut M,
     due: &mut Due,
 ) -> Result<(), Stop> {
+    if due.step != Step::Settle {
+        settled_first(ring.shared, memory)?;
+    }
     let Some(slot) = ring.slots.get_mut(due.index as usize) else {
         return Ok(());
     };
@@ -90,6 +93,15 @@ fn publish_one<W: Words, M: GuestMemory>(
         let tag = ring.slot(due.index).map_or(0, |slot| slot.tag);
         write(ring, memory, at, &due.answer, tag)?;
         written(desk, ring, n, due.index, at);
+    }
+    Ok(())
+}
+
+/// What goes by message goes first, and what is written to shared memory meanwhile waits behind it, unseen. A ring in shared memory counts
+/// a completion as published when it has written it (its record is freed, its interrupt goes out): so it writes none before.
+pub(super) fn settled_first<M: GuestMemory>(shared: bool, memory: &mut M) -> Result<(), Stop> {
+    if shared {
+        memory.settled()?;
     }
     Ok(())
 }

@@ -234,6 +234,7 @@ fn answer_at_once<W: Words, M: GuestMemory>(
     answer: Answer,
 ) -> Result<(), Stop> {
     if ring.shared && ring.due.is_empty() {
+        complete::settled_first(ring.shared, memory)?;
         complete::write(ring, memory, ring.completion_tail, &answer, submission.tag)?;
         ring.completion_tail = ring.completion_tail.wrapping_add(1);
         ring.published = ring.completion_tail;

@@ -178,6 +178,7 @@ fn finish<W: Words, M: GuestMemory>(
         complete::published(desk, ring, n, index);
         return Ok(());
     }
+    complete::settled_first(ring.shared, memory)?;
     let mut there = [0; 8];
     memory.read(complete::last_word_address(ring, at), &mut there)?;
     if !carries(u64::from_le_bytes(there), completion) {
