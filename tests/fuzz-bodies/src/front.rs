@@ -3,6 +3,9 @@
 //! the front has stopped in order and holds no descriptor any more. (A panic that the front catches is a finding too: both ways to run this
 //! make a panic anywhere end the process.)
 
+mod core;
+
+use self::core::Core;
 use crate::edits::edge;
 use crate::wire::{COMMANDS, body, message};
 use arbitrary::{Result, Unstructured};
@@ -16,10 +19,10 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use vmgmt_device::page::{CorePage, FrontPage, LifePage, TouchedPage, Words};
-use vmgmt_host::channel::{Channel, ChannelError};
+use vmgmt_device::page::{CorePage, FrontPage, Words};
+use vmgmt_host::channel::Channel;
 use vmgmt_host::config::{DeviceConfig, Identity, ListenerConfig};
-use vmgmt_host::messages::{CoreToFront, FrontToCore, FrontToKeeper, KeeperToFront};
+use vmgmt_host::messages::{CoreToFront, FrontToKeeper, KeeperToFront};
 use vmgmt_host::sandbox::{self, Role, SandboxConfig};
 use vmgmt_host::words::{MappedWords, create_page};
 
@@ -82,19 +85,6 @@ impl Site {
 /// Descriptors of this process.
 fn descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
-}
-
-/// A core life that the input plays.
-struct Core {
-    life: u64,
-    channel: Channel,
-    page: LifePage<MappedWords>,
-    words: MappedWords,
-    wake_front: OwnedFd,
-    _wake_core: OwnedFd,
-    /// Core pages by session.
-    pages: BTreeMap<u64, MappedWords>,
-    fronts: BTreeMap<u64, (usize, FrontPage<MappedWords>)>,
 }
 
 struct Play<'a> {
@@ -533,61 +523,6 @@ impl<'a> Play<'a> {
             listener.set_nonblocking(true).unwrap();
             while listener.accept().is_ok() {}
         }
-    }
-}
-
-impl Core {
-    fn begin(life: u64, keeper: &Channel) -> Self {
-        use rustix::event::{EventfdFlags, eventfd};
-        let eventfd = || eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
-        let (channel, theirs) = Channel::pair().unwrap();
-        let (touched, _) = create_page("touched", TouchedPage::<MappedWords>::WORDS).unwrap();
-        let (life_rw, life_ro) = create_page("life", LifePage::<MappedWords>::WORDS).unwrap();
-        let words = MappedWords::writable(&life_rw).unwrap();
-        let page = LifePage::new(words.clone());
-        page.init();
-        page.move_beat();
-        let (wake_core, wake_front) = (eventfd(), eventfd());
-        let theirs = theirs.into_fd();
-        let fds = [
-            theirs.as_fd(),
-            touched.as_fd(),
-            life_ro.as_fd(),
-            wake_core.as_fd(),
-            wake_front.as_fd(),
-        ];
-        keeper.send(&KeeperToFront::Core { life }, b"", &fds).unwrap();
-        Self {
-            life,
-            channel,
-            page,
-            words,
-            wake_front,
-            _wake_core: wake_core,
-            pages: BTreeMap::new(),
-            fronts: BTreeMap::new(),
-        }
-    }
-
-    fn hear(&mut self) {
-        loop {
-            match self.channel.receive::<FrontToCore>() {
-                Ok(Some(packet)) => {
-                    if let FrontToCore::Session { session, slot, .. } = packet.header {
-                        let front = FrontPage::new(MappedWords::read_only(&packet.fds[0]).unwrap());
-                        self.fronts.insert(session, (slot as usize, front));
-                        self.pages
-                            .insert(session, MappedWords::writable(&packet.fds[1]).unwrap());
-                    }
-                }
-                Ok(None) | Err(ChannelError::Closed) => return,
-                Err(error) => panic!("the front sent nonsense: {error}"),
-            }
-        }
-    }
-
-    fn kick(&self) {
-        let _ = rustix::io::write(&self.wake_front, &1u64.to_ne_bytes());
     }
 }
 

@@ -194,7 +194,7 @@ fn session(u: &mut Unstructured<'_>) -> Result<()> {
                 front.set_control(u.int_in_range(0..=31)?);
                 front.move_fence();
                 if u.arbitrary()? {
-                    front.set_generation(front.generation() + 1);
+                    front.set_generation(front.generation().wrapping_add(1));
                 }
             }
             9 => {

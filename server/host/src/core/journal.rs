@@ -149,7 +149,7 @@ impl<W: Words> Journal<W> {
         let Some(half) = self.half_in_force() else {
             return Err(full);
         };
-        let tail = self.words.load(half + TAIL) as usize;
+        let tail = (self.words.load(half + TAIL) as usize).min(self.half_words);
         let next = tail + 1 + record.len().div_ceil(8);
         if next > self.half_words || record.len() > u32::MAX as usize {
             return Err(full);
@@ -171,7 +171,11 @@ impl<W: Words> Journal<W> {
                 bytes: snapshot.len(),
             });
         }
-        let number = self.words.load(COMMIT) + 1;
+        // Never 0, and never the half that is in force, whatever the word was.
+        let number = match self.words.load(COMMIT).wrapping_add(1) {
+            0 => 2,
+            number => number,
+        };
         let half = self.half(number);
         self.words.store(half + SNAPSHOT_BYTES, snapshot.len() as u64);
         self.words
@@ -188,7 +192,9 @@ impl<W: Words> Journal<W> {
     pub fn journal_bytes(&self) -> usize {
         self.half_in_force().map_or(0, |half| {
             let begin = CONTENTS + (self.words.load(half + SNAPSHOT_BYTES) as usize).div_ceil(8);
-            (self.words.load(half + TAIL) as usize).saturating_sub(begin) * 8
+            let words = (self.words.load(half + TAIL) as usize).saturating_sub(begin);
+            // More than there is: somebody else wrote into it, and `recover` says so.
+            words.min(self.half_words) * 8
         })
     }
 
@@ -336,7 +342,8 @@ mod tests {
             for value in [u64::MAX, 1 << 40, before ^ 1] {
                 words.store(index, value);
                 // Anything but a panic; what is outside the half in force does not matter.
-                let _ = Journal::open(words.clone()).map(|journal| journal.recover());
+                let _ =
+                    Journal::open(words.clone()).map(|journal| (journal.recover(), journal.journal_bytes()));
             }
             words.store(index, before);
         }
