@@ -94,6 +94,9 @@ fn read(words: PlainWords) -> Hub {
     Hub::replay(2, Some(saved), records).unwrap()
 }
 
+/// The fields of a saved structure.
+type Fields = Vec<(ciborium::Value, ciborium::Value)>;
+
 #[test]
 fn what_version_1_wrote_is_read() {
     if std::env::var_os("UPDATE_GOLDEN").is_some() {
@@ -123,7 +126,7 @@ fn what_is_written_today_is_what_version_1_wrote_in_effect() {
 
 #[test]
 fn a_later_version_and_an_unknown_feature_are_refused_by_name() {
-    let change = |change: &dyn Fn(&mut Vec<(ciborium::Value, ciborium::Value)>)| {
+    let change = |change: &dyn Fn(&mut Fields)| {
         let bytes = Hub::new(1).save().to_bytes();
         let mut value: ciborium::Value = ciborium::from_reader(bytes.as_slice()).unwrap();
         change(value.as_map_mut().unwrap());

@@ -9,8 +9,8 @@ use crate::config::ShareConfig;
 use crate::store::StoreError;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{Access, AtFlags, Mode, OFlags, accessat, fstat, open};
-use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::process::{Command, Stdio};
@@ -60,11 +60,9 @@ impl Shares {
     fn mapped(&mut self, directory: &OwnedFd, account: Account) -> anyhow::Result<OwnedFd> {
         let stat = fstat(directory)?;
         let owner = (stat.st_uid, stat.st_gid);
-        if !self.namespaces.contains_key(&owner) {
-            self.namespaces.insert(owner, namespace(owner, account)?);
-        }
-        let Some(namespace) = self.namespaces.get(&owner) else {
-            return Err(Errno::NOENT.into());
+        let namespace = match self.namespaces.entry(owner) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(namespace(owner, account)?),
         };
         let flags = OpenTreeFlags::OPEN_TREE_CLONE
             | OpenTreeFlags::OPEN_TREE_CLOEXEC
