@@ -169,3 +169,44 @@ fn the_guests_driver_is_unloaded_and_loaded_again() -> Result<()> {
         Ok(())
     })
 }
+
+#[test]
+fn a_vm_that_was_away_finds_its_mail() -> Result<()> {
+    let Some(site) = site(2)? else { return Ok(()) };
+    let (vm1, vm2) = both(&site)?;
+    site.check(&[&vm1, &vm2], || {
+        let peer = |wanted: &str| -> Result<bool> {
+            let said = vm2.ok("vmgmt --json peers")?;
+            Ok(said
+                .lines()
+                .any(|line| line.contains("\"name\":\"vm1\"") && line.contains(wanted)))
+        };
+        ensure!(peer("\"connected\":true")?, "vm1 is there and is not seen");
+        vm1.quit(SHORT)?;
+        wait_until("vm2 sees that vm1 is away", SHORT, || {
+            Ok(peer("\"connected\":false")?.then_some(()))
+        })?;
+        vm2.ok("vmgmt send vm1 'from the other, first'")?;
+        site.operator(&["send", "vm1", "from the host, second"])?;
+        vm2.ok("vmgmt send vm1 'from the other, third'")?;
+        let again = site.vm("vm1")?;
+        let received = again.ok_for("vmgmt --json recv --count 3 --timeout 30", LONG)?;
+        let places: Vec<Option<usize>> = ["first", "second", "third"]
+            .iter()
+            .map(|word| received.find(word))
+            .collect();
+        ensure!(
+            places.iter().all(Option::is_some) && places.is_sorted(),
+            "mail is missing or out of order: {received}"
+        );
+        ensure!(
+            received.matches("\"from_mailbox\":true").count() == 3,
+            "it does not say that it waited: {received}"
+        );
+        ensure!(peer("\"connected\":true")?, "vm1 is back and is not seen");
+        // Once.
+        let more = again.run("vmgmt recv --count 1 --timeout 1")?;
+        ensure!(more.status == 5, "mail came twice: {}", more.text());
+        Ok(())
+    })
+}
