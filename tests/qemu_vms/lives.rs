@@ -70,6 +70,37 @@ fn files_go_every_way_while_cores_die_and_no_command_fails() -> Result<()> {
 }
 
 #[test]
+fn every_part_is_upgraded_during_a_transfer_and_the_guest_sees_nothing() -> Result<()> {
+    let Some(site) = site(1)? else { return Ok(()) };
+    let vm = site.vm("vm1")?;
+    site.check(&[&vm], || {
+        site.fill("big.bin", 16 << 20)?;
+        let mut transfers = vm.spawn(TRANSFERS)?;
+        transfers.wait_for("moved", LONG)?;
+        let next = site.daemon.path("vmgmtd-next");
+        std::fs::copy(env!("CARGO_BIN_EXE_vmgmtd"), &next)?;
+        let next = next.to_str().context("the path of the program")?.to_owned();
+        for part in ["core", "front", "keeper", "front", "core"] {
+            let old = (site.daemon.pid(), site.daemon.role(part).ok());
+            let told = site.operator(&["upgrade", "--part", part, "--to", &next])?;
+            ensure!(told.contains("done"), "{part}: {told}");
+            // The keeper stays the process that it was; the others are new ones.
+            ensure!(site.daemon.pid() == old.0);
+            ensure!(
+                part == "keeper" || site.daemon.role(part).ok() != old.1,
+                "{part} is the same"
+            );
+            transfers.wait_for("moved", LONG)?;
+        }
+        vm.ok("touch /tmp/enough")?;
+        transfers.wait(LONG)?.ok().context("a transfer failed")?;
+        vm.ok_for("vmgmt selftest && vmgmt get data/big.bin /tmp/big.bin", LONG)?;
+        ensure!(checksum(&vm, "/tmp/big.bin")? == host_checksum(&site.shared("big.bin"))?);
+        Ok(())
+    })
+}
+
+#[test]
 fn a_receive_that_waits_outlives_the_core() -> Result<()> {
     let Some(site) = site(1)? else { return Ok(()) };
     let vm = site.vm("vm1")?;
