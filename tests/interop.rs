@@ -1,4 +1,4 @@
-//! A client that we did not write: `vfio_user` 0.1.7 from crates.io against the real server process.
+//! A client that we did not write: `vfio_user` 0.1.7 against the real server process.
 //!
 //! It answers one question: does somebody else's reading of the specification agree with ours? Its quirks, looked up in its source:
 //! `resettable()` is inverted; it takes no notice of error replies, so every call is checked by its effect.
