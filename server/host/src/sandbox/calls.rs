@@ -1,4 +1,4 @@
-//! The two system calls of the sandbox for which no library has a safe form.
+//! The system calls of the sandbox for which no library has a safe form, or one that waits for a disk.
 #![allow(unsafe_code)]
 
 use rustix::fd::{AsFd, AsRawFd};
@@ -37,6 +37,53 @@ pub(super) fn map_mount(mount: impl AsFd, namespace: impl AsFd) -> Result<(), Er
 pub(super) fn new_user_namespace() -> Result<(), Errno> {
     // SAFETY: the process has one thread and holds nothing yet but its standard streams; no descriptor table or memory is unshared.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWUSER) }
+}
+
+/// The kernel's ABI of landlock.
+pub(super) fn landlock_abi() -> Result<i32, Errno> {
+    /// LANDLOCK_CREATE_RULESET_VERSION (linux/landlock.h): nothing is made, the version is told.
+    const VERSION: u32 = 1;
+    // SAFETY: with this flag the kernel takes no address and no size.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            std::ptr::null::<u8>(),
+            0,
+            VERSION,
+        )
+    };
+    i32::try_from(result)
+        .ok()
+        .filter(|abi| *abi > 0)
+        .ok_or_else(last_error)
+}
+
+/// Lets a ruleset of landlock give these rights beneath a directory. (The library's own rule asks the file system first what the
+/// descriptor is; on a disk that hangs that takes for ever.)
+pub(super) fn allow_beneath(ruleset: impl AsFd, directory: impl AsFd, rights: u64) -> Result<(), Errno> {
+    /// LANDLOCK_RULE_PATH_BENEATH.
+    const PATH_BENEATH: i32 = 1;
+    /// struct landlock_path_beneath_attr.
+    #[repr(C, packed)]
+    struct PathBeneath {
+        allowed_access: u64,
+        parent_fd: i32,
+    }
+    let rule = PathBeneath {
+        allowed_access: rights,
+        parent_fd: directory.as_fd().as_raw_fd(),
+    };
+    // SAFETY: the rule is a whole structure and lives until the call returns; the kernel only reads it.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_add_rule,
+            ruleset.as_fd().as_raw_fd(),
+            PATH_BENEATH,
+            &raw const rule,
+            0,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(last_error()) }
 }
 
 fn last_error() -> Errno {

@@ -7,21 +7,23 @@
 use super::{Account, SandboxConfig, ShareRoot, calls, own_account};
 use crate::config::ShareConfig;
 use crate::store::StoreError;
-use rustix::fd::{AsFd, OwnedFd};
-use rustix::fs::{Access, AtFlags, Mode, OFlags, accessat, fstat, open};
+use rustix::fd::OwnedFd;
+use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags, fstat, open, statx};
+use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use rustix::mount::{OpenTreeFlags, open_tree};
+use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-/// Opens shares, for each core life anew.
+/// Opens shares: each once, so that the keeper never waits for a disk that hangs when a core is to be replaced.
 #[derive(Debug, Default)]
 pub struct Shares {
+    /// What each core life gets, by the directory's path.
+    opened: BTreeMap<PathBuf, OwnedFd>,
     /// User namespaces that exchange an owner with the core's user.
     namespaces: BTreeMap<(u32, u32), OwnedFd>,
-    /// Shares whose lack of a mapping was told.
-    told: BTreeSet<String>,
 }
 
 impl Shares {
@@ -39,30 +41,32 @@ impl Shares {
     }
 
     fn open_one(&mut self, share: &ShareConfig, account: Option<Account>) -> Result<OwnedFd, StoreError> {
-        let directory = open_directory(share)?;
-        let Some(account) = account else {
-            return Ok(directory);
-        };
-        match self.mapped(&directory, account) {
-            Ok(mapped) => Ok(mapped),
-            Err(error) => {
-                if self.told.insert(share.name.clone()) {
-                    tracing::info!(
-                        "share {:?}: the core works there as user {account}, not as the owner: {error:#}",
-                        share.name
-                    );
-                }
-                Ok(directory)
-            }
+        if let Some(opened) = self.opened.get(&share.path) {
+            return fcntl_dupfd_cloexec(opened, 3).map_err(|errno| refused(share, errno));
         }
+        let directory = open_directory(share)?;
+        let opened = match account.map(|account| (account, self.mapped(&directory, account))) {
+            None => directory,
+            Some((_, Ok(mapped))) => mapped,
+            Some((account, Err(error))) => {
+                tracing::info!(
+                    "share {:?}: the core works there as user {account}, not as the owner: {error:#}",
+                    share.name
+                );
+                directory
+            }
+        };
+        let copy = fcntl_dupfd_cloexec(&opened, 3).map_err(|errno| refused(share, errno))?;
+        self.opened.insert(share.path.clone(), opened);
+        Ok(copy)
     }
 
     fn mapped(&mut self, directory: &OwnedFd, account: Account) -> anyhow::Result<OwnedFd> {
         let stat = fstat(directory)?;
         let owner = (stat.st_uid, stat.st_gid);
         let namespace = match self.namespaces.entry(owner) {
-            Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => entry.insert(namespace(owner, account)?),
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => new.insert(namespace(owner, account)?),
         };
         let flags = OpenTreeFlags::OPEN_TREE_CLONE
             | OpenTreeFlags::OPEN_TREE_CLOEXEC
@@ -82,11 +86,15 @@ impl Shares {
 /// It cannot be opened.
 pub fn open_directory(share: &ShareConfig) -> Result<OwnedFd, StoreError> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    open(&share.path, flags, Mode::empty()).map_err(|errno| StoreError::Share {
+    open(&share.path, flags, Mode::empty()).map_err(|errno| refused(share, errno))
+}
+
+fn refused(share: &ShareConfig, errno: Errno) -> StoreError {
+    StoreError::Share {
         name: share.name.clone(),
         path: share.path.display().to_string(),
         errno,
-    })
+    }
 }
 
 /// A user namespace in which owner and account are exchanged and everybody else is himself.
@@ -150,27 +158,75 @@ pub fn hold_namespace() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What this process, which is the core's user now, cannot do in a share, and what helps.
+/// What this process, which is the core's user now, cannot do in a share by its permission bits, and what helps. It looks at what the
+/// kernel knows already: a core on trial or after a death must not wait for a disk.
 pub(super) fn lacking_access(share: &ShareRoot<'_>) -> Option<String> {
-    let may = |access| accessat(share.fd.as_fd(), ".", access, AtFlags::EACCESS);
-    let lacking = if may(Access::READ_OK | Access::EXEC_OK).is_err() {
-        "read or write"
-    } else if may(Access::WRITE_OK | Access::EXEC_OK).is_err() {
-        "write"
-    } else {
-        return None;
-    };
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let stat = statx(share.fd, "", flags, StatxFlags::BASIC_STATS).ok()?;
     let account = own_account();
+    let rights = rights_of(account, stat.stx_uid, stat.stx_gid, stat.stx_mode.into());
+    let lacking = match (rights & 0o5 == 0o5, rights & 0o2 == 0o2) {
+        (true, true) => return None,
+        (true, false) => "write",
+        _ => "read or write",
+    };
     Some(format!(
-        "share {:?}: user {account} may not {lacking} there; give it the directory (chown, setfacl), name its owner in \
-         [sandbox] core-user, or keep the share on a file system that can map users (ext4, xfs, btrfs, tmpfs)",
+        "share {:?}: by the permission bits of its directory user {account} may not {lacking} there; give it the directory (chown, setfacl), \
+         name its owner in [sandbox] core-user, or keep the share on a file system that can map users (ext4, xfs, btrfs, tmpfs)",
         share.name
     ))
+}
+
+/// Which of read (4), write (2) and search (1) the bits of a mode give.
+const fn rights_of(account: Account, owner: u32, group: u32, mode: u32) -> u32 {
+    let shift = if account.uid == 0 {
+        return 0o7;
+    } else if account.uid == owner {
+        6
+    } else if account.gid == group {
+        3
+    } else {
+        0
+    };
+    mode >> shift & 0o7
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rights_are_those_of_owner_group_or_others_and_of_nobody_else() {
+        let account = Account { uid: 7, gid: 8 };
+        assert_eq!(rights_of(account, 7, 8, 0o40077), 0);
+        assert_eq!(rights_of(account, 1, 8, 0o40757), 5);
+        assert_eq!(rights_of(account, 1, 1, 0o40002), 2);
+    }
+
+    #[test]
+    fn each_share_is_opened_once_whatever_becomes_of_its_path() {
+        let directory = tempfile::tempdir().unwrap();
+        let share = ShareConfig {
+            name: "data".into(),
+            path: directory.path().join("share"),
+            bytes_max: None,
+            files_max: None,
+        };
+        std::fs::create_dir(&share.path).unwrap();
+        let off = SandboxConfig {
+            enabled: false,
+            front: None,
+            core: None,
+        };
+        let mut shares = Shares::default();
+        let first = shares.open(std::slice::from_ref(&share), &off).unwrap();
+        std::fs::rename(&share.path, directory.path().join("elsewhere")).unwrap();
+        let second = shares.open(&[share], &off).unwrap();
+        assert_eq!(
+            fstat(&first[0]).unwrap().st_ino,
+            fstat(&second[0]).unwrap().st_ino
+        );
+    }
 
     #[test]
     fn a_map_exchanges_two_numbers_and_covers_all() {
