@@ -72,8 +72,10 @@ impl CoreLink {
             // A full counter is as good as a signal.
             let _ = rustix::io::write(&self.wake_core, &1u64.to_ne_bytes());
         }
-        if self.watch.is_none() {
-            self.watch = Some((self.page.beat(), now));
+        let beat = self.page.beat();
+        // What was watched before is done when the beat has moved since; this is not.
+        if self.watch.is_none_or(|(seen, _)| seen != beat) {
+            self.watch = Some((beat, now));
         }
     }
 
@@ -127,5 +129,37 @@ impl CoreLink {
     pub fn give_up(&mut self) -> bool {
         self.outbox.set_broken();
         !std::mem::replace(&mut self.told_stuck, true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::words::create_page;
+    use rustix::event::{EventfdFlags, eventfd};
+
+    #[test]
+    fn a_touch_after_a_sign_of_life_is_watched_like_the_first() {
+        let (channel, _core) = Channel::pair().unwrap();
+        let (touched, _) = create_page("touched", TouchedPage::<MappedWords>::WORDS).unwrap();
+        let (life, life_read) = create_page("life", LifePage::<MappedWords>::WORDS).unwrap();
+        let core = LifePage::new(MappedWords::writable(&life).unwrap());
+        core.init();
+        let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
+        let fds = vec![channel.into_fd(), touched, life_read, event(), event()];
+        let mut link = CoreLink::new(1, fds).unwrap();
+        core.move_beat();
+        link.touch(Tick(1), 0);
+        // It does that, and has stood still since.
+        core.move_beat();
+        let touched = Tick(1).after_ns(BEAT_NS_MAX / 2);
+        link.touch(touched, 0);
+        assert!(!link.is_stuck(touched, false));
+        assert!(
+            !link.is_stuck(Tick(1).after_ns(BEAT_NS_MAX), false),
+            "not from the first on"
+        );
+        assert_eq!(link.deadline(), touched.after_ns(BEAT_NS_MAX));
+        assert!(link.is_stuck(touched.after_ns(BEAT_NS_MAX), false));
     }
 }
