@@ -79,6 +79,18 @@ fn every_target_has_a_test_here() {
     assert_eq!(names, tested);
 }
 
+#[test]
+fn the_corpus_is_small() {
+    let files = vmgmt_fuzz_bodies::TARGETS
+        .iter()
+        .flat_map(|target| corpus(target.name));
+    let bytes: u64 = files.map(|file| file.metadata().unwrap().len()).sum();
+    assert!(
+        bytes < 1 << 20,
+        "{bytes} bytes: keep fewer inputs, those of `.cache/fuzz-corpus` are used all the same"
+    );
+}
+
 macro_rules! targets {
     ($($name:ident: $random:expr),* $(,)?) => {$(
         #[test]
