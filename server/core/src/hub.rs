@@ -111,6 +111,12 @@ impl Hub {
         self.office.outputs.pop_front()
     }
 
+    /// Whether [`Hub::poll_output`] would give something: a shell that sleeps then forgets it.
+    #[must_use]
+    pub fn has_output(&self) -> bool {
+        !self.office.outputs.is_empty()
+    }
+
     /// Effects that the shell has and has not answered.
     pub fn effects_running(&self) -> impl Iterator<Item = crate::effect::EffectId> {
         self.office.effects.running()

@@ -152,6 +152,16 @@ impl From<SavedVersion1> for Saved {
 }
 
 impl Hub {
+    /// A snapshot that is to stand for all records so far. Those that were not polled yet are among them and are dropped: a record that is
+    /// written behind a snapshot that has its change already would be applied to it a second time.
+    #[must_use]
+    pub fn snapshot(&mut self) -> Saved {
+        self.office
+            .outputs
+            .retain(|output| !matches!(output, Output::Journal(_)));
+        self.save()
+    }
+
     /// Packs everything.
     #[must_use]
     pub fn save(&self) -> Saved {

@@ -285,7 +285,7 @@ impl EventLoop {
     }
 
     pub(super) fn take_snapshot(&mut self) -> anyhow::Result<()> {
-        let snapshot = self.hub.save().to_bytes();
+        let snapshot = self.hub.snapshot().to_bytes();
         self.snapshot_bytes = snapshot.len();
         self.journal
             .snapshot(&snapshot)

@@ -326,6 +326,8 @@ impl EventLoop {
             self.carry(now)?;
         }
         self.close_sessions(now)?;
+        // The end of a turn tells the hub what was published; what follows from it is done in the next turn, not after the next sleep.
+        worked |= self.hub.has_output();
         self.run_fences(now);
         self.run_freezes(now);
         self.wake.tell();
