@@ -14,6 +14,7 @@ mod demo;
 mod endurance;
 mod fuzz;
 mod parts;
+mod sim;
 mod soak;
 mod stress;
 mod vm;
@@ -52,6 +53,8 @@ enum Task {
     Stress(stress::Options),
     /// Fuzz every way in with libFuzzer (needs the nightly compiler).
     Fuzz(fuzz::Options),
+    /// Simulate: the rooms under virtual time and faults, seed by seed; a failure prints the command that shows it again.
+    Sim(sim::Options),
     /// One VM on this terminal (leave it with Ctrl-A X).
     Vm(vm::Options),
 }
@@ -91,6 +94,7 @@ fn main() -> Result<()> {
         Task::Soak(options) => soak::soak(&options),
         Task::Stress(options) => stress::stress(&options),
         Task::Fuzz(options) => fuzz::fuzz(&options),
+        Task::Sim(options) => sim::sim(&options),
         Task::Vm(options) => vm::vm(&options),
     }
 }

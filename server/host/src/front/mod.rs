@@ -12,7 +12,7 @@ mod frozen;
 mod hand_over;
 mod limits;
 mod log_budget;
-mod message_dma;
+pub mod message_dma;
 mod outbox;
 mod saved;
 mod server;

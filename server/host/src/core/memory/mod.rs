@@ -23,7 +23,7 @@
 mod access;
 mod fences;
 pub mod limits;
-mod message_dma;
+pub mod message_dma;
 mod object;
 mod pieces;
 mod table;

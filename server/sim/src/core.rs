@@ -1,0 +1,814 @@
+//! GARDEN, the core's shell: moves values between rings, hub, journal, memory and disk, as `host/core/event_loop` does, in virtual time.
+//!
+//! In: wires, the hub's memory, configuration of VMs. Out: words, packets, signals, work; or a death at any of its steps. Must never know the
+//! guests.
+//!
+//! The order of what it does is the order of the real loop; where the two differ, the simulator proves nothing.
+
+use crate::bulk::{Bulk, Step};
+use crate::clockwork::{Clock, SimWords, Steps};
+use crate::disk::{Done, Work};
+use crate::faults::Fault;
+use crate::limits::JOURNAL_BYTES_MAX;
+use crate::reach::Reach;
+use crate::wires::{Eventfd, Spindle, ToCore, Wires};
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::rc::Rc;
+use vmgmt_abi::Status;
+use vmgmt_core::effect::{Effect, EffectId, FailedAt, FileSlot, Outcome};
+use vmgmt_core::interface::{self, ControlReply, ControlRequest};
+use vmgmt_core::policy::VmConfig;
+use vmgmt_core::{Hub, Saved};
+use vmgmt_device::Tick;
+use vmgmt_device::page::{CorePage, FrontPage, LifePage, TouchedPage};
+use vmgmt_device::rings::{Buffer, Input, Modes, Output, Rings, Segment, Settings, Token, Turn};
+use vmgmt_host::core::journal::{Journal, JournalError};
+use vmgmt_host::messages::CoreToFront;
+
+/// Submissions fetched per session and turn.
+const POLL_BUDGET: u32 = 64;
+
+/// A session.
+#[derive(Debug)]
+pub struct Session {
+    slot: usize,
+    front: FrontPage<SimWords>,
+    core: CorePage<SimWords>,
+    pub rings: Rings<SimWords>,
+    pub memory: Reach,
+    vectors: Vec<Option<Eventfd>>,
+    touched: u64,
+    look: bool,
+    active_until: Tick,
+    fence_handled: u64,
+    fenced_told: u64,
+    is_open: bool,
+    ended: bool,
+}
+
+/// All sessions.
+#[derive(Default)]
+pub struct Sessions {
+    pub map: BTreeMap<u64, Session>,
+    opened: Vec<u64>,
+}
+
+/// A file that is open in this core life.
+#[derive(Clone, Copy, Debug)]
+struct OpenFile {
+    generation: u32,
+    inode: u64,
+}
+
+/// What outlives this core.
+#[derive(Clone)]
+pub struct Outside {
+    pub clock: Clock,
+    pub steps: Rc<Steps>,
+    pub wires: Rc<Wires>,
+    pub spindle: Rc<RefCell<Spindle>>,
+    pub hub_words: SimWords,
+    /// What the operator gets.
+    pub replies: Rc<RefCell<VecDeque<(u64, ControlReply)>>>,
+    pub fault: Rc<Cell<Fault>>,
+    /// How long a core polls after its last work.
+    pub poll_ns: u64,
+}
+
+/// A core's process.
+pub struct Core {
+    outside: Outside,
+    to_front: VecDeque<(CoreToFront, Vec<u8>)>,
+    touched: TouchedPage<SimWords>,
+    life_page: LifePage<SimWords>,
+    touched_seen: u64,
+    kicked: bool,
+    pub sessions: Sessions,
+    pub hub: Hub,
+    journal: Journal<SimWords>,
+    files: BTreeMap<u32, OpenFile>,
+    next_file: u32,
+    bulk: Bulk,
+    wall_told: Tick,
+    active: BTreeSet<u64>,
+    watched: BTreeSet<u64>,
+    scan: bool,
+    /// It said that it sleeps.
+    pub asleep: bool,
+    /// When it wants to be woken.
+    pub due: Option<Tick>,
+    /// All sessions of before have been told.
+    pub adopted: bool,
+}
+
+impl Sessions {
+    /// Begins a session's turn.
+    pub fn open(&mut self, number: u64, now: Tick) -> Option<&mut Session> {
+        let session = self.map.get_mut(&number).filter(|session| !session.ended)?;
+        if !session.is_open {
+            session.is_open = true;
+            session.memory.begin_dma(now);
+            self.opened.push(number);
+            let fence = session.front.fence();
+            if std::mem::replace(&mut session.fence_handled, fence) != fence {
+                session.handle(now, Input::Touched);
+            }
+        }
+        Some(session)
+    }
+}
+
+impl Session {
+    fn handle(&mut self, now: Tick, input: Input) -> Turn {
+        self.rings
+            .handle(now, &self.front, &self.core, &mut self.memory, input)
+    }
+
+    fn tell_fenced(&mut self) -> bool {
+        let fenced = self.core.fenced();
+        std::mem::replace(&mut self.fenced_told, fenced) != fenced
+    }
+
+    fn signal(&self, vector: usize, steps: &Steps) {
+        if let Some(fd) = self.vectors.get(vector).and_then(Option::as_ref) {
+            steps.step();
+            fd.set(fd.get() + 1);
+        }
+    }
+
+    /// The guest addresses of a submission's data area from `offset` on; `None`: port window.
+    pub fn segments(&self, token: Token, offset: u64, bytes: u64) -> Result<Option<Vec<(u64, u64)>>, Status> {
+        match self.rings.buffer(token).ok_or(Status::STALE)? {
+            Buffer::Guest { segments, bytes: all } if offset + bytes <= all => {
+                Ok(Some(part_of(segments, offset, bytes)))
+            }
+            Buffer::Guest { .. } => Err(Status::BAD_ARGUMENT),
+            Buffer::Port { .. } => Ok(None),
+        }
+    }
+}
+
+impl Core {
+    /// A core life begins on what the one before left.
+    pub fn new(outside: Outside) -> Self {
+        let mortal = |words: &SimWords| words.mortal(&outside.steps);
+        let journal = match Journal::open(mortal(&outside.hub_words)) {
+            Ok(journal) => journal,
+            Err(error) => panic!("the hub's memory: {error}"),
+        };
+        let hub = recover(&journal, outside.wires.life);
+        let mut core = Self {
+            touched: TouchedPage::new(mortal(&outside.wires.touched)),
+            life_page: LifePage::new(mortal(&outside.wires.life_page)),
+            touched_seen: u64::MAX,
+            to_front: VecDeque::new(),
+            kicked: false,
+            sessions: Sessions::default(),
+            hub,
+            journal,
+            files: BTreeMap::new(),
+            next_file: 0,
+            bulk: Bulk::default(),
+            wall_told: Tick(0),
+            active: BTreeSet::new(),
+            watched: BTreeSet::new(),
+            scan: true,
+            asleep: false,
+            due: None,
+            adopted: false,
+            outside,
+        };
+        core.take_snapshot();
+        core
+    }
+
+    /// The keeper tells of a VM.
+    pub fn vm(&mut self, config: VmConfig) {
+        self.hub
+            .handle(self.outside.clock.now(), interface::Input::Vm(config));
+    }
+
+    /// The operator asks.
+    pub fn control(&mut self, id: u64, request: ControlRequest) {
+        let input = interface::Input::Control {
+            client: 1,
+            id,
+            request,
+        };
+        self.hub.handle(self.outside.clock.now(), input);
+    }
+
+    /// It has something to do now.
+    #[must_use]
+    pub fn is_runnable(&self) -> bool {
+        let due = self.due.is_some_and(|due| due <= self.outside.clock.now());
+        !self.asleep || due || self.outside.wires.wake_core.get()
+    }
+
+    /// One round of the loop: in, work, out, sleep.
+    pub fn round(&mut self) {
+        let now = self.outside.clock.now();
+        if self.asleep {
+            self.asleep = false;
+            self.life_page.set_core_asleep(false);
+        }
+        self.outside.wires.wake_core.set(false);
+        self.scan = true;
+        self.take_packets(now);
+        self.take_finished(now);
+        self.life_page.move_beat();
+        if self.turn(now) {
+            return;
+        }
+        self.due = self.sleep_time(now);
+        if self.due.is_some_and(|due| due <= now) {
+            return;
+        }
+        self.life_page.set_core_asleep(true);
+        if self.outside.fault.get() != Fault::SleepsWithoutLooking
+            && self.touched.total() != self.touched_seen
+        {
+            self.life_page.set_core_asleep(false);
+            return;
+        }
+        // The channel's descriptor would wake it as an eventfd does.
+        self.asleep = self.outside.wires.to_core.borrow().is_empty();
+    }
+
+    /// An ordered end.
+    pub fn end(mut self) {
+        let now = self.outside.clock.now();
+        self.close_sessions(now);
+        self.take_snapshot();
+    }
+
+    fn take_packets(&mut self, now: Tick) {
+        self.send_to_front();
+        loop {
+            self.outside.steps.access();
+            let packet = self.outside.wires.to_core.borrow_mut().pop_front();
+            match packet {
+                Some(packet) => self.packet(packet, now),
+                None => break,
+            }
+        }
+        for session in self.sessions.map.values_mut() {
+            session.memory.drained();
+        }
+    }
+
+    fn packet(&mut self, packet: ToCore, now: Tick) {
+        match packet {
+            ToCore::Session {
+                session,
+                slot,
+                vm,
+                front,
+                core,
+                state,
+            } => {
+                let mortal = |words: SimWords| words.mortal(&self.outside.steps);
+                let (front, core) = (FrontPage::new(mortal(front)), CorePage::new(mortal(core)));
+                let settings = Settings {
+                    session,
+                    modes: Modes::default(),
+                };
+                let rings = match Rings::attach(settings, mortal(state), &front, &core) {
+                    Ok(rings) => rings,
+                    Err(error) => panic!("session {session} cannot be taken over: {error}"),
+                };
+                let hasty = self.outside.fault.get() == Fault::FencesTooEarly;
+                let memory = Reach::new(
+                    session,
+                    front.clone(),
+                    core.clone(),
+                    Rc::clone(&self.outside.steps),
+                    hasty,
+                );
+                let attached = Session {
+                    slot,
+                    front,
+                    core,
+                    rings,
+                    memory,
+                    vectors: Vec::new(),
+                    touched: 0,
+                    look: true,
+                    active_until: Tick(0),
+                    fence_handled: 0,
+                    fenced_told: 0,
+                    is_open: false,
+                    ended: false,
+                };
+                self.sessions.map.insert(session, attached);
+                self.hub
+                    .handle(now, interface::Input::SessionOpened { session, vm });
+            }
+            ToCore::Object { session, object, ram } => {
+                if let Some(session) = self.sessions.map.get_mut(&session) {
+                    session.memory.object(object, ram);
+                    session.look = true;
+                }
+            }
+            ToCore::ObjectGone { session, object } => {
+                if let Some(session) = self.sessions.map.get_mut(&session) {
+                    session.memory.object_gone(object);
+                }
+            }
+            ToCore::Vectors { session, eventfds } => {
+                if let Some(session) = self.sessions.map.get_mut(&session) {
+                    session.vectors = eventfds;
+                    session.look = true;
+                    for vector in 0..session.vectors.len() {
+                        session.signal(vector, &self.outside.steps);
+                    }
+                }
+            }
+            ToCore::SessionGone { session } => self.end_session(session, now),
+            ToCore::Adopted => {
+                self.adopted = true;
+                self.hub.handle(now, interface::Input::Adopted);
+            }
+            ToCore::DmaAnswer {
+                session,
+                request,
+                error,
+                data,
+            } => {
+                if let Some(session) = self.sessions.map.get_mut(&session) {
+                    session.memory.handle_dma_answer(request, error, data);
+                    session.look = true;
+                }
+                self.bulk.handle_memory();
+            }
+        }
+    }
+
+    fn end_session(&mut self, number: u64, now: Tick) {
+        let Some(session) = self.sessions.map.get_mut(&number) else {
+            return;
+        };
+        session.ended = true;
+        self.watched.insert(number);
+        self.bulk.void_channel(number, None);
+        self.hub
+            .handle(now, interface::Input::SessionClosed { session: number });
+    }
+
+    fn take_finished(&mut self, now: Tick) {
+        loop {
+            let finished = self.outside.wires.finished.borrow_mut().pop_front();
+            let Some((effect, done)) = finished else { break };
+            let outcome = match done {
+                Done::Opened {
+                    inode,
+                    stat,
+                    identity,
+                } => {
+                    self.next_file += 1;
+                    let generation = self.next_file;
+                    let index = self.next_file % 64;
+                    let mut index = index;
+                    while self.files.contains_key(&index) {
+                        index += 1;
+                    }
+                    self.files.insert(index, OpenFile { generation, inode });
+                    Some(Outcome::Opened {
+                        slot: FileSlot { index, generation },
+                        stat,
+                        identity,
+                    })
+                }
+                done if self.bulk.has(effect) => self.bulk.handle_worker(effect, done),
+                Done::Outcome(outcome) => Some(outcome),
+                Done::Scratch(_) | Done::Stored { .. } | Done::Revoked => None,
+            };
+            if let Some(outcome) = outcome {
+                self.hub
+                    .handle(now, interface::Input::Outcome { effect, outcome });
+            }
+        }
+    }
+
+    fn turn(&mut self, now: Tick) -> bool {
+        if now.since_ns(self.wall_told) >= 1_000_000 || self.wall_told == Tick(0) {
+            self.wall_told = now;
+            // Some day in 2023, and virtual time since.
+            let now_ns = 1_700_000_000_000_000_000 + now.0;
+            self.hub.handle(now, interface::Input::WallClock { now_ns });
+        }
+        let mut worked = self.run_sessions(now);
+        if self.hub.poll_timeout().is_some_and(|due| due <= now) {
+            self.hub.handle_timeout(now);
+        }
+        worked |= self.carry(now);
+        if self.bulk.is_ready() {
+            worked = true;
+            for session in self.bulk.sessions() {
+                self.sessions.open(session, now);
+            }
+            self.step_bulk(now);
+            self.carry(now);
+        }
+        self.close_sessions(now);
+        worked |= self.hub.has_output() && self.outside.fault.get() != Fault::SleepsOnAnswers;
+        self.run_fences(now);
+        if std::mem::take(&mut self.kicked) && self.touched.front_asleep() {
+            self.outside.steps.step();
+            self.outside.wires.wake_front.set(true);
+        }
+        worked
+    }
+
+    fn run_sessions(&mut self, now: Tick) -> bool {
+        self.note_touched(now);
+        let mut worked = false;
+        for number in self.active.iter().copied().collect::<Vec<_>>() {
+            self.life_page.set_blame(number, 0);
+            worked |= self.run_session(number, now);
+            self.route(number, now);
+            self.life_page.set_blame(0, 0);
+        }
+        worked
+    }
+
+    fn note_touched(&mut self, now: Tick) {
+        let total = self.touched.total();
+        let touched = std::mem::replace(&mut self.touched_seen, total) != total;
+        if !touched && !self.scan {
+            return;
+        }
+        self.scan = false;
+        for (number, session) in &mut self.sessions.map {
+            let count = self.touched.touched(session.slot);
+            if count != session.touched {
+                session.touched = count;
+                session.look = true;
+            }
+            let due = |due: Option<Tick>| due.is_some_and(|due| due <= now);
+            if session.ended || due(session.memory.poll_timeout()) {
+                self.watched.insert(*number);
+            }
+            if !session.ended && (session.look || due(session.rings.poll_timeout())) {
+                self.active.insert(*number);
+            }
+        }
+    }
+
+    fn run_session(&mut self, number: u64, now: Tick) -> bool {
+        let Some(session) = self.sessions.open(number, now) else {
+            self.active.remove(&number);
+            return false;
+        };
+        let look = std::mem::take(&mut session.look);
+        if look {
+            session.handle(now, Input::Touched);
+        }
+        if session.rings.poll_timeout().is_some_and(|due| due <= now) {
+            session
+                .rings
+                .handle_timeout(now, &session.front, &session.core, &mut session.memory);
+        }
+        let turn = session.handle(now, Input::Poll { budget: POLL_BUDGET });
+        if turn.progressed() || look {
+            session.active_until = now.after_ns(self.outside.poll_ns);
+        }
+        if turn.more || now < session.active_until {
+            return true;
+        }
+        let unarmed = self.outside.fault.get() == Fault::SleepsUnarmed;
+        if !unarmed && session.rings.arm(&session.front, &mut session.memory) {
+            return true;
+        }
+        self.active.remove(&number);
+        false
+    }
+
+    fn route(&mut self, number: u64, now: Tick) {
+        loop {
+            let Some(session) = self.sessions.map.get_mut(&number) else {
+                return;
+            };
+            let Some(output) = session.rings.poll_output() else {
+                return;
+            };
+            let input = match output {
+                Output::Submission(fetched) => interface::Input::Submission(fetched),
+                Output::Cancel(token) => {
+                    session.memory.forget_reads();
+                    interface::Input::Cancel(token)
+                }
+                Output::Void(token) => {
+                    self.bulk.void(token);
+                    interface::Input::Void(token)
+                }
+                Output::ChannelClosed {
+                    session: number,
+                    channel,
+                } => {
+                    self.bulk.void_channel(number, Some(channel));
+                    session.memory.forget_reads();
+                    interface::Input::ChannelClosed {
+                        session: number,
+                        channel,
+                    }
+                }
+                Output::Reset { session: number } => {
+                    self.bulk.void_channel(number, None);
+                    session.memory.forget_reads();
+                    interface::Input::SessionReset { session: number }
+                }
+                Output::Published { token, published } => interface::Input::Published { token, published },
+                Output::Signal { vector } => {
+                    if self.outside.fault.get() != Fault::ForgetsSignals {
+                        session.signal(usize::from(vector), &self.outside.steps);
+                    }
+                    continue;
+                }
+                Output::Kick => {
+                    let slot = session.slot;
+                    self.kick(slot);
+                    continue;
+                }
+            };
+            self.hub.handle(now, input);
+        }
+    }
+
+    fn kick(&mut self, slot: usize) {
+        self.life_page.kick(slot);
+        self.kicked = true;
+    }
+
+    fn carry(&mut self, now: Tick) -> bool {
+        let mut worked = false;
+        let mut unwritten = VecDeque::new();
+        while let Some(output) = self.hub.poll_output() {
+            worked = true;
+            match output {
+                interface::Output::Complete {
+                    token,
+                    answer,
+                    payload,
+                    confirm,
+                } => {
+                    let input = Input::Complete {
+                        token,
+                        answer,
+                        payload,
+                        confirm,
+                    };
+                    if let Some(session) = self.sessions.open(token.session, now) {
+                        let again =
+                            (self.outside.fault.get() == Fault::CompletesTwice).then(|| input.clone());
+                        let turn = session.handle(now, input);
+                        if turn.progressed() {
+                            session.active_until = now.after_ns(self.outside.poll_ns);
+                            self.active.insert(token.session);
+                        }
+                        if let Some(input) = again {
+                            session.handle(now, input);
+                        }
+                        self.route(token.session, now);
+                    }
+                }
+                interface::Output::Effect { id, effect } => {
+                    if let Err(outcome) = self.begin_effect(id, effect, now) {
+                        self.hub
+                            .handle(now, interface::Input::Outcome { effect: id, outcome });
+                    }
+                }
+                interface::Output::Journal(record) => match self.outside.fault.get() {
+                    Fault::ForgetsJournal => {}
+                    Fault::JournalsTooLate => unwritten.push_back(record),
+                    _ => self.write_record(&record),
+                },
+                interface::Output::Control { id, reply, .. } => {
+                    self.outside.steps.step();
+                    self.outside.replies.borrow_mut().push_back((id, reply));
+                }
+                interface::Output::Log { .. } => {}
+            }
+        }
+        for record in unwritten {
+            self.write_record(&record);
+        }
+        worked
+    }
+
+    fn begin_effect(&mut self, id: EffectId, effect: Effect, now: Tick) -> Result<(), Outcome> {
+        let stale = Outcome::failed(Status::STALE, FailedAt::File);
+        let inode = |files: &BTreeMap<u32, OpenFile>, slot: FileSlot| {
+            files
+                .get(&slot.index)
+                .filter(|file| file.generation == slot.generation)
+                .map(|file| file.inode)
+        };
+        let work = match effect {
+            Effect::Copy { from, into } => {
+                self.sessions.open(from.token.session, now);
+                self.sessions.open(into.token.session, now);
+                return self.bulk.copy(&mut self.sessions, id, from, into);
+            }
+            Effect::Fetch { from } => {
+                self.sessions.open(from.token.session, now);
+                return self.bulk.fetch(&mut self.sessions, id, from);
+            }
+            Effect::Read { slot, offset, into } => {
+                self.sessions.open(into.token.session, now);
+                let inode = inode(&self.files, slot).ok_or(stale)?;
+                return self.bulk.read(&mut self.sessions, id, inode, offset, into);
+            }
+            Effect::Write {
+                slot,
+                offset,
+                from,
+                checksum,
+            } => {
+                self.sessions.open(from.token.session, now);
+                let inode = inode(&self.files, slot).ok_or(stale)?;
+                return self
+                    .bulk
+                    .write(&mut self.sessions, id, inode, offset, from, checksum);
+            }
+            Effect::Close { slot } => {
+                self.files.remove(&slot.index);
+                return Err(Outcome::Done);
+            }
+            Effect::Checksum { slot, .. } | Effect::Truncate { slot, .. } | Effect::Sync { slot } => {
+                let inode = Some(inode(&self.files, slot).ok_or(stale)?);
+                Work::Effect { effect, inode }
+            }
+            Effect::Commit { slot, .. } => {
+                let inode = Some(inode(&self.files, slot).ok_or(stale)?);
+                Work::Effect { effect, inode }
+            }
+            Effect::Discard { slot, .. } => {
+                self.files.remove(&slot.index);
+                Work::Effect { effect, inode: None }
+            }
+            effect => Work::Effect { effect, inode: None },
+        };
+        self.outside.steps.step();
+        self.outside
+            .spindle
+            .borrow_mut()
+            .submit(&self.outside.wires, id, work);
+        Ok(())
+    }
+
+    fn step_bulk(&mut self, now: Tick) {
+        for _ in 0..self.bulk.ready() {
+            match self.bulk.step(&mut self.sessions) {
+                Step::Nothing => {}
+                Step::Work(id, work) => {
+                    self.outside.steps.step();
+                    self.outside
+                        .spindle
+                        .borrow_mut()
+                        .submit(&self.outside.wires, id, work);
+                }
+                Step::Finished(effect, outcome) => {
+                    self.hub
+                        .handle(now, interface::Input::Outcome { effect, outcome });
+                }
+            }
+        }
+    }
+
+    fn close_sessions(&mut self, now: Tick) {
+        for number in std::mem::take(&mut self.sessions.opened) {
+            if let Some(session) = self.sessions.map.get_mut(&number) {
+                session.handle(now, Input::TurnEnd);
+            }
+            self.route(number, now);
+            let Some(session) = self.sessions.map.get_mut(&number) else {
+                continue;
+            };
+            session.is_open = false;
+            session.memory.end_dma(now);
+            while let Some(request) = session.memory.poll_output(now) {
+                self.to_front.push_back((request.message, request.payload));
+            }
+            if session.memory.wants_drain() || session.memory.take_late_stores() {
+                session.look = true;
+                self.scan = true;
+            }
+            let slot = session.slot;
+            let fenced = session.tell_fenced();
+            if session.memory.is_fence_waiting() {
+                self.watched.insert(number);
+            }
+            if fenced {
+                self.kick(slot);
+            }
+        }
+        self.send_to_front();
+    }
+
+    fn run_fences(&mut self, now: Tick) {
+        for number in self.watched.iter().copied().collect::<Vec<_>>() {
+            let Some(session) = self.sessions.map.get_mut(&number) else {
+                self.watched.remove(&number);
+                continue;
+            };
+            session.memory.poll_fences(now);
+            let (slot, fenced) = (session.slot, session.tell_fenced());
+            let waits = session.memory.is_fence_waiting();
+            if !waits && (!session.ended || !session.memory.holds_leases()) {
+                self.watched.remove(&number);
+                if session.ended {
+                    self.sessions.map.remove(&number);
+                }
+            }
+            if fenced {
+                self.kick(slot);
+            }
+        }
+    }
+
+    fn sleep_time(&mut self, now: Tick) -> Option<Tick> {
+        let mut due = self.hub.poll_timeout();
+        for session in self.sessions.map.values() {
+            due = [due, session.rings.poll_timeout(), session.memory.poll_timeout()]
+                .into_iter()
+                .flatten()
+                .min();
+            if session.look && !session.ended {
+                self.scan = true;
+                due = Some(now);
+            }
+        }
+        due.filter(|due| *due != Tick::NEVER)
+    }
+
+    fn send_to_front(&mut self) {
+        while !self.to_front.is_empty()
+            && self.outside.wires.to_front.borrow().len() < crate::limits::CHANNEL_PACKETS_MAX
+        {
+            self.outside.steps.step();
+            if let Some(packet) = self.to_front.pop_front() {
+                self.outside.wires.to_front.borrow_mut().push_back(packet);
+            }
+        }
+    }
+
+    fn write_record(&mut self, record: &vmgmt_core::Record) {
+        let mut bytes = Vec::with_capacity(128);
+        if let Err(error) = ciborium::into_writer(record, &mut bytes) {
+            panic!("a record of the hub: {error}");
+        }
+        let long = self.journal.journal_bytes() > JOURNAL_BYTES_MAX;
+        match self.journal.append(&bytes) {
+            Ok(()) if !long => {}
+            Ok(()) | Err(JournalError::Full { .. }) => self.take_snapshot(),
+            Err(error) => panic!("the journal: {error}"),
+        }
+    }
+
+    fn take_snapshot(&mut self) {
+        let snapshot = if self.outside.fault.get() == Fault::SnapshotsTwice {
+            self.hub.save()
+        } else {
+            self.hub.snapshot()
+        };
+        let snapshot = snapshot.to_bytes();
+        if let Err(error) = self.journal.snapshot(&snapshot) {
+            panic!("the hub's state ({} bytes): {error}", snapshot.len());
+        }
+    }
+}
+
+fn recover(journal: &Journal<SimWords>, life: u64) -> Hub {
+    let recovered = match journal.recover() {
+        Ok(recovered) => recovered,
+        Err(error) => panic!("the hub's memory after a death: {error}"),
+    };
+    let saved = recovered
+        .snapshot
+        .map(|bytes| Saved::from_bytes(&bytes).unwrap_or_else(|error| panic!("a snapshot: {error}")));
+    let records = recovered.records.iter().map(|bytes| {
+        ciborium::from_reader(bytes.as_slice()).unwrap_or_else(|error| panic!("a record: {error}"))
+    });
+    Hub::replay(life, saved, records).unwrap_or_else(|error| panic!("the hub's records: {error}"))
+}
+
+/// The segments of part of a buffer.
+fn part_of(segments: &[Segment], mut skip: u64, mut bytes: u64) -> Vec<(u64, u64)> {
+    let mut part = Vec::with_capacity(segments.len());
+    for segment in segments {
+        if bytes == 0 {
+            break;
+        }
+        if skip >= segment.bytes {
+            skip -= segment.bytes;
+            continue;
+        }
+        let take = (segment.bytes - skip).min(bytes);
+        part.push((segment.iova + skip, take));
+        bytes -= take;
+        skip = 0;
+    }
+    part
+}

@@ -1,0 +1,701 @@
+//! GARDEN, the front's shell: moves values between clients' bytes, the real connection codec, the real function and the core's wires, as
+//! `host/front` does.
+//!
+//! In: bytes with descriptors of clients, kicks and packets of the core, the keeper's word about core lives. Out: bytes, packets, words.
+//! Must never know: guest memory.
+
+use crate::clockwork::{Clock, SimWords};
+use crate::limits::MAPS_MAX;
+use crate::ram::{Complaints, Ram};
+use crate::wires::{Eventfd, ToCore, Wires};
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
+use vmgmt_abi::feature;
+use vmgmt_device::Tick;
+use vmgmt_device::page::{CorePage, FrontPage, LifePage, TouchedPage};
+use vmgmt_device::registers::{Function, Input, MapObject, Output, Settings};
+use vmgmt_device::rings::STATE_WORDS;
+use vmgmt_host::front::message_dma::{Answer, Ask, MessageDma};
+use vmgmt_host::messages::CoreToFront;
+use vmgmt_wire::{Command, Connection, DmaMap, Event, FdSlot, Reply, ReplyHandle, Request, ServerOffer};
+
+/// A descriptor.
+#[derive(Clone, Debug)]
+pub enum Fd {
+    Ram(Rc<Ram>),
+    Event(Eventfd),
+}
+
+/// One client.
+#[derive(Debug)]
+pub struct Client {
+    pub vm: u64,
+    slot: usize,
+    connection: Connection,
+    pub function: Function<SimWords>,
+    front_page: SimWords,
+    pub state: SimWords,
+    core_pages: BTreeMap<u64, SimWords>,
+    dma: MessageDma,
+    /// Memory key to object number.
+    objects: BTreeMap<u32, (u64, Rc<Ram>)>,
+    next_object: u64,
+    descriptors: BTreeMap<u32, Fd>,
+    next_descriptor: u32,
+    stalled: Option<(ReplyHandle, DmaMap, MapObject)>,
+    /// What the client has sent: bytes, and descriptors with the first of them.
+    pub inbox: VecDeque<(Vec<u8>, Vec<Fd>)>,
+    /// What it has not read yet.
+    pub outbox: Vec<u8>,
+    closed: bool,
+    pub gone: bool,
+    told_life: Option<u64>,
+    kicked: u64,
+}
+
+/// The front's process.
+#[derive(Debug)]
+pub struct Front {
+    clock: Clock,
+    complaints: Complaints,
+    pub clients: BTreeMap<u64, Client>,
+    pub core: Option<Rc<Wires>>,
+    queue: VecDeque<ToCore>,
+    adopting: Option<VecDeque<u64>>,
+    kicks_seen: u64,
+    next_session: u64,
+    asleep: bool,
+    /// A packet for the core is lost instead of queued: never, in the real one.
+    pub handed_over: u64,
+}
+
+impl Front {
+    pub fn new(clock: &Clock, complaints: &Complaints) -> Self {
+        Self {
+            clock: clock.clone(),
+            complaints: complaints.clone(),
+            clients: BTreeMap::new(),
+            core: None,
+            queue: VecDeque::new(),
+            adopting: None,
+            kicks_seen: 0,
+            next_session: 100,
+            asleep: false,
+            handed_over: 0,
+        }
+    }
+
+    /// A VM's process connects, and is admitted.
+    pub fn connect(&mut self, vm: u64, suppression: bool) -> u64 {
+        self.next_session += 1;
+        let session = self.next_session;
+        let used: Vec<usize> = self.clients.values().map(|client| client.slot).collect();
+        let slot = (0..).find(|slot| !used.contains(slot)).unwrap_or(0);
+        let front_page = SimWords::new(FrontPage::<SimWords>::words_needed(MAPS_MAX));
+        let features = feature::HOST_PAGE | feature::MODE_FILE | feature::MODE_CHAT;
+        let settings = Settings {
+            session,
+            vm,
+            pci_vendor: vmgmt_abi::PCI_VENDOR,
+            pci_device: vmgmt_abi::PCI_DEVICE,
+            msix: false,
+            vectors: 4,
+            rings: 4,
+            maps_max: MAPS_MAX as u32,
+            mapped_bytes_max: 1 << 30,
+            objects_max: 8,
+            features: features
+                | if suppression {
+                    feature::EVENT_SUPPRESSION
+                } else {
+                    0
+                },
+        };
+        let function = match Function::new(settings, front_page.clone()) {
+            Ok(function) => function,
+            Err(error) => panic!("{error}"),
+        };
+        let client = Client {
+            vm,
+            slot,
+            connection: Connection::new(),
+            function,
+            front_page,
+            state: SimWords::new(STATE_WORDS),
+            core_pages: BTreeMap::new(),
+            dma: MessageDma::default(),
+            objects: BTreeMap::new(),
+            next_object: 1,
+            descriptors: BTreeMap::new(),
+            next_descriptor: 1,
+            stalled: None,
+            inbox: VecDeque::new(),
+            outbox: Vec::new(),
+            closed: false,
+            gone: false,
+            told_life: None,
+            kicked: 0,
+        };
+        self.clients.insert(session, client);
+        self.tell_core(session);
+        session
+    }
+
+    /// The client closes its socket.
+    pub fn disconnect(&mut self, session: u64) {
+        let Some(client) = self.clients.get_mut(&session).filter(|client| !client.closed) else {
+            return;
+        };
+        client.closed = true;
+        client.inbox.clear();
+        client.stalled = None;
+        for slot in client.connection.take_descriptors() {
+            client.descriptors.remove(&slot.0);
+        }
+        let answers = client.dma.drop_all(&mut client.connection);
+        client.objects.clear();
+        let told = client.told_life;
+        self.answers(session, answers);
+        self.input(session, Input::Gone);
+        if self.core.as_ref().is_some_and(|core| told == Some(core.life)) {
+            self.send(ToCore::SessionGone { session });
+        }
+    }
+
+    /// The operator's or keeper's word.
+    pub fn command(&mut self, session: u64, input: Input<SimWords>) {
+        self.input(session, input);
+    }
+
+    /// It has something to do.
+    #[must_use]
+    pub fn is_runnable(&self) -> bool {
+        let now = self.clock.now();
+        let woken = self
+            .core
+            .as_ref()
+            .is_some_and(|core| core.wake_front.get() || !core.to_front.borrow().is_empty());
+        let waiting = self.clients.values().any(|client| {
+            let stalled = client.stalled.is_some();
+            let readable = !client.inbox.is_empty() && !stalled && !client.closed;
+            readable
+                || stalled && (self.queue.is_empty() || self.core.is_none())
+                || client.function.poll_timeout() <= now
+        });
+        let flows = !self.queue.is_empty() && self.core.as_ref().is_some_and(|core| core.has_room());
+        !self.asleep || woken || waiting || flows || self.adopting.is_some() && self.queue.is_empty()
+    }
+
+    /// When it wants to be woken.
+    #[must_use]
+    pub fn due(&self) -> Option<Tick> {
+        let due = self
+            .clients
+            .values()
+            .map(|client| client.function.poll_timeout())
+            .min();
+        due.filter(|due| *due != Tick::NEVER)
+    }
+
+    /// One turn.
+    pub fn turn(&mut self, bytes_max: usize) {
+        if let Some(core) = &self.core {
+            TouchedPage::new(core.touched.clone()).set_front_asleep(false);
+            core.wake_front.set(false);
+        }
+        self.flush_queue();
+        self.adopt();
+        self.packets();
+        self.kicks();
+        let now = self.clock.now();
+        for session in self.sessions() {
+            self.serve(session, bytes_max);
+            let Some(client) = self.clients.get_mut(&session) else {
+                continue;
+            };
+            if client.function.poll_timeout() <= now {
+                client.function.handle_timeout(now);
+                self.after(session);
+            }
+        }
+        self.clients.retain(|_, client| !client.gone);
+        self.asleep = true;
+        if let Some(core) = &self.core {
+            TouchedPage::new(core.touched.clone()).set_front_asleep(true);
+            self.asleep = LifePage::new(core.life_page.clone()).kicks() == self.kicks_seen;
+        }
+    }
+
+    fn sessions(&self) -> Vec<u64> {
+        self.clients.keys().copied().collect()
+    }
+
+    /// Reads what a client sent, at most so many bytes, and does it.
+    pub fn serve(&mut self, session: u64, bytes_max: usize) {
+        if !self.finish_stalled(session) {
+            return;
+        }
+        let Some(client) = self.clients.get_mut(&session).filter(|client| !client.closed) else {
+            return;
+        };
+        if client.connection.wants_read()
+            && let Some((bytes, fds)) = client.inbox.front_mut()
+        {
+            let mut slots = Vec::new();
+            for fd in fds.drain(..) {
+                let slot = client.next_descriptor;
+                client.next_descriptor += 1;
+                client.descriptors.insert(slot, fd);
+                slots.push(FdSlot(slot));
+            }
+            let step = bytes_max.min(bytes.len());
+            let part: Vec<u8> = bytes.drain(..step).collect();
+            if bytes.is_empty() {
+                client.inbox.pop_front();
+            }
+            client.connection.handle_read(&part, slots, false);
+        }
+        loop {
+            let Some(client) = self.clients.get_mut(&session) else {
+                return;
+            };
+            if client.stalled.is_some() {
+                return;
+            }
+            let Some(event) = client.connection.poll_event() else {
+                break;
+            };
+            self.event(session, event);
+        }
+        let Some(client) = self.clients.get_mut(&session) else {
+            return;
+        };
+        let answers = client.dma.send(&mut client.connection);
+        self.answers(session, answers);
+        self.flush(session);
+    }
+
+    fn event(&mut self, session: u64, event: Event) {
+        let Some(client) = self.clients.get_mut(&session) else {
+            return;
+        };
+        match event {
+            Event::Request(Request {
+                handle,
+                command: Command::Version(_),
+            }) => {
+                let offer = ServerOffer {
+                    max_dma_maps: client.function.settings().maps_max,
+                    ..ServerOffer::default()
+                };
+                if client.connection.accept_version(&handle, &offer).is_err() {
+                    self.complaints.add("VERSION was not accepted".into());
+                }
+            }
+            Event::Request(Request {
+                handle,
+                command: Command::DmaMap(map),
+            }) => self.map(session, handle, map),
+            Event::Request(Request { handle, command }) => {
+                self.input(session, Input::Command { handle, command });
+            }
+            Event::DmaReply(reply) => {
+                let mut answers: Vec<Answer> = client.dma.answered(reply).into_iter().collect();
+                answers.extend(client.dma.send(&mut client.connection));
+                self.answers(session, answers);
+            }
+            Event::Refused { command, refusal } => {
+                self.complaints.add(format!(
+                    "session {session}: command {command} was refused: {refusal}"
+                ));
+            }
+            Event::CloseDescriptor(slot) => {
+                client.descriptors.remove(&slot.0);
+            }
+            Event::Failed(error) => {
+                self.complaints
+                    .add(format!("session {session}: the stream failed: {error}"));
+            }
+        }
+    }
+
+    fn map(&mut self, session: u64, handle: ReplyHandle, map: DmaMap) {
+        let Some(client) = self.clients.get_mut(&session) else {
+            return;
+        };
+        let fd = map.descriptor.and_then(|slot| client.descriptors.remove(&slot.0));
+        let Some(Fd::Ram(ram)) = fd else {
+            return self.input(
+                session,
+                Input::Map {
+                    handle,
+                    map,
+                    object: None,
+                },
+            );
+        };
+        let known = client.objects.get(&ram.key).map(|(number, _)| *number);
+        let number = known.unwrap_or(client.next_object);
+        let object = MapObject { number, rights: 3 };
+        if known.is_none() {
+            client.next_object += 1;
+            client.objects.insert(ram.key, (number, Rc::clone(&ram)));
+            let told = client.told_life;
+            if self.core.as_ref().is_some_and(|core| told == Some(core.life)) {
+                self.send(ToCore::Object {
+                    session,
+                    object: number,
+                    ram,
+                });
+                if !self.queue.is_empty() {
+                    if let Some(client) = self.clients.get_mut(&session) {
+                        client.stalled = Some((handle, map, object));
+                    }
+                    return;
+                }
+            }
+        }
+        self.input(
+            session,
+            Input::Map {
+                handle,
+                map,
+                object: Some(object),
+            },
+        );
+    }
+
+    fn finish_stalled(&mut self, session: u64) -> bool {
+        let queued = !self.queue.is_empty();
+        let Some(client) = self.clients.get_mut(&session) else {
+            return false;
+        };
+        if client.stalled.is_some() && queued && self.core.is_some() {
+            return false;
+        }
+        if let Some((handle, map, object)) = client.stalled.take() {
+            self.input(
+                session,
+                Input::Map {
+                    handle,
+                    map,
+                    object: Some(object),
+                },
+            );
+        }
+        true
+    }
+
+    fn input(&mut self, session: u64, input: Input<SimWords>) {
+        let now = self.clock.now();
+        let Some(client) = self.clients.get_mut(&session) else {
+            return;
+        };
+        let fence = client.function.fence();
+        client.function.handle(now, input);
+        if client.function.fence() != fence {
+            let answers = client.dma.drop_all(&mut client.connection);
+            self.answers(session, answers);
+        }
+        self.after(session);
+    }
+
+    fn after(&mut self, session: u64) {
+        loop {
+            let Some(client) = self.clients.get_mut(&session) else {
+                return;
+            };
+            let Some(output) = client.function.poll_output() else {
+                break;
+            };
+            match output {
+                Output::Reply { handle, reply } => self.reply(session, &handle, &reply),
+                Output::GiveUp { handle } => {
+                    client.connection.forget_reply(&handle);
+                    self.complaints.add(format!(
+                        "session {session}: a reply was given up: its fence did not pass in time"
+                    ));
+                }
+                Output::Touched => {
+                    let slot = client.slot;
+                    self.touch(slot);
+                }
+                Output::Signal(slot) => {
+                    if let Some(Fd::Event(fd)) = client.descriptors.get(&slot.0) {
+                        fd.set(fd.get() + 1);
+                    }
+                }
+                Output::Close(slot) => {
+                    client.descriptors.remove(&slot.0);
+                }
+                Output::Vectors { .. } => self.send_vectors(session),
+                Output::WatchUnmask(_) => {}
+                Output::ObjectGone(object) => {
+                    client.objects.retain(|_, (number, _)| *number != object);
+                    let told = client.told_life;
+                    if self.core.as_ref().is_some_and(|core| told == Some(core.life)) {
+                        self.send(ToCore::ObjectGone { session, object });
+                    }
+                }
+                Output::Gone => {
+                    client.descriptors.clear();
+                    client.gone = true;
+                }
+            }
+        }
+        self.flush(session);
+    }
+
+    fn reply(&mut self, session: u64, handle: &ReplyHandle, reply: &Reply) {
+        let Some(client) = self.clients.get_mut(&session) else {
+            return;
+        };
+        if client.connection.reply(handle, reply).is_err() {
+            self.complaints
+                .add(format!("session {session}: {reply:?} does not answer {handle:?}"));
+        }
+    }
+
+    fn flush(&mut self, session: u64) {
+        let Some(client) = self.clients.get_mut(&session).filter(|client| !client.closed) else {
+            return;
+        };
+        while let Some(pending) = client.connection.pending_output() {
+            let bytes = pending.bytes.len();
+            client.outbox.extend_from_slice(pending.bytes);
+            client.connection.advance_output(bytes);
+        }
+    }
+
+    fn send_vectors(&mut self, session: u64) {
+        let Some(client) = self.clients.get(&session) else {
+            return;
+        };
+        let (present, slots) = client.function.vectors();
+        let mut slots = slots.into_iter();
+        let eventfds = (0..u32::BITS)
+            .map(|vector| {
+                let slot = (present & (1 << vector) != 0).then(|| slots.next()).flatten()?;
+                match client.descriptors.get(&slot.0) {
+                    Some(Fd::Event(fd)) => Some(Rc::clone(fd)),
+                    _ => None,
+                }
+            })
+            .collect();
+        let told = client.told_life;
+        if self.core.as_ref().is_some_and(|core| told == Some(core.life)) {
+            self.send(ToCore::Vectors { session, eventfds });
+        }
+    }
+
+    fn answers(&mut self, session: u64, answers: Vec<Answer>) {
+        let Some(life) = self.core.as_ref().map(|core| core.life) else {
+            return;
+        };
+        for answer in answers.into_iter().filter(|answer| answer.life == life) {
+            self.send(ToCore::DmaAnswer {
+                session,
+                request: answer.request,
+                error: answer.error.0,
+                data: answer.data,
+            });
+        }
+    }
+
+    // ---- towards the core
+
+    fn touch(&mut self, slot: usize) {
+        if let Some(core) = &self.core {
+            TouchedPage::new(core.touched.clone()).touch(slot);
+            if LifePage::new(core.life_page.clone()).core_asleep() {
+                core.wake_core.set(true);
+            }
+        }
+    }
+
+    fn send(&mut self, packet: ToCore) {
+        self.queue.push_back(packet);
+        self.flush_queue();
+    }
+
+    fn flush_queue(&mut self) {
+        let Some(core) = &self.core else {
+            return self.queue.clear();
+        };
+        while core.has_room() {
+            let Some(packet) = self.queue.pop_front() else {
+                break;
+            };
+            core.to_core.borrow_mut().push_back(packet);
+            core.wake_core.set(true);
+        }
+    }
+
+    /// A core life begins.
+    pub fn core_begins(&mut self, wires: Rc<Wires>) {
+        self.queue.clear();
+        self.kicks_seen = 0;
+        self.core = Some(wires);
+        self.adopting = Some(self.sessions().into());
+        self.asleep = false;
+    }
+
+    /// A core life is dead for guest memory.
+    pub fn core_dead(&mut self, life: u64) {
+        if self.core.as_ref().is_some_and(|core| core.life == life) {
+            self.core = None;
+            self.queue.clear();
+            self.adopting = None;
+        }
+        for session in self.sessions() {
+            if let Some(client) = self.clients.get_mut(&session) {
+                if client.told_life == Some(life) {
+                    client.dma.drop_all(&mut client.connection);
+                }
+                client.core_pages.remove(&life);
+            }
+            self.input(session, Input::CoreDead { life });
+        }
+    }
+
+    fn adopt(&mut self) {
+        while self.queue.is_empty() {
+            match self.adopting.as_mut().map(VecDeque::pop_front) {
+                None => return,
+                Some(Some(session)) => self.tell_core(session),
+                Some(None) => {
+                    self.adopting = None;
+                    self.send(ToCore::Adopted);
+                }
+            }
+        }
+    }
+
+    fn tell_core(&mut self, session: u64) {
+        let Some(core) = self.core.clone() else { return };
+        let Some(client) = self.clients.get_mut(&session) else {
+            return;
+        };
+        if client.closed || client.told_life == Some(core.life) {
+            return;
+        }
+        let page = SimWords::new(CorePage::<SimWords>::WORDS);
+        client.core_pages.insert(core.life, page.clone());
+        client.told_life = Some(core.life);
+        client.kicked = LifePage::new(core.life_page.clone()).kicked(client.slot);
+        let now = self.clock.now();
+        client.function.handle(
+            now,
+            Input::CoreBegins {
+                life: core.life,
+                page: page.clone(),
+            },
+        );
+        let packet = ToCore::Session {
+            session,
+            slot: client.slot,
+            vm: client.vm,
+            front: client.front_page.clone(),
+            core: page,
+            state: client.state.clone(),
+        };
+        let objects: Vec<_> = client.objects.values().cloned().collect();
+        self.send(packet);
+        for (object, ram) in objects {
+            self.send(ToCore::Object { session, object, ram });
+        }
+        self.send_vectors(session);
+        self.after(session);
+    }
+
+    fn packets(&mut self) {
+        loop {
+            let packet = self
+                .core
+                .as_ref()
+                .and_then(|core| core.to_front.borrow_mut().pop_front());
+            let Some((message, payload)) = packet else { return };
+            let (session, request, fence, ask) = match message {
+                CoreToFront::DmaRead {
+                    session,
+                    request,
+                    fence,
+                    iova,
+                    bytes,
+                } => (session, request, fence, Ask::Read { iova, bytes }),
+                CoreToFront::DmaWrite {
+                    session,
+                    request,
+                    fence,
+                    iova,
+                } => (session, request, fence, Ask::Write { iova, data: payload }),
+                // The operator's wish comes by another way here.
+                CoreToFront::Freeze { .. } => continue,
+            };
+            let Some(client) = self.clients.get_mut(&session).filter(|client| !client.closed) else {
+                continue;
+            };
+            let Some(life) = client.told_life else { continue };
+            let answers = if fence < client.function.fence() {
+                vec![Answer::again(life, request)]
+            } else {
+                client.dma.ask(&mut client.connection, life, request, ask)
+            };
+            self.answers(session, answers);
+            self.flush(session);
+        }
+    }
+
+    fn kicks(&mut self) {
+        let Some(core) = self.core.clone() else { return };
+        let page = LifePage::new(core.life_page.clone());
+        let kicks = page.kicks();
+        if std::mem::replace(&mut self.kicks_seen, kicks) == kicks {
+            return;
+        }
+        for session in self.sessions() {
+            let Some(client) = self.clients.get_mut(&session) else {
+                continue;
+            };
+            let kicked = page.kicked(client.slot);
+            if std::mem::replace(&mut client.kicked, kicked) != kicked {
+                self.input(session, Input::Kicked);
+            }
+        }
+    }
+
+    /// A planned hand-over: every room is packed and unpacked. Message DMA under way is asked for again.
+    pub fn hand_over(&mut self) {
+        for session in self.sessions() {
+            self.after(session);
+            let Some(client) = self.clients.get_mut(&session).filter(|client| !client.gone) else {
+                continue;
+            };
+            let answers = client.dma.drop_all(&mut client.connection);
+            let Some(saved) = client.function.save() else {
+                self.complaints
+                    .add(format!("session {session}: its function could not be packed"));
+                continue;
+            };
+            let pages: Vec<(u64, SimWords)> = saved
+                .core_lives()
+                .filter_map(|life| Some((life, client.core_pages.get(&life)?.clone())))
+                .collect();
+            match Function::restore(saved, client.front_page.clone(), &pages) {
+                Ok(function) => client.function = function,
+                Err(error) => self.complaints.add(format!(
+                    "session {session}: its function could not be unpacked: {error}"
+                )),
+            }
+            match Connection::restore(client.connection.save()) {
+                Ok(connection) => client.connection = connection,
+                Err(error) => self.complaints.add(format!(
+                    "session {session}: its connection could not be unpacked: {error}"
+                )),
+            }
+            self.answers(session, answers);
+            self.after(session);
+        }
+        self.handed_over += 1;
+    }
+}

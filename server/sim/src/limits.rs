@@ -1,0 +1,39 @@
+//! GARDEN, numbers: how large the simulated world is. Small on purpose: what is small is full soon.
+
+/// As the real core: how long a fence waits for leases.
+pub const LEASE_WAIT_NS: u64 = 100_000_000;
+/// Bytes of one message-DMA request; far below the real 60 KiB, so that a buffer takes several.
+pub const MESSAGE_BYTES_MAX: u32 = 1024;
+/// Bytes moved between file and memory in one go.
+pub const PIECE_BYTES_MAX: u64 = 1536;
+/// Packets that the channel between front and core holds.
+pub const CHANNEL_PACKETS_MAX: usize = 12;
+/// Map slots of a front page.
+pub const MAPS_MAX: usize = 16;
+/// Words of the hub's journal memory.
+pub const HUB_WORDS: usize = 1 << 17;
+/// A journal longer than this gives way to a snapshot. Far below the real value: the change-over is what is to be tested.
+pub const JOURNAL_BYTES_MAX: usize = 12_000;
+/// How long a core polls after its last work: as configured by default, or not at all.
+pub const POLL_NS: [u64; 2] = [50_000, 0];
+/// A fence's answer comes within this virtual time, whatever the disk does: the wait for leases, the death of a core and the start of the next.
+pub const FENCE_NS_MAX: u64 = 1_000_000_000;
+/// From the death of a core until the keeper sees it.
+pub const DEATH_SEEN_NS_MAX: u64 = 50_000_000;
+/// Actions kept for a failure's report.
+pub const ACTIONS_KEPT: usize = 40;
+
+/// Entries of a guest's rings.
+pub const RING_ENTRIES: u32 = 16;
+/// First byte of the arena of buffers in a guest's memory; below it are the rings and the host's page.
+pub const ARENA: u64 = 0x8000;
+/// Bytes of a buffer slot.
+pub const BUFFER_BYTES: u64 = 1024;
+/// Buffer slots.
+pub const BUFFERS: usize = 64;
+/// Bytes of a guest's memory: the last quarter of the arena is a map of its own, which comes and goes.
+pub const RAM_BYTES: u64 = ARENA + BUFFER_BYTES * BUFFERS as u64;
+/// First byte of the part that is unplugged and plugged again.
+pub const PLUGGED: u64 = ARENA + BUFFER_BYTES * (BUFFERS as u64 * 3 / 4);
+
+const _: () = assert!(PLUGGED < RAM_BYTES && ARENA.is_multiple_of(4096) && PLUGGED.is_multiple_of(4096));

@@ -1,0 +1,101 @@
+//! GARDEN, one run: a seed's world, step by step, until its end or its first complaint.
+
+use crate::faults::Fault;
+use crate::world::World;
+
+/// What to run.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    pub seed: u64,
+    /// Steps before everything heals.
+    pub steps: u64,
+    /// A deliberate mistake of the shell's.
+    pub fault: Fault,
+    /// Every action goes to standard error.
+    pub aloud: bool,
+}
+
+/// What a run came to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// Of everything that was done: the same for the same seed.
+    pub hash: u64,
+    pub completions: u64,
+    pub delivered: u64,
+    pub committed: u64,
+    pub deaths: u64,
+    pub upgrades: u64,
+    pub undead: u64,
+    /// Messages that came again after a reset that no core had seen.
+    pub repeats: u64,
+}
+
+/// What must not be.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    pub seed: u64,
+    /// The step after which it was seen; `None`: when everything had healed.
+    pub step: Option<u64>,
+    pub complaint: String,
+    /// The last actions.
+    pub actions: Vec<String>,
+    /// Steps that were asked for.
+    pub steps: u64,
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for action in &self.actions {
+            writeln!(f, "  {action}")?;
+        }
+        match self.step {
+            Some(step) => writeln!(f, "seed {:#x}, step {step}: {}", self.seed, self.complaint)?,
+            None => writeln!(f, "seed {:#x}, at the end: {}", self.seed, self.complaint)?,
+        }
+        write!(
+            f,
+            "again: cargo xtask sim --seed {:#x} --steps {}",
+            self.seed, self.steps
+        )
+    }
+}
+
+/// Runs a seed.
+///
+/// # Errors
+/// The first thing that must not be.
+pub fn run(options: Options) -> Result<Report, Box<Failure>> {
+    let mut world = World::new(options.seed, options.fault, options.aloud);
+    let failure = |world: &World, step| {
+        world.complaints.first().map(|complaint| {
+            Box::new(Failure {
+                seed: options.seed,
+                step,
+                complaint,
+                actions: world.town.borrow().trace.last(),
+                steps: options.steps,
+            })
+        })
+    };
+    for step in 0..options.steps {
+        world.step();
+        if let Some(failure) = failure(&world, Some(step)) {
+            return Err(failure);
+        }
+    }
+    world.run_dry();
+    if let Some(failure) = failure(&world, None) {
+        return Err(failure);
+    }
+    let town = world.town.borrow();
+    Ok(Report {
+        hash: town.trace.hash(),
+        completions: town.shadow.completions,
+        delivered: town.shadow.delivered,
+        committed: town.shadow.committed,
+        deaths: world.deaths,
+        upgrades: world.upgrades,
+        undead: world.undead,
+        repeats: town.shadow.repeats,
+    })
+}
