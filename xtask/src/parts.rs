@@ -14,14 +14,12 @@ use std::{
 };
 use vmgmt_testkit::setup::{self, Image, Wanted, repository};
 
-/// How long fresh seeds are simulated.
-const SIM_SECONDS: u64 = 60;
 /// QEMU tests that run at once, each with a VM or two: more than this on a small machine only wait for each other.
 const QEMU_TESTS_AT_ONCE_MAX: usize = 3;
 
 #[derive(Args)]
 pub struct Options {
-    /// Only these parts (setup, format, lint, unit, sim, integration, uapi, fuzz, qemu, soak, stress).
+    /// Only these parts (setup, format, lint, unit, integration, uapi, fuzz, qemu, soak, stress).
     parts: Vec<String>,
 }
 
@@ -32,7 +30,7 @@ struct Part {
     run: fn(&mut Counts) -> Result<()>,
 }
 
-const PARTS: [Part; 11] = [
+const PARTS: [Part; 10] = [
     Part {
         name: "setup",
         what: "QEMU and guest images",
@@ -52,11 +50,6 @@ const PARTS: [Part; 11] = [
         name: "unit",
         what: "unit, property and simulation tests of the crates",
         run: unit_part,
-    },
-    Part {
-        name: "sim",
-        what: "fresh seeds of the simulator",
-        run: sim_part,
     },
     Part {
         name: "integration",
@@ -230,15 +223,6 @@ fn unit_part(counts: &mut Counts) -> Result<()> {
         counts,
     );
     crates.and(kit)
-}
-
-/// Seeds that nobody has seen before; those that have been seen are the crate's own tests.
-fn sim_part(counts: &mut Counts) -> Result<()> {
-    let seconds = SIM_SECONDS.to_string();
-    run(
-        cargo().args(crate::sim::COMMAND).args(["--seconds", &seconds]),
-        counts,
-    )
 }
 
 /// The root package's tests that need neither a VM nor the kernel's headers.

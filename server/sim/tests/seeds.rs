@@ -62,6 +62,6 @@ fn each_mistake_is_caught() {
 
 /// Open findings: seeds under which a message is lost or comes twice after a reset near a core's death (see the architecture's section on the
 /// simulator). To be emptied, never to be added to without a line there.
-const KNOWN: [u64; 0] = [];
+const KNOWN: [u64; 1] = [0x35];
 const SEEDS: u64 = 60;
 const SEEDS_OF_A_MISTAKE: u64 = 200;
