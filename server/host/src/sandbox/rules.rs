@@ -172,7 +172,7 @@ const BOTH: &[Rule] = &[
         Never,
         "a fault's handler puts the default back and lets the process die of it; without that it would turn for ever"
     ),
-    rule!(SYS_gettid, Never, "abort"),
+    rule!(SYS_gettid, Never, "abort, which signals its own thread"),
     rule!(
         SYS_tgkill[Only::OwnProcess(0)],
         Never,
@@ -222,7 +222,7 @@ const FRONT: &[Rule] = &[
     ),
     rule!(SYS_memfd_create, Always, "a page for each session and core life"),
     rule!(SYS_ftruncate, Always, "its size"),
-    rule!(SYS_getpid, Never, "abort"),
+    rule!(SYS_getpid, Never, "abort, which signals its own process"),
 ];
 
 const CORE: &[Rule] = &[
