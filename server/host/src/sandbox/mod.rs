@@ -167,10 +167,12 @@ fn print_panics_without_files() {
         let thread = std::thread::current();
         let name = thread.name().unwrap_or("unnamed");
         let text = panic.payload_as_str().unwrap_or("no text");
-        match panic.location() {
-            Some(place) => eprintln!("thread '{name}' panicked at {place}:\n{text}"),
-            None => eprintln!("thread '{name}' panicked: {text}"),
-        }
+        let place = panic
+            .location()
+            .map_or_else(String::new, |place| format!(" at {place}"));
+        // By one write, so that no other process's line comes between its pieces.
+        let message = format!("thread '{name}' panicked{place}:\n{text}\n");
+        let _unheard = std::io::Write::write_all(&mut std::io::stderr(), message.as_bytes());
     }));
 }
 

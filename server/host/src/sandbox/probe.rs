@@ -9,7 +9,7 @@ use super::Role;
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
-use std::io::Error;
+use std::io::{Error, Write};
 use std::os::unix::process::CommandExt;
 
 const VARIABLE: &str = "VMGMT_PROBE";
@@ -21,11 +21,19 @@ fn asked(role: Role) -> Option<String> {
     (who == role.name()).then(|| attempt.to_owned())
 }
 
+/// One line by one write: three processes share the standard error, and `eprintln!` writes each piece of its text by itself, between which
+/// somebody else's line may come.
+fn say(attempt: &str, what: &dyn std::fmt::Display) {
+    let line = format!("probe: {attempt}: {what}\n");
+    // Nobody is there to hear that nobody hears.
+    let _unheard = std::io::stderr().write_all(line.as_bytes());
+}
+
 fn report(attempt: &str, run: impl FnOnce() -> std::io::Result<()>) {
-    eprintln!("probe: {attempt}: trying");
+    say(attempt, &"trying");
     match run() {
-        Ok(()) => eprintln!("probe: {attempt}: done"),
-        Err(error) => eprintln!("probe: {attempt}: {error}"),
+        Ok(()) => say(attempt, &"done"),
+        Err(error) => say(attempt, &error),
     }
 }
 
