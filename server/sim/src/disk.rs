@@ -68,15 +68,27 @@ pub struct Disk {
     inodes: BTreeMap<u64, Inode>,
     names: BTreeMap<(String, String), u64>,
     /// Names that Commit gave: what must be whole.
-    pub committed: Vec<(String, String)>,
+    pub committed: Vec<Named>,
+}
+
+/// A file at the instant it got its name. The name may be another file's, or nobody's, by the time anybody looks: several works end at one
+/// instant.
+#[derive(Clone, Debug)]
+pub struct Named {
+    pub share: String,
+    pub path: String,
+    pub inode: u64,
+    pub contents: Vec<u8>,
 }
 
 impl Disk {
-    /// A file's bytes.
+    /// The bytes of a file as they are now, whatever its name is.
     #[must_use]
-    pub fn file(&self, share: &str, path: &str) -> Option<&Vec<u8>> {
-        let inode = self.names.get(&(share.to_owned(), path.to_owned()))?;
-        self.contents(*inode)
+    pub fn contents(&self, inode: u64) -> Option<&Vec<u8>> {
+        match self.inodes.get(&inode)? {
+            Inode::File(bytes) => Some(bytes),
+            Inode::Directory => None,
+        }
     }
 
     /// All names of files and directories with their bytes.
@@ -84,13 +96,6 @@ impl Disk {
         self.names
             .iter()
             .filter_map(|(name, inode)| Some((name, self.contents(*inode)?)))
-    }
-
-    fn contents(&self, inode: u64) -> Option<&Vec<u8>> {
-        match self.inodes.get(&inode)? {
-            Inode::File(bytes) => Some(bytes),
-            Inode::Directory => None,
-        }
     }
 
     /// Does work now. `error`: it fails with this instead (a worker met a full or a broken disk).
@@ -241,7 +246,12 @@ impl Disk {
                     contents.resize(*bytes as usize, 0);
                 }
                 let path = self.give_name(&from, &to, *existing)?;
-                self.committed.push((share.clone(), path.clone()));
+                self.committed.push(Named {
+                    share: share.clone(),
+                    path: path.clone(),
+                    inode,
+                    contents: self.contents(inode).cloned().unwrap_or_default(),
+                });
                 Outcome::Committed { path }
             }
             Effect::Rename {
