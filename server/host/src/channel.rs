@@ -1,10 +1,11 @@
 //! A SEQPACKET socket between two roles: packets of a CBOR header, raw payload and descriptors. Never blocks.
 //!
-//! In: packets of the other role. Out: packets to it. Knows nothing of what they mean. Our own processes speak here, but
+//! A header that is too long for a packet goes in a sealed memory, as one more descriptor. In: packets of the other role. Out: packets to it. Knows nothing of what they mean. Our own processes speak here, but
 //! each is built so that a hostile other does no harm: sizes are bounded, what does not decode is an error, not a panic.
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::io::Errno;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, memfd_create};
+use rustix::io::{Errno, pread, pwrite};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
@@ -18,6 +19,11 @@ use std::mem::MaybeUninit;
 pub const PACKET_FDS_MAX: usize = 253;
 /// Bytes of one packet: a message-DMA piece (60 KiB) and its header, well below the default socket buffer (208 KiB).
 pub const PACKET_BYTES_MAX: usize = 96 * 1024;
+
+/// Bytes of a header that goes in a memory of its own: what the keeper knows of many thousands of VMs and sessions.
+pub const HEADER_BYTES_MAX: usize = 16 << 20;
+/// Stands for the header's length where it is in a memory: the packet's last descriptor, sealed.
+const HEADER_IN_MEMORY: u32 = u32::MAX;
 
 /// What a channel can answer instead of a packet.
 #[derive(Debug, thiserror::Error)]
@@ -96,7 +102,19 @@ impl Channel {
         let mut head = vec![0u8; 4];
         ciborium::into_writer(header, &mut head)
             .map_err(|error| ChannelError::Malformed(error.to_string()))?;
-        let header_bytes = (head.len() - 4) as u32;
+        let mut fds = fds.to_vec();
+        let memory;
+        let mut header_bytes = (head.len() - 4) as u32;
+        if head.len() + payload.len() > PACKET_BYTES_MAX
+            && payload.is_empty()
+            && head.len() <= HEADER_BYTES_MAX
+        {
+            memory = memory_of(&head[4..])?;
+            fds.push(memory.as_fd());
+            head.truncate(4);
+            header_bytes = HEADER_IN_MEMORY;
+        }
+        let fds = fds.as_slice();
         head[..4].copy_from_slice(&header_bytes.to_le_bytes());
         if head.len() + payload.len() > PACKET_BYTES_MAX || fds.len() > PACKET_FDS_MAX {
             return Err(ChannelError::Malformed(format!(
@@ -167,7 +185,20 @@ impl Channel {
         let header_bytes = bytes
             .get(..4)
             .and_then(|head| head.try_into().ok())
-            .map_or(0, u32::from_le_bytes) as usize;
+            .map_or(0, u32::from_le_bytes);
+        if header_bytes == HEADER_IN_MEMORY {
+            let memory = fds
+                .pop()
+                .ok_or_else(|| ChannelError::Malformed("no header".into()))?;
+            let header = ciborium::from_reader(bytes_of(&memory)?.as_slice())
+                .map_err(|error| ChannelError::Malformed(error.to_string()))?;
+            return Ok(Some(Packet {
+                header,
+                payload: bytes.split_off(4),
+                fds,
+            }));
+        }
+        let header_bytes = header_bytes as usize;
         let header = bytes
             .get(4..4 + header_bytes)
             .ok_or_else(|| ChannelError::Malformed("no header".into()))?;
@@ -178,9 +209,68 @@ impl Channel {
     }
 }
 
+/// Seals that say that a memory will always be what it is.
+const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::WRITE);
+
+fn memory_of(bytes: &[u8]) -> Result<OwnedFd, ChannelError> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let memory = memfd_create("vmgmt-header", flags)?;
+    let mut at = 0;
+    while let Some(rest) = bytes.get(at..).filter(|rest| !rest.is_empty()) {
+        at += pwrite(&memory, rest, at as u64)?;
+    }
+    fcntl_add_seals(&memory, SEALS | SealFlags::SEAL)?;
+    Ok(memory)
+}
+
+/// What is in a header's memory. Only a memory has seals, so reading it never waits.
+fn bytes_of(memory: &OwnedFd) -> Result<Vec<u8>, ChannelError> {
+    let malformed = |what: &str| ChannelError::Malformed(format!("the memory of a header {what}"));
+    if !fcntl_get_seals(memory).is_ok_and(|seals| seals.contains(SEALS)) {
+        return Err(malformed("is not sealed"));
+    }
+    let length = usize::try_from(fstat(memory)?.st_size).unwrap_or(usize::MAX);
+    if length > HEADER_BYTES_MAX {
+        return Err(malformed("is too long"));
+    }
+    let mut bytes = vec![0; length];
+    let mut at = 0;
+    while let Some(rest) = bytes.get_mut(at..).filter(|rest| !rest.is_empty()) {
+        match pread(memory, rest, at as u64)? {
+            0 => return Err(malformed("ends early")),
+            read => at += read,
+        }
+    }
+    Ok(bytes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_header_of_any_length_arrives_with_its_descriptors_and_one_that_is_not_sealed_does_not() {
+        let (a, b) = Channel::pair().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let header: Vec<(u64, u64)> = (0..100_000).map(|n| (n, 1 << 20)).collect();
+        a.send(&header, b"", &[file.as_fd()]).unwrap();
+        let packet = b.receive::<Vec<(u64, u64)>>().unwrap().unwrap();
+        assert_eq!((packet.header.len(), packet.fds.len()), (100_000, 1));
+        assert!(packet.header == header && packet.payload.is_empty());
+        let text = "x".repeat(HEADER_BYTES_MAX + 1);
+        assert!(matches!(a.send(&text, b"", &[]), Err(ChannelError::Malformed(_))));
+        // A file, or a pipe that would be waited for, is no header.
+        let (pipe, _other) = rustix::pipe::pipe().unwrap();
+        for fd in [file.as_fd(), pipe.as_fd()] {
+            let head = IoSlice::new(&[0xff; 4]);
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            let fds = [fd];
+            assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)));
+            sendmsg(&a, &[head], &mut ancillary, SendFlags::empty()).unwrap();
+            assert!(matches!(b.receive::<u64>(), Err(ChannelError::Malformed(_))));
+        }
+    }
 
     #[test]
     fn a_packet_arrives_with_its_payload_and_descriptors() {
