@@ -43,8 +43,15 @@ fn upgrade(site: &Site, to: &Path) -> Result<UpgradeReport> {
     let Upgrading { number } =
         call(site, &Call::Upgrade(wish)).map_err(|error| anyhow::anyhow!("{error}"))?;
     wait_until("the end of the upgrade", PATIENCE, || {
-        let report = status(site)?.upgrade.filter(|report| report.is_over());
-        Ok(report.filter(|report| report.number == number))
+        let status = status(site)?;
+        // Whoever answers knows of it, and how the front is shut in.
+        let known = status
+            .upgrade
+            .as_ref()
+            .is_some_and(|report| report.number == number);
+        let front = status.sandbox.iter().any(|row| row.role == "front");
+        ensure!(known && front, "{status:?}");
+        Ok(status.upgrade.filter(|report| report.is_over()))
     })
     .with_context(|| site.daemon.log().tail())
 }

@@ -356,7 +356,7 @@ pub struct Status {
     /// The last upgrade.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub upgrade: Option<UpgradeReport>,
-    /// How front and core are sandboxed; empty while the keeper answers.
+    /// How front and core are sandboxed; while the keeper answers, the front alone.
     pub sandbox: Vec<SandboxedRole>,
 }
 

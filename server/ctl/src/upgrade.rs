@@ -56,8 +56,9 @@ pub(crate) fn run(session: &Session, options: &Options) -> Result<ExitCode, Clie
         to,
         parts: parts.collect(),
     };
+    let pid = parse::<Status>(session.call(&Call::Status, Some(ANSWER_WAIT))?)?.pid;
     let Upgrading { number } = parse(session.call(&Call::Upgrade(upgrade), Some(ANSWER_WAIT))?)?;
-    let report = wait(session, number, Duration::from_secs(options.wait))?;
+    let report = wait(session, number, pid, Duration::from_secs(options.wait))?;
     if session.json {
         session.print(&serde_json::to_string(&report).unwrap_or_default());
     } else {
@@ -69,8 +70,8 @@ pub(crate) fn run(session: &Session, options: &Options) -> Result<ExitCode, Clie
     })
 }
 
-/// The report of upgrade `number` once it is over.
-fn wait(session: &Session, number: u64, patience: Duration) -> Result<UpgradeReport, ClientError> {
+/// The report of upgrade `number` once it is over. `pid`: of the daemon that was asked for it.
+fn wait(session: &Session, number: u64, pid: u32, patience: Duration) -> Result<UpgradeReport, ClientError> {
     let begin = Instant::now();
     loop {
         // Connections end with the core that served them.
@@ -87,11 +88,17 @@ fn wait(session: &Session, number: u64, patience: Duration) -> Result<UpgradeRep
                 }
                 None
             }
-            // The core that answers is told of its beginning a moment after the request was: this is the one before.
+            // Who answers is told of its beginning a moment after the request was: this is the one before.
             Ok(Status {
                 upgrade: Some(report),
                 ..
             }) if report.number < number => None,
+            // Or it knows of none yet; a daemon that was started anew never will.
+            Ok(Status {
+                upgrade: None,
+                pid: its,
+                ..
+            }) if its == pid => None,
             Ok(status) => {
                 let message = match status.upgrade {
                     Some(other) => format!("upgrade {} has begun meanwhile", other.number),

@@ -82,6 +82,8 @@ pub enum FrontToKeeper {
     Serves {
         stood_still_ns: u64,
     },
+    /// How it is sandboxed, for the status that the keeper gives: said whenever it is told to a core.
+    Sandboxed(Box<SandboxedRole>),
 }
 
 /// Keeper to core.

@@ -27,6 +27,8 @@ impl Front {
     /// What this process is shut in, for the operators.
     pub(super) fn tell_sandbox(&mut self) {
         let sandbox = Box::new(self.sandbox.clone());
+        let to_keeper = FrontToKeeper::Sandboxed(sandbox.clone());
+        self.keeper.send(to_keeper, Vec::new(), Vec::new());
         if let Some(core) = &mut self.core {
             core.outbox
                 .send(FrontToCore::Sandboxed(sandbox), Vec::new(), Vec::new());

@@ -23,13 +23,17 @@ impl EventLoop {
         if store {
             self.take_finished();
         }
-        self.take_operators();
+        // An operator who asked sooner would be told of a state in which the keeper's words are missing.
+        if self.ready {
+            self.take_operators();
+        }
         Ok(())
     }
 
     /// Keeper first, then front.
     pub(super) fn take_in_everything(&mut self) -> anyhow::Result<()> {
-        for _ in 0..PACKETS_MAX {
+        // All of it, however much: the front says nothing of a session before the keeper has said all that this core needs to know of it.
+        loop {
             match self.keeper.receive::<KeeperToCore>() {
                 Ok(Some(packet)) => self.handle_keeper(packet)?,
                 Ok(None) => break,

@@ -337,6 +337,7 @@ impl EventLoop {
         if self.adopted && !self.ready {
             self.ready = true;
             self.tell_keeper(&CoreToKeeper::Ready { life: self.life })?;
+            self.take_operators();
         }
         Ok(worked)
     }

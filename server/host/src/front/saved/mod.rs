@@ -138,7 +138,7 @@ impl Front {
             core,
             adopting,
             frozen: SavedFrozen { vms, asked },
-        } = packed::read(bytes, VERSION_OLDEST..=VERSION, Some(fds.len()))?;
+        } = packed::read(bytes, VERSION_OLDEST..=VERSION, fds.len())?;
         let mut unpacker = Unpacker::new(fds);
         let room = vms.iter().all(|(vm, until)| self.frozen.set(*vm, Some(*until)));
         if !room || asked.len() > limits::FREEZES_ASKED_MAX {
