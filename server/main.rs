@@ -8,7 +8,7 @@ mod log;
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use log::LogWriter;
-use std::io::Read;
+use std::cell::OnceCell;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
@@ -52,9 +52,6 @@ struct Arguments {
     /// User and group of the front.
     #[arg(long, hide = true)]
     front_account: Option<Account>,
-    /// Reads a keeper's state on standard input, says what is wrong with it, and exits.
-    #[arg(long, hide = true)]
-    check_state: bool,
     /// Goes on as the keeper whose state is on standard input, which stopped then.
     #[arg(long, hide = true, value_name = "NANOSECONDS")]
     resume: Option<u64>,
@@ -77,36 +74,46 @@ fn main() -> ExitCode {
         (Some("core"), Some(parent)) => end(run_core(&arguments, parent)),
         (Some("namespace"), Some(_)) => end(sandbox::hold_namespace()),
         (Some(other), Some(_)) => end(Err(anyhow::anyhow!("there is no role {other:?}"))),
-        _ if arguments.check_state => end(check_state()),
         _ => match arguments.resume {
+            Some(_) if arguments.check => end(rehearse(&arguments)),
             Some(since_ns) => end(resume_keeper(since_ns, arguments)),
             None => run_keeper(arguments),
         },
     }
 }
 
-fn check_state() -> anyhow::Result<()> {
-    let mut bytes = Vec::new();
-    std::io::stdin().read_to_end(&mut bytes)?;
-    Ok(keeper::check_state(&bytes)?)
+/// A program that is asked whether it could go on as the keeper.
+fn rehearse(arguments: &Arguments) -> anyhow::Result<()> {
+    let log = arguments.log.as_deref().unwrap_or("info");
+    keeper::rehearse(&|| Ok(finisher(&start_log(log)?)))
 }
 
 fn resume_keeper(since_ns: u64, arguments: Arguments) -> anyhow::Result<()> {
     let log = arguments.log.unwrap_or_else(|| "info".into());
-    let writer = start_log(&log)?;
-    let flush = writer.clone();
+    let writer = OnceCell::new();
     let result = keeper::resume(
         &for_children(
-            log,
+            log.clone(),
             arguments.sandbox != Some(Switch::Off),
             arguments.front_account,
         ),
         since_ns,
         arguments.failed.as_deref(),
-        Box::new(move || flush.finish()),
+        &|| {
+            let started = start_log(&log)?;
+            Ok(finisher(writer.get_or_init(|| started)))
+        },
     );
-    writer.finish();
+    if let Some(writer) = writer.get() {
+        writer.finish();
+    }
     result
+}
+
+/// Waits until the log is written.
+fn finisher(writer: &LogWriter) -> Box<dyn Fn()> {
+    let writer = writer.clone();
+    Box::new(move || writer.finish())
 }
 
 /// What front and core are told on their command lines.
@@ -170,7 +177,6 @@ fn run_keeper(arguments: Arguments) -> ExitCode {
         role: _,
         parent: _,
         front_account: _,
-        check_state: _,
         resume: _,
         failed: _,
     } = arguments;
@@ -205,12 +211,7 @@ fn run_keeper(arguments: Arguments) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let SandboxConfig { enabled, front, .. } = config.core.sandbox;
-    let flush = writer.clone();
-    let result = keeper::run(
-        config,
-        for_children(log, enabled, front),
-        Box::new(move || flush.finish()),
-    );
+    let result = keeper::run(config, for_children(log, enabled, front), finisher(&writer));
     writer.finish();
     end(result)
 }

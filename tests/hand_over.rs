@@ -351,36 +351,71 @@ fn the_keeper_becomes_another_program_with_the_same_children() -> Result<()> {
     Ok(())
 }
 
+/// A keeper's upgrade that does not come about: so it is, for this reason, and all is as it was.
+fn remains(site: &Site, to: &Path, state: UpgradeState, reason: &str) -> Result<()> {
+    let before = (site.pids()?, descriptors(site.daemon.pid())?);
+    let report = upgrade(site, Some(to), Part::Keeper)?;
+    let name = to.display();
+    ensure!(
+        report.state == state && report.reason.contains(reason),
+        "{name}: {report:?}\n{}",
+        site.daemon.log().tail()
+    );
+    let program = std::fs::read_link(format!("/proc/{}/exe", site.daemon.pid()))?;
+    ensure!(program == Path::new(DAEMON), "{name}: {program:?} runs");
+    ensure!(site.pids()? == before.0, "{name}: other processes");
+    same_descriptors(|| Ok(site.daemon.pid()), &before.1).with_context(|| format!("after {name}"))
+}
+
 #[test]
 fn a_keeper_that_cannot_take_over_changes_nothing() -> Result<()> {
-    let site = SitePlan::new(DAEMON, 2).start()?;
+    let faults = "rehearse@k-exits=exit,rehearse@k-aborts=abort,rehearse@k-hangs=hang,\
+                  resume@k-refuses=refuse,resume@k-panics=panic";
+    let site = SitePlan::new(DAEMON, 2).variable("VMGMT_FAULT", faults).start()?;
     let folder = tempfile::tempdir()?;
+    let folder = folder.path();
     let before = site.pids()?;
-    let checks = "[ \"$1\" = --check-state ] &&";
-    let nothing = format!("{checks} exit 0; exit 1");
+    let few = format!("ulimit -n 12; exec {DAEMON} \"$@\"");
+    let gone = format!("rm -f \"$0\"; exec {DAEMON} \"$@\"");
+    let script = |name: &str, text: &str| script(folder, name, text);
+    let program = |name: &str| -> Result<PathBuf> {
+        let path = folder.join(name);
+        std::fs::hard_link(DAEMON, &path).or_else(|_| std::fs::copy(DAEMON, &path).map(drop))?;
+        Ok(path)
+    };
+    let (denied, back) = (UpgradeState::Denied, UpgradeState::RolledBack);
     let cases = [
-        ("refuses", "echo I am too old >&2; exit 3", "I am too old"),
-        ("hangs", "exec sleep 1000", "within 2 s"),
+        (
+            script("refuses", "echo I am too old >&2; exit 3")?,
+            denied,
+            "I am too old",
+        ),
+        (script("hangs", "exec sleep 1000")?, denied, "within 2 s"),
+        (PathBuf::from("/bin/true"), denied, "is it a vmgmtd?"),
+        (script("small", &few)?, denied, "no descriptors left"),
+        // It passes the rehearsal, and then there is nothing to execute.
+        (script("gone", &gone)?, denied, "does not run"),
+        (program("k-exits")?, denied, "exit status: 1"),
+        (program("k-aborts")?, denied, "SIGABRT"),
+        (program("k-hangs")?, denied, "within 2 s"),
+        // These pass it, and fail when they are the keeper: the old program is executed again.
+        (program("k-refuses")?, back, "a fault was asked for"),
+        (program("k-panics")?, back, "panicked: a fault was asked for"),
     ];
     under_load(&site, 2, || {
-        for (name, text, reason) in cases {
-            let bad = script(folder.path(), name, text)?;
-            let report = upgrade(&site, Some(&bad), Part::Keeper)?;
-            ensure!(
-                report.state == UpgradeState::Denied && report.reason.contains(reason),
-                "{name}: {report:?}"
-            );
+        // The directories of shares are opened when a core is started: the first keeper has them open, one that took over has not.
+        done(&site, None, Part::Keeper)?;
+        for (path, state, reason) in &cases {
+            remains(&site, path, *state, reason)?;
         }
-        // It passes the check, and then there is nothing to execute.
-        let gone = script(folder.path(), "gone", &format!("rm -f \"$0\"; {nothing}"))?;
-        let report = upgrade(&site, Some(&gone), Part::Keeper)?;
-        ensure!(
-            report.state == UpgradeState::Denied && report.reason.contains("does not run"),
-            "{report:?}"
-        );
         done(&site, None, Part::Keeper)?;
         Ok(())
     })?;
     ensure!(site.pids()? == before);
+    // It knows its children as before: a dead core is replaced, and the end is in order.
+    let core = site.daemon.kill_role("core")?;
+    site.daemon.wait_for_new("core", core, PATIENCE)?;
+    let end = site.daemon.stop(PATIENCE)?;
+    ensure!(end.code() == Some(0), "{end:?}");
     Ok(())
 }

@@ -1,7 +1,8 @@
 //! Faults on demand, for the tests of survival: in debug builds only, and only where `VMGMT_FAULT` asks for them.
 //!
 //! `VMGMT_FAULT=PLACE[@PROGRAM]=WHAT,…`. PROGRAM is the file name of the program that it is for (all, if left out), so that one daemon
-//! can have a good old and a bad new program. PLACE `check`, `trial`, `go`: WHAT is `abort`, `hang` or `exit`. PLACE `submission`,
+//! can have a good old and a bad new program. PLACE `check`, `trial`, `go`, `rehearse`: WHAT is `abort`, `hang` or `exit`. PLACE `resume`:
+//! WHAT is `refuse` or `panic`. PLACE `submission`,
 //! `worker`: the process aborts when a submission's data, or the names that a worker is given, contain WHAT.
 
 #[cfg(debug_assertions)]
@@ -47,6 +48,14 @@ mod on_demand {
         }
     }
 
+    /// An error or a panic.
+    pub(crate) fn fails(place: &str) -> anyhow::Result<()> {
+        let wanted = |what: &str| faults().iter().any(|(at, wanted)| at == place && wanted == what);
+        assert!(!wanted("panic"), "a fault was asked for");
+        anyhow::ensure!(!wanted("refuse"), "a fault was asked for");
+        Ok(())
+    }
+
     pub(crate) fn on(place: &str, bytes: &[u8]) {
         let hit = |what: &str| {
             bytes
@@ -69,8 +78,12 @@ mod on_demand {
 mod on_demand {
     pub(crate) const fn read() {}
     pub(crate) const fn at(_: &str) {}
+    #[allow(clippy::unnecessary_wraps)] // as the other
+    pub(crate) const fn fails(_: &str) -> anyhow::Result<()> {
+        Ok(())
+    }
     pub(crate) const fn on(_: &str, _: &[u8]) {}
     pub(crate) const fn on_any<T: std::fmt::Debug>(_: &str, _: &T) {}
 }
 
-pub(crate) use on_demand::{at, on, on_any, read};
+pub(crate) use on_demand::{at, fails, on, on_any, read};

@@ -74,14 +74,14 @@ pub fn write(version: u32, saved: &impl Serialize, descriptors: usize) -> Result
     Ok(bytes)
 }
 
-/// Reads the head, refuses what this program cannot take, and reads the state. `descriptors`: how many came, where they did.
+/// Reads the head, refuses what this program cannot take, and reads the state. `descriptors`: how many came.
 ///
 /// # Errors
 /// Another version, a feature that is not known, or bytes that are no such state.
 pub fn read<T: DeserializeOwned>(
     mut bytes: &[u8],
     versions: RangeInclusive<u32>,
-    descriptors: Option<usize>,
+    descriptors: usize,
 ) -> Result<T, Refusal> {
     let unreadable = |error: ciborium::de::Error<std::io::Error>| Refusal::Unreadable(error.to_string());
     let head: Head = ciborium::from_reader(&mut bytes).map_err(unreadable)?;
@@ -95,7 +95,7 @@ pub fn read<T: DeserializeOwned>(
     if let Some(feature) = head.needs.into_iter().next() {
         return Err(Refusal::Feature(feature));
     }
-    if descriptors.is_some_and(|came| came != head.descriptors as usize) {
+    if descriptors != head.descriptors as usize {
         return Err("another number of descriptors came than was sent".into());
     }
     let saved = ciborium::from_reader(&mut bytes).map_err(unreadable)?;

@@ -18,17 +18,20 @@ mod re_exec;
 mod restart;
 mod role;
 mod saved;
+#[cfg(test)]
+mod saved_tests;
+mod signals;
 mod sockets;
 mod upgrade;
 mod vms;
 
+pub use re_exec::{StartLog, rehearse};
 pub use role::enter_role;
-pub use saved::check_state;
 
 use crate::channel::ChannelError;
 use crate::config::{Config, CoreConfig, ListenerConfig};
 use crate::control::ControlServer;
-use crate::control::protocol::{Status, Upgrade};
+use crate::control::protocol::{SandboxedRole, Upgrade};
 use crate::messages::{CoreToKeeper, FrontToKeeper, KeeperToCore, KeeperToFront};
 use crate::sandbox::Shares;
 use crate::state_memory;
@@ -43,19 +46,15 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use restart::Restarts;
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
+use signals::Signals;
 use sockets::{Socket, listen_on};
 use std::collections::{BTreeMap, VecDeque};
-use std::io::Read;
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use upgrade::{Step, Upgrades};
 use vms::{Guest, Vms};
 
-/// Where the fallback's tokens begin; all others only wake the loop.
-const CONTROL_TOKENS: usize = 16;
+/// Wakes the loop, no more: what has happened is asked in each turn.
 const WAKE: Token = Token(0);
 
 struct Keeper {
@@ -85,6 +84,8 @@ struct Keeper {
     front_ready: bool,
     /// The last that it said about a hand-over.
     front_said: Option<FrontToKeeper>,
+    /// How it is shut in.
+    front_sandbox: Option<SandboxedRole>,
     /// Fronts that were replaced, or were not to be: they are killed then.
     leaving: Vec<(Child<KeeperToFront>, Instant)>,
     core: Option<CoreLife>,
@@ -103,41 +104,6 @@ struct Keeper {
     notices: VecDeque<String>,
     /// Waits until the log is written.
     flush_log: Box<dyn Fn()>,
-}
-
-/// The signals that the keeper catches.
-struct Signals {
-    /// Readable when one came; which one, the others say.
-    came: UnixStream,
-    stop_asked: Arc<AtomicBool>,
-    upgrade_asked: Arc<AtomicBool>,
-}
-
-impl Signals {
-    const ALL: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGUSR2];
-
-    fn catch() -> std::io::Result<Self> {
-        let (came, wake) = UnixStream::pair()?;
-        came.set_nonblocking(true)?;
-        let signals = Self {
-            came,
-            stop_asked: Arc::default(),
-            upgrade_asked: Arc::default(),
-        };
-        for signal in Self::ALL {
-            let asked = match signal {
-                libc::SIGUSR2 => &signals.upgrade_asked,
-                _ => &signals.stop_asked,
-            };
-            signal_hook::flag::register(signal, Arc::clone(asked))?;
-            signal_hook::low_level::pipe::register(signal, wake.try_clone()?)?;
-        }
-        Ok(signals)
-    }
-
-    fn stop_is_asked(&self) -> bool {
-        self.stop_asked.load(Ordering::Relaxed)
-    }
 }
 
 /// Runs vmgmtd until a signal ends it. `arguments` are given to front and core.
@@ -160,9 +126,9 @@ pub fn resume(
     arguments: &[String],
     since_ns: u64,
     failed: Option<&str>,
-    flush_log: Box<dyn Fn()>,
+    log: StartLog<'_>,
 ) -> anyhow::Result<()> {
-    turn_until_the_end(re_exec::resume(arguments, since_ns, failed, flush_log)?)
+    turn_until_the_end(re_exec::resume(arguments, since_ns, failed, log)?)
 }
 
 fn turn_until_the_end(mut keeper: Keeper) -> anyhow::Result<()> {
@@ -246,6 +212,7 @@ impl Keeper {
             front,
             front_ready: false,
             front_said: None,
+            front_sandbox: None,
             leaving: Vec::new(),
             core: None,
             last_life: 0,
@@ -309,16 +276,15 @@ impl Keeper {
     }
 
     fn take_signals(&mut self) {
-        let mut buffer = [0; 64];
-        while matches!((&self.signals.came).read(&mut buffer), Ok(1..)) {}
-        if self.signals.upgrade_asked.swap(false, Ordering::Relaxed)
+        let asked = self.signals.take();
+        if asked.upgrade
             && let Err(text) = self.begin_upgrade(&Upgrade::default())
         {
             self.notice(format!(
                 "the upgrade that a signal asked for does not begin: {text}"
             ));
         }
-        if !self.signals.stop_asked.swap(false, Ordering::Relaxed) {
+        if !asked.stop {
             return;
         }
         let now = Instant::now();
@@ -355,6 +321,7 @@ impl Keeper {
                     FrontToKeeper::CanServe { .. }
                     | FrontToKeeper::CannotHandOver { .. }
                     | FrontToKeeper::Serves { .. } => self.front_said = Some(packet.header),
+                    FrontToKeeper::Sandboxed(front) => self.front_sandbox = Some(*front),
                 },
                 Ok(None) | Err(ChannelError::Closed) => return Ok(false), // its pidfd tells the rest
                 // A front of another version may say more than this keeper knows.
@@ -479,55 +446,6 @@ impl Keeper {
         }
         if self.core.as_ref().is_none_or(|core| !core.child.is_waiting()) {
             self.front.flush();
-        }
-    }
-
-    /// While no core is READY the keeper answers the operators, so that they never wait in vain.
-    fn serve_fallback(&mut self) {
-        if self.core.as_ref().is_some_and(|core| core.ready.is_some()) {
-            return;
-        }
-        let server = self.fallback.take().map_or_else(|| self.new_fallback(), Ok);
-        match server {
-            Ok(mut server) => {
-                self.answer(&mut server);
-                self.fallback = Some(server);
-            }
-            Err(error) => tracing::debug!("the control socket is not served now: {error}"),
-        }
-    }
-
-    fn new_fallback(&self) -> std::io::Result<ControlServer> {
-        let mut server = ControlServer::new(self.control.fd.try_clone()?)?;
-        server.register(self.poll.registry(), CONTROL_TOKENS)?;
-        Ok(server)
-    }
-
-    fn status(&self) -> Status {
-        let state = match (self.stop_at, self.announced) {
-            (Some(_), _) => "stopping",
-            (None, false) => "starting",
-            (None, true) => "restarting",
-        };
-        Status {
-            state: state.into(),
-            answered_by: "keeper".into(),
-            version: env!("CARGO_PKG_VERSION").into(),
-            pid: std::process::id(),
-            life: self.last_life,
-            uptime_seconds: self.begin.elapsed().as_secs(),
-            vms: self.vms.iter().count() as u64,
-            sessions: self.vms.session_count() as u64,
-            notices: self.notices.iter().cloned().collect(),
-            counters: BTreeMap::from([
-                ("core deaths".to_owned(), self.restarts.total()),
-                (
-                    "quarantined devices".to_owned(),
-                    self.restarts.quarantined() as u64,
-                ),
-            ]),
-            upgrade: self.upgrades.report().cloned(),
-            sandbox: Vec::new(),
         }
     }
 }

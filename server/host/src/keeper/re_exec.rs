@@ -2,9 +2,13 @@
 //!
 //! In: a program; or, as that program, standard input. Out: the keeper going on. Must never know: what is in the state.
 //!
-//! A copy of the state is given to the new program first, to see whether it can read it. Then the state and all descriptors are put into a
-//! socket, whose other end becomes standard input, and the new program is executed: it inherits nothing else, so nobody adopts a descriptor
-//! by number. Who cannot go on there puts all into such a socket again and executes the old program, which comes along.
+//! 1. Rehearsal: the new program is started as a child, with copies of all descriptors and of the state, and does everything that it will
+//!    do in our place, but serve (`--resume --check`). Whatever it dies of, it dies there. 2. The state and all descriptors are put into a
+//!    socket, whose other end becomes standard input, and the new program is executed: it inherits nothing else, so nobody adopts a
+//!    descriptor by number. 3. What still fails there, by an error or a panic, before the new keeper is in charge: the old program, which
+//!    comes along, is executed with a second such socket, which comes along untouched. (A process that is killed or aborts after the
+//!    rehearsal went well is beyond help: it is the keeper.)
+//!
 //! Signals stay blocked from before the execution until they are caught again.
 #![allow(unsafe_code)] // execv and the signal mask, which no safe crate here offers
 
@@ -14,6 +18,7 @@ use super::upgrade::{Progress, Step};
 use super::{Keeper, Signals};
 use crate::channel::{Channel, PACKET_FDS_MAX};
 use crate::control::protocol::UpgradeState;
+use crate::fault;
 use crate::packed::Refusal;
 use anyhow::Context;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -21,61 +26,79 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{Read, Seek, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
-/// The new program reads a copy of the state.
+/// The new program rehearses.
 pub(super) struct Check {
     process: Child,
+    /// The other end of its standard input.
+    channel: Channel,
     said: File,
     since: Instant,
 }
+
+/// What it says when all went well.
+const ABLE: &str = "able";
 
 impl Keeper {
     /// One step of the keeper's upgrade; where all goes well it does not return.
     pub(super) fn upgrade_keeper(&mut self, binary: &Binary, step: Step) -> Progress {
         let mut check = match step {
             Step::Keeper(check) => check,
-            _ => match self.start_state_check(binary) {
+            _ => match self.start_rehearsal(binary) {
                 Ok(check) => return Progress::Running(Step::Keeper(check)),
                 Err(error) => return Progress::Denied(format!("{error:#}")),
             },
         };
-        match check.process.try_wait() {
-            Ok(Some(status)) if status.success() => {
-                let error = self.become_another(binary);
-                Progress::Denied(format!("{error:#}"))
+        let status = match check.process.try_wait() {
+            Ok(Some(status)) => status,
+            Ok(None) if check.since.elapsed() <= CHECK_DEADLINE => {
+                return Progress::Running(Step::Keeper(check));
             }
-            Ok(None) if check.since.elapsed() <= CHECK_DEADLINE => Progress::Running(Step::Keeper(check)),
             Ok(None) => {
                 let killed = check.process.kill().and_then(|()| check.process.wait());
-                tracing::debug!("the late check: {killed:?}");
-                Progress::Denied(format!(
-                    "the new program did not read the state within {} s",
+                tracing::debug!("the late rehearsal: {killed:?}");
+                return Progress::Denied(format!(
+                    "the new program was not able to go on within {} s",
                     CHECK_DEADLINE.as_secs()
-                ))
+                ));
             }
-            Ok(Some(status)) => {
-                let mut said = String::new();
-                // What it said is all there is to tell.
-                let _ = check
-                    .said
-                    .rewind()
-                    .and_then(|()| check.said.read_to_string(&mut said));
-                let said: String = said.trim().chars().take(500).collect();
-                Progress::Denied(format!("the new program refuses the state ({status}): {said}"))
-            }
-            Err(error) => Progress::Denied(error.to_string()),
+            Err(error) => return Progress::Denied(error.to_string()),
+        };
+        let able = matches!(check.channel.receive::<String>(), Ok(Some(word)) if word.header == ABLE);
+        if status.success() && able {
+            return Progress::Denied(format!("{:#}", self.become_another(binary)));
         }
+        let mut said = String::new();
+        // What it said is all there is to tell.
+        let _ = check
+            .said
+            .rewind()
+            .and_then(|()| check.said.read_to_string(&mut said));
+        let said: String = said.trim().chars().take(500).collect();
+        Progress::Denied(if status.success() {
+            format!("the new program ended without a word when it was asked: is it a vmgmtd? {said}")
+        } else {
+            format!("the new program could not go on ({status}): {said}")
+        })
     }
 
-    fn start_state_check(&self, binary: &Binary) -> anyhow::Result<Check> {
-        let (bytes, _) = self.save()?;
+    fn start_rehearsal(&self, binary: &Binary) -> anyhow::Result<Check> {
+        let (bytes, fds) = self.save()?;
+        let (channel, stdin) = fill(&bytes, Binary::own()?.file.as_fd(), None, &fds)?;
         let said = File::from(memfd_create("vmgmt-said", MemfdFlags::CLOEXEC)?);
+        let flags = Flags {
+            log: &self.arguments,
+            since: now()?,
+            check: true,
+            failed: None,
+        };
         let process = binary
             .command()
-            .arg("--check-state")
-            .stdin(Stdio::from(memory(&bytes)?))
+            .args(flags.words())
+            .stdin(Stdio::from(stdin))
             .stdout(Stdio::null())
             .stderr(Stdio::from(said.try_clone()?))
             .env_remove("NOTIFY_SOCKET")
@@ -83,6 +106,7 @@ impl Keeper {
             .context("the new program does not start")?;
         Ok(Check {
             process,
+            channel,
             said,
             since: Instant::now(),
         })
@@ -93,17 +117,19 @@ impl Keeper {
         let tried = (|| {
             let (bytes, fds) = self.save()?;
             let own = Binary::own()?;
-            let channel = fill(&bytes, own.file.as_fd(), &fds)?;
+            let (_, spare) = fill(&bytes, own.file.as_fd(), None, &fds)?;
+            let (_, stdin) = fill(&bytes, own.file.as_fd(), Some(spare.as_fd()), &fds)?;
             let flags = Flags {
                 log: &self.arguments,
                 since: now()?,
+                check: false,
                 failed: None,
             };
             (self.flush_log)();
             set_signals_blocked(true);
             // One that came meanwhile has been noted by now, or waits for the new program.
             anyhow::ensure!(!self.signals.stop_is_asked(), "vmgmtd is stopping");
-            execute(binary, channel, &flags)
+            execute(binary, stdin, &flags)
         })();
         set_signals_blocked(false);
         match tried {
@@ -118,11 +144,27 @@ struct Flags<'a> {
     log: &'a [String],
     /// When the old program stopped.
     since: Duration,
+    /// It is only to rehearse.
+    check: bool,
     /// Why another one could not go on.
     failed: Option<&'a str>,
 }
 
+impl Flags<'_> {
+    fn words(&self) -> Vec<String> {
+        let mut words = vec!["--resume".into(), self.since.as_nanos().to_string()];
+        words.extend(self.check.then(|| "--check".into()));
+        let failed = self.failed.iter();
+        words.extend(failed.flat_map(|reason| ["--failed".into(), (*reason).to_owned()]));
+        words.extend(self.log.iter().cloned());
+        words
+    }
+}
+
 enum Never {}
+
+/// Starts the log; gives what waits until it is written.
+pub type StartLog<'a> = &'a dyn Fn() -> anyhow::Result<Box<dyn Fn()>>;
 
 /// Goes on as the keeper that another program was. Where that does not work the other program goes on.
 ///
@@ -132,41 +174,101 @@ pub(super) fn resume(
     arguments: &[String],
     since_ns: u64,
     failed: Option<&str>,
-    flush_log: Box<dyn Fn()>,
+    log: StartLog<'_>,
 ) -> anyhow::Result<Keeper> {
-    // Started by descriptor, it would be shown by that one's number.
-    rustix::thread::set_name(c"vmgmtd")?;
-    let channel = Channel::from_fd(std::io::stdin().as_fd().try_clone_to_owned()?);
-    rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
-    let (bytes, old, fds) = empty(&channel)?;
-    let copies = fds.iter().map(OwnedFd::try_clone).collect::<Result<Vec<_>, _>>();
-    let restored = copies.map_err(Into::into).and_then(|copies| {
-        let signals = Signals::catch()?;
-        Keeper::restore(&bytes, copies, signals, flush_log)
-    });
-    let mut keeper = match (restored, failed) {
-        (Ok(keeper), _) => keeper,
-        (Err(error), Some(_)) => return Err(error.context("neither program can go on")),
-        (Err(error), None) => {
-            let reason = format!("{error:#}");
-            tracing::error!("this program cannot go on, the one before does: {reason}");
-            let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-            let channel = fill(&bytes, old.as_fd(), &borrowed)?;
-            let flags = Flags {
-                log: arguments,
-                since: Duration::from_nanos(since_ns),
-                failed: Some(&reason),
+    let mut handed = Handed::receive()?;
+    let tried = catch_unwind(AssertUnwindSafe(|| {
+        fault::fails("resume")?;
+        handed.restore(log)
+    }));
+    let reason = match tried {
+        Ok(Ok(mut keeper)) => {
+            set_signals_blocked(false);
+            let stall = now()?.saturating_sub(Duration::from_nanos(since_ns));
+            match failed {
+                None => keeper.end_part(UpgradeState::Done, String::new(), stall),
+                Some(reason) => keeper.end_part(UpgradeState::RolledBack, reason.to_owned(), stall),
             };
-            match execute(&Binary::held(old), channel, &flags)? {}
+            return Ok(keeper);
+        }
+        Ok(Err(error)) => format!("the new program could not go on: {error:#}"),
+        Err(panic) => {
+            let said = panic.downcast_ref::<String>().map(String::as_str);
+            let said = said.or_else(|| panic.downcast_ref::<&str>().copied());
+            format!("the new program panicked: {}", said.unwrap_or("?"))
         }
     };
-    set_signals_blocked(false);
-    let stall = now()?.saturating_sub(Duration::from_nanos(since_ns));
-    match failed {
-        None => keeper.end_part(UpgradeState::Done, String::new(), stall),
-        Some(reason) => keeper.end_part(UpgradeState::RolledBack, reason.to_owned(), stall),
+    let Handed { old, spare, .. } = handed;
+    let (None, Some(spare)) = (failed, spare) else {
+        anyhow::bail!("neither program can go on: {reason}");
     };
-    Ok(keeper)
+    let flags = Flags {
+        log: arguments,
+        since: Duration::from_nanos(since_ns),
+        check: false,
+        failed: Some(&reason),
+    };
+    match execute(&Binary::held(old), spare, &flags)? {}
+}
+
+/// Does all that [`resume`] does, but to be in charge; says so, and leaves everything as it was.
+///
+/// # Errors
+/// Why this program could not go on.
+pub fn rehearse(log: StartLog<'_>) -> anyhow::Result<()> {
+    let mut handed = Handed::receive()?;
+    fault::at("rehearse");
+    // Everything in it is another's: nothing may end with this process.
+    std::mem::forget(handed.restore(log)?);
+    Ok(handed.channel.send(&ABLE, &[], &[])?)
+}
+
+/// What [`fill`] put into standard input.
+struct Handed {
+    channel: Channel,
+    /// Descriptors that are still to be taken out.
+    count: usize,
+    state: OwnedFd,
+    /// The program that wrote it.
+    old: OwnedFd,
+    /// Another standard input for that program.
+    spare: Option<OwnedFd>,
+}
+
+impl Handed {
+    fn receive() -> anyhow::Result<Self> {
+        let channel = Channel::from_fd(std::io::stdin().as_fd().try_clone_to_owned()?);
+        let first = channel
+            .receive::<usize>()?
+            .context("standard input holds nothing")?;
+        let mut fds = first.fds.into_iter();
+        let (Some(state), Some(old)) = (fds.next(), fds.next()) else {
+            anyhow::bail!("standard input holds no state");
+        };
+        Ok(Self {
+            channel,
+            count: first.header,
+            state,
+            old,
+            spare: fds.next(),
+        })
+    }
+
+    /// All of the way to a keeper in charge that can fail.
+    fn restore(&mut self, log: StartLog<'_>) -> anyhow::Result<Keeper> {
+        // Started by descriptor, it would be shown by that one's number.
+        rustix::thread::set_name(c"vmgmtd")?;
+        rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
+        let flush_log = log()?;
+        let mut bytes = Vec::new();
+        File::from(self.state.try_clone()?).read_to_end(&mut bytes)?;
+        let mut fds = Vec::new();
+        while fds.len() < self.count {
+            let packet = self.channel.receive::<usize>()?;
+            fds.extend(packet.context("descriptors are missing")?.fds);
+        }
+        Keeper::restore(&bytes, fds, Signals::catch()?, flush_log)
+    }
 }
 
 /// Sealed memory with these bytes in it, read from its beginning.
@@ -182,60 +284,31 @@ fn memory(bytes: &[u8]) -> anyhow::Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// A socket that holds all: the state, the program that wrote it, and the descriptors; what is to be read from it.
-fn fill(bytes: &[u8], program: BorrowedFd<'_>, fds: &[BorrowedFd<'_>]) -> anyhow::Result<OwnedFd> {
+/// A socket that holds all: the state, the program that wrote it, another such socket for that one, and the descriptors. The end to talk
+/// to the reader by, and the end that is to be read.
+fn fill(
+    bytes: &[u8],
+    program: BorrowedFd<'_>,
+    spare: Option<BorrowedFd<'_>>,
+    fds: &[BorrowedFd<'_>],
+) -> anyhow::Result<(Channel, OwnedFd)> {
     let (writer, reader) = Channel::pair()?;
     let state = memory(bytes)?;
-    writer.send(&fds.len(), &[], &[state.as_fd(), program])?;
+    let first: Vec<_> = [state.as_fd(), program].into_iter().chain(spare).collect();
+    writer.send(&fds.len(), &[], &first)?;
     for fds in fds.chunks(PACKET_FDS_MAX) {
         writer
             .send(&fds.len(), &[], fds)
             .context("too many descriptors at once")?;
     }
-    Ok(reader.into_fd())
-}
-
-/// What [`fill`] put in.
-fn empty(channel: &Channel) -> anyhow::Result<(Vec<u8>, OwnedFd, Vec<OwnedFd>)> {
-    let first = channel
-        .receive::<usize>()?
-        .context("standard input holds nothing")?;
-    let Ok([state, program]) = <[OwnedFd; 2]>::try_from(first.fds) else {
-        anyhow::bail!("standard input holds no state");
-    };
-    let mut bytes = Vec::new();
-    File::from(state).read_to_end(&mut bytes)?;
-    let mut fds = Vec::new();
-    while fds.len() < first.header {
-        fds.extend(
-            channel
-                .receive::<usize>()?
-                .context("descriptors are missing")?
-                .fds,
-        );
-    }
-    Ok((bytes, program, fds))
+    Ok((writer, reader.into_fd()))
 }
 
 /// Becomes another program, with this standard input.
 fn execute(binary: &Binary, channel: OwnedFd, flags: &Flags<'_>) -> anyhow::Result<Never> {
     let command = binary.command();
-    let mut words = vec![
-        "vmgmtd".into(),
-        "--resume".into(),
-        flags.since.as_nanos().to_string(),
-    ];
-    words.extend(
-        flags
-            .failed
-            .iter()
-            .flat_map(|reason| ["--failed".into(), (*reason).to_owned()]),
-    );
-    words.extend(flags.log.iter().cloned());
-    let words = words
-        .into_iter()
-        .map(CString::new)
-        .collect::<Result<Vec<_>, _>>()?;
+    let words = ["vmgmtd".to_owned()].into_iter().chain(flags.words());
+    let words = words.map(CString::new).collect::<Result<Vec<_>, _>>()?;
     let program = CString::new(command.get_program().as_encoded_bytes())?;
     let mut list: Vec<_> = words.iter().map(|word| word.as_ptr()).collect();
     list.push(std::ptr::null());

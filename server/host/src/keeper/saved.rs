@@ -15,7 +15,7 @@ use super::vms::{SavedVms, Vms};
 use super::{Keeper, Signals, watch};
 use crate::channel::Channel;
 use crate::config::{CoreConfig, ListenerConfig};
-use crate::control::protocol::UpgradeReport;
+use crate::control::protocol::{SandboxedRole, UpgradeReport};
 use crate::messages::{KeeperToCore, KeeperToFront};
 use crate::packed::{self, Carried, Packer, Refusal, Unpacker};
 use crate::sandbox::Shares;
@@ -28,11 +28,11 @@ use std::time::{Duration, Instant};
 use vmgmt_device::page::LifePage;
 
 /// What this version writes. It reads this one and the one before.
-const VERSION: u32 = 1;
-const VERSION_OLDEST: u32 = 1;
+pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION_OLDEST: u32 = 1;
 
 #[derive(Serialize, Deserialize)]
-struct SavedKeeper {
+pub(super) struct SavedKeeper {
     core_binary: SavedBinary,
     report: Option<UpgradeReport>,
     core_config: CoreConfig,
@@ -40,9 +40,9 @@ struct SavedKeeper {
     control: SavedSocket,
     listeners: Vec<(ListenerConfig, SavedSocket)>,
     last_listener: u32,
-    vms: SavedVms,
+    pub(super) vms: SavedVms,
     hub_state: Carried,
-    session_states: Vec<(u64, Carried)>,
+    pub(super) session_states: Vec<(u64, Carried)>,
     drain_deadline_ms: u64,
     core_end: String,
     front: SavedChild<KeeperToFront>,
@@ -56,6 +56,7 @@ struct SavedKeeper {
     begun_ago: Duration,
     announced: bool,
     notices: Vec<String>,
+    front_sandbox: Option<SandboxedRole>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -93,14 +94,6 @@ struct SavedCore {
     dying_ago: Option<Duration>,
 }
 
-/// Whether a saved keeper can be read by this program.
-///
-/// # Errors
-/// It cannot; the text says why.
-pub fn check_state(bytes: &[u8]) -> Result<(), Refusal> {
-    packed::read::<SavedKeeper>(bytes, VERSION_OLDEST..=VERSION, None).map(drop)
-}
-
 impl Keeper {
     /// Packs the keeper: bytes, and the descriptors that they name. Nothing changes by it.
     pub(super) fn save(&self) -> Result<(Vec<u8>, Vec<BorrowedFd<'_>>), Refusal> {
@@ -129,6 +122,7 @@ impl Keeper {
             front,
             front_ready,
             front_said: _,
+            front_sandbox,
             leaving,
             core,
             last_life,
@@ -215,6 +209,7 @@ impl Keeper {
             begun_ago: now.duration_since(*begin),
             announced: *announced,
             notices: notices.iter().cloned().collect(),
+            front_sandbox: front_sandbox.clone(),
         };
         Ok((packed::write(VERSION, &saved, packer.fds.len())?, packer.fds))
     }
@@ -226,7 +221,7 @@ impl Keeper {
         signals: Signals,
         flush_log: Box<dyn Fn()>,
     ) -> anyhow::Result<Self> {
-        let saved: SavedKeeper = packed::read(bytes, VERSION_OLDEST..=VERSION, Some(fds.len()))?;
+        let saved: SavedKeeper = packed::read(bytes, VERSION_OLDEST..=VERSION, fds.len())?;
         let mut unpacker = Unpacker::new(fds);
         // From the first child on nothing may fail: each descriptor is named once, and all are.
         unpacker.expect_each(&saved.named())?;
@@ -289,6 +284,7 @@ impl Keeper {
             front: restore_child(saved.front, &mut take)?,
             front_ready: saved.front_ready,
             front_said: None,
+            front_sandbox: saved.front_sandbox,
             leaving: saved
                 .leaving
                 .into_iter()
@@ -352,6 +348,19 @@ impl SavedKeeper {
         }
         named.extend(self.core.iter().map(|core| core.page));
         named
+    }
+}
+
+#[cfg(test)]
+impl SavedKeeper {
+    /// Sets all that depends on when it was saved.
+    pub(super) fn set_times(&mut self, ago: Duration) {
+        (self.restart_in, self.begun_ago) = (ago, ago);
+        if let Some(core) = &mut self.core {
+            core.started_ago = ago;
+            core.ready_ago = core.ready_ago.and(Some(ago));
+            core.dying_ago = core.dying_ago.and(Some(ago));
+        }
     }
 }
 

@@ -143,6 +143,8 @@ impl Keeper {
         let number = self.upgrades.begin(binary.path(), &wish.parts, now_ns());
         tracing::info!("upgrade {number} to {}", binary.path().display());
         self.upgrading = Some((binary, Step::Begin));
+        // Before the answer: who has that finds the report in the status.
+        self.tell_report();
         Ok(number)
     }
 

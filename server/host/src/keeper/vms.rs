@@ -89,6 +89,16 @@ impl SavedVms {
     }
 }
 
+#[cfg(test)]
+impl SavedVms {
+    /// Sets the numbers of all processes.
+    pub(super) fn set_processes(&mut self, number: i32) {
+        let processes = self.vms.iter_mut().filter_map(|vm| vm.process.as_mut());
+        processes.for_each(|(pid, _)| *pid = number);
+        self.holders.iter_mut().for_each(|holder| holder.2 = number);
+    }
+}
+
 /// Somebody who wants in.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Guest {
