@@ -59,6 +59,7 @@ impl Hub {
         for vm in hub.office.vms.keys().collect::<Vec<_>>() {
             crate::modes::delivery::arm_expiry(&mut hub.office, vm);
         }
+        hub.office.awaited = hub.office.ledger.sessions_with_messages();
         hub.transfers.furnish(&mut hub.office);
         hub.open_again();
         Ok(hub)

@@ -180,6 +180,16 @@ impl Ledger {
         self.bound.keys().map(|(session, _)| *session)
     }
 
+    /// VMs, each with a session that has, or is about to get, (a part of) a message of that VM's mailbox.
+    #[must_use]
+    pub fn sessions_with_messages(&self) -> BTreeSet<(u64, u64)> {
+        let bound = self.bound.iter().map(|((session, _), (vm, _))| (*vm, *session));
+        let delivering = self.delivering.iter();
+        bound
+            .chain(delivering.map(|(token, delivering)| (delivering.target, token.session)))
+            .collect()
+    }
+
     /// The VM that a session has published.
     #[must_use]
     pub fn vm_published_by(&self, session: u64) -> Option<u64> {

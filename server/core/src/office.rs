@@ -165,12 +165,20 @@ pub struct Office {
     pub state_full: bool,
     /// Mailboxes that got something in this turn; empty between turns.
     pub woken: Vec<u64>,
+    /// After a crash: sessions that were not told yet and that a message of this VM's mailbox is bound to or on its way to. Until it is known
+    /// what became of that message, none that came after it is given to anybody.
+    pub awaited: BTreeSet<(u64, u64)>,
 }
 
 impl Office {
     /// Whether a part of a message is on its way to the channel of this RECEIVE, so that another message must wait.
     pub fn part_on_its_way(&self, token: Token) -> bool {
         self.ledger.part_on_its_way(token.session, token.channel)
+    }
+
+    /// Whether a message of this VM's mailbox is with a session of before the crash that was not told yet.
+    pub fn awaits_session_of(&self, vm: u64) -> bool {
+        self.awaited.range((vm, 0)..=(vm, u64::MAX)).next().is_some()
     }
 
     /// A number for a handle.

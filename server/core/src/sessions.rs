@@ -74,6 +74,8 @@ impl Hub {
             return;
         };
         entry.sessions.insert(session);
+        // What became of its messages is told by its rings, before they fetch anything new.
+        self.office.awaited.remove(&(vm, session));
         // Those of an earlier core life, if there was one.
         let handles = self.handles_of(session).into_iter().collect();
         self.office.sessions.insert(session, Session { vm, handles });
@@ -198,6 +200,11 @@ impl Hub {
             if !self.office.sessions.contains_key(&session) {
                 self.session_closed(session);
             }
+        }
+        // Their messages are back in the mailboxes, for who has asked meanwhile.
+        self.office.awaited.clear();
+        for vm in self.office.vms.keys().collect::<Vec<_>>() {
+            delivery::dispatch(&mut self.office, vm, false);
         }
         self.sweep_shares(true);
     }

@@ -81,6 +81,9 @@ pub struct Saved {
     fetching: Vec<((u64, Channel), Vec<SavedFetched>)>,
     bodies: Vec<SavedFetched>,
     listeners: Vec<Listener>,
+    /// Only in the first moments after a crash.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    awaited: BTreeSet<(u64, u64)>,
 }
 
 impl Saved {
@@ -184,6 +187,7 @@ impl Hub {
             next_handle,
             state_full: _,
             woken: _,
+            awaited,
         } = office;
         let Files {
             open,
@@ -235,6 +239,7 @@ impl Hub {
                 .collect(),
             bodies: bodies.values().map(|fetched| save_fetched(fetched)).collect(),
             listeners: listeners.iter().copied().collect(),
+            awaited: awaited.clone(),
         }
     }
 
@@ -265,6 +270,7 @@ impl Hub {
             fetching,
             bodies,
             listeners,
+            awaited,
         } = saved;
         if version != VERSION {
             return Err(RestoreError::Version { found: version });
@@ -276,6 +282,7 @@ impl Hub {
         office.timers = timers.into_iter().collect::<Timers>();
         office.effects = Effects::restore(effects)?;
         office.outputs = outputs.into();
+        office.awaited = awaited;
         for vm in vms {
             restore_vm(office, vm)?;
         }

@@ -6,12 +6,13 @@ mod house;
 use ciborium::Value;
 use house::{Ask, House};
 use std::collections::BTreeSet;
-use vmgmt_abi::chat::MessageHeader;
+use vmgmt_abi::chat::{MessageHeader, message_flag};
 use vmgmt_abi::file::{OfferHeader, SIZE_UNKNOWN, open, put};
 use vmgmt_abi::ring::{completion_flag, flag};
-use vmgmt_abi::{Opcode, Status};
-use vmgmt_core::{Hub, Saved};
-use vmgmt_device::rings::{Channel, Token};
+use vmgmt_abi::{Mode, Opcode, Status};
+use vmgmt_core::{Hub, Input, Output, Record, Saved};
+use vmgmt_device::Tick;
+use vmgmt_device::rings::{Channel, Fetched, Token};
 use zerocopy::FromBytes;
 
 const A: u64 = 11;
@@ -302,6 +303,83 @@ fn a_message_is_delivered_once_whoever_waits_first() {
 }
 
 /// What the core of version 1 would have saved: no handles, offers and streams, and of answers only those of accepted sends.
+/// B's session of the life before is gone, another one has come, and it asks for messages before all sessions are told: whom the rest went to is not
+/// known yet. Gives what it got before, and what it got after: sequence and flags.
+fn received_by_a_successor(journal: &[Record]) -> [Vec<(u64, u32)>; 2] {
+    let now = Tick(1_000_000_000);
+    let mut hub = Hub::replay(2, None, journal.iter().cloned()).unwrap();
+    let received = |hub: &mut Hub| {
+        let mut got = Vec::new();
+        while let Some(output) = hub.poll_output() {
+            if let Output::Complete { token, payload, .. } = output
+                && token.session == 22
+            {
+                let (header, _) = MessageHeader::read_from_prefix(&payload).unwrap();
+                got.push((header.sequence, header.flags & message_flag::CONTINUED));
+                hub.handle(
+                    now,
+                    Input::Published {
+                        token,
+                        published: true,
+                    },
+                );
+            }
+        }
+        got
+    };
+    hub.handle(now, Input::SessionOpened { session: A, vm: 1 });
+    hub.handle(now, Input::SessionOpened { session: 22, vm: 2 });
+    for index in 0..3 {
+        let token = Token {
+            session: 22,
+            channel: Channel::Ring(0),
+            index,
+            generation: 1,
+        };
+        let fetched = Fetched {
+            token,
+            mode: Mode::CHAT,
+            opcode: Opcode::RECEIVE,
+            flags: 0,
+            tag: index,
+            handle: 0,
+            offset: 0,
+            argument: 0,
+            deadline: Tick::NEVER,
+            meta: Vec::new(),
+            data_bytes: 1000,
+            data: None,
+            again: false,
+        };
+        hub.handle(now, Input::Submission(Box::new(fetched)));
+    }
+    let before = received(&mut hub);
+    hub.handle(now, Input::Adopted);
+    [before, received(&mut hub)]
+}
+
+#[test]
+fn what_a_dead_session_had_begun_to_get_comes_first() {
+    let mut house = House::new();
+    let receive = house.ask_on(B, Channel::Ring(0), Ask::new(Opcode::RECEIVE).room(150));
+    house.ok(A, Ask::new(Opcode::SEND).handle(2).data([1; 300]));
+    assert_ne!(house.answer(receive).0.flags & completion_flag::MORE, 0);
+    house.ok(A, Ask::new(Opcode::SEND).handle(2).data([2; 30]));
+    let received = received_by_a_successor(&house.journal);
+    assert_eq!(received, [vec![], vec![(1, 0), (2, 0)]]);
+}
+
+#[test]
+fn what_a_dead_session_was_about_to_get_goes_to_who_waits() {
+    let mut house = House::new();
+    house.manual = true;
+    house.ask_on(B, Channel::Ring(0), Ask::new(Opcode::RECEIVE).room(150));
+    house.ask(A, Ask::new(Opcode::SEND).handle(2).data([1; 30]));
+    house.ask(A, Ask::new(Opcode::SEND).handle(2).data([2; 30]));
+    let received = received_by_a_successor(&house.journal);
+    assert_eq!(received, [vec![], vec![(1, 0), (2, 0)]]);
+}
+
 fn as_version_1(saved: &[u8]) -> Vec<u8> {
     type Map = Vec<(Value, Value)>;
     fn entry<'a>(map: &'a mut Map, key: &str) -> &'a mut Value {

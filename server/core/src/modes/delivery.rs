@@ -16,6 +16,9 @@ use zerocopy::IntoBytes;
 
 /// Gives messages that wait to RECEIVEs that are posted. `direct`: the message came in just now.
 pub fn dispatch(office: &mut Office, target: u64, direct: bool) {
+    if office.awaits_session_of(target) {
+        return;
+    }
     loop {
         let Some(entry) = office.vms.get(&target) else {
             return;
