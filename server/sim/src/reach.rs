@@ -204,7 +204,7 @@ impl Reach {
         let all = reset || !self.allowed() || epochs != self.epochs;
         (self.generation, self.epochs, self.seen) = (generation, epochs, seen);
         let numbers: Vec<u64> = self.maps.values().map(|map| map.number).collect();
-        if reset || self.control & !control::FROZEN & DMA_BITS != control::BUS_MASTER {
+        if reset || self.control & (control::QUARANTINED | control::GONE) != 0 {
             self.messages.clear();
         } else {
             self.messages.drop_unmapped(|number| numbers.contains(&number));

@@ -95,7 +95,8 @@ impl SessionMemory {
         self.fences.epochs = epochs;
         self.fences.seen = seen;
 
-        if reset || self.fences.control & !control::FROZEN & DMA_BITS != control::BUS_MASTER {
+        // Bus mastering that is off, or a freeze, only holds messages up: the rings count what they wrote as on its way.
+        if reset || self.fences.control & (control::QUARANTINED | control::GONE) != 0 {
             self.messages.clear();
         } else {
             let table = &self.table;

@@ -357,17 +357,19 @@ fn the_operator_is_told_once_that_memory_comes_without_descriptors() {
 }
 
 #[test]
-fn frozen_means_held_back() {
-    let (mut session, mut ram) = unshared();
-    session.turn(|memory| memory.write(0x1000, b"later")).unwrap();
-    session.front.set_control(control::BUS_MASTER | control::FROZEN);
-    session.front.move_fence();
-    assert!(session.memory.poll_fences(session.now));
-    assert!(session.requests().is_empty());
-    session.front.set_control(control::BUS_MASTER);
-    session.front.move_fence();
-    let (settled, _) = session.until_done(&mut ram, SessionMemory::settled);
-    assert_eq!((settled, ram.read(0x1000, 5)), (Ok(()), b"later".to_vec()));
+fn frozen_or_without_bus_mastering_means_held_back() {
+    for held_back in [control::BUS_MASTER | control::FROZEN, 0] {
+        let (mut session, mut ram) = unshared();
+        session.turn(|memory| memory.write(0x1000, b"later")).unwrap();
+        session.front.set_control(held_back);
+        session.front.move_fence();
+        assert!(session.memory.poll_fences(session.now));
+        assert!(session.requests().is_empty());
+        session.front.set_control(control::BUS_MASTER);
+        session.front.move_fence();
+        let (settled, _) = session.until_done(&mut ram, SessionMemory::settled);
+        assert_eq!((settled, ram.read(0x1000, 5)), (Ok(()), b"later".to_vec()));
+    }
 }
 
 #[test]
