@@ -103,6 +103,9 @@ pub trait GuestMemory {
     /// Pending while they are not; Gone when one (not into a buffer) failed since the last call that answered Ok.
     fn settled(&mut self) -> Result<(), MemoryError>;
 
+    /// Drops what was written into a range and has not gone out: nobody expects it there any more.
+    fn drop_writes(&mut self, _iova: u64, _bytes: u64) {}
+
     /// Checks that a range is mapped for `direction`, without touching it.
     ///
     /// # Errors

@@ -3,10 +3,12 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::collections::VecDeque;
+use vmgmt_abi::registers::RingState;
 use vmgmt_abi::{Mode, Opcode, Submission};
 use vmgmt_device::page::PlainWords;
-use vmgmt_device::rings::Output;
+use vmgmt_device::page::{RingSetup, control};
 use vmgmt_device::rings::testing::{Bed, FlatGuest, FlatMemory, RingPlan};
+use vmgmt_device::rings::{Answer, Input, Output, Token};
 use vmgmt_device::{Direction, GuestMemory, MemoryError};
 
 /// Shared memory whose stores wait while `held`.
@@ -156,4 +158,92 @@ fn lost(opcode: Opcode) {
     bed.end_turn();
     assert!(signals(&mut bed) > 0);
     assert_eq!(ring.take(&guest).map(|completion| completion.tag), Some(7));
+}
+
+/// A ring that is reached by messages, with a delivery whose completion is on its way.
+fn on_its_way() -> (Bed<PlainWords, FlatMemory>, RingPlan, FlatGuest, Token) {
+    let guest = FlatGuest::new(1 << 20);
+    let mut bed = Bed::new(&guest, FlatMemory::new(&guest), PlainWords::new).unwrap();
+    bed.memory.set_by_messages(true);
+    let mut ring = RingPlan::new(0, 0, 8, 8, Mode::CHAT.0);
+    bed.enable(&mut ring);
+    let submission = Submission {
+        tag: 7,
+        opcode: Opcode::RECEIVE.0,
+        buffer: 0x8_0000,
+        length: 64,
+        ..Submission::default()
+    };
+    ring.submit(&guest, &submission);
+    bed.front.ring_doorbell(ring.n, ring.tail);
+    let mut token = None;
+    while token.is_none() {
+        bed.touch();
+        bed.poll(8);
+        assert!(bed.memory.deliver());
+        token = bed.outputs().into_iter().find_map(|output| match output {
+            Output::Submission(fetched) => Some(fetched.token),
+            _ => None,
+        });
+    }
+    let token = token.unwrap();
+    bed.handle(Input::Complete {
+        token,
+        answer: Answer::ok(4),
+        payload: b"mail".to_vec(),
+        confirm: true,
+    });
+    // The payload is there, its completion is given out.
+    bed.memory.deliver();
+    bed.poll(8);
+    bed.outputs();
+    (bed, ring, guest, token)
+}
+
+fn close(bed: &mut Bed<PlainWords, FlatMemory>, ring: &RingPlan) -> u32 {
+    let setup = RingSetup {
+        enabled: false,
+        ..ring.setup
+    };
+    let epoch = bed.front.set_ring(ring.n, &setup);
+    bed.touch();
+    epoch
+}
+
+fn is_closed(bed: &Bed<PlainWords, FlatMemory>, epoch: u32) -> bool {
+    let answer = bed.core.open_answer(0);
+    (answer.epoch, answer.state) == (epoch, RingState::CLOSED)
+}
+
+#[test]
+fn a_ring_is_closed_when_what_goes_by_message_is_there_and_told() {
+    let (mut bed, mut ring, guest, token) = on_its_way();
+    let epoch = close(&mut bed, &ring);
+    assert!(!is_closed(&bed, epoch) && bed.outputs().is_empty() && ring.take(&guest).is_none());
+    assert!(bed.memory.deliver());
+    bed.touch();
+    assert!(is_closed(&bed, epoch));
+    let [published, closed] = bed.outputs().try_into().unwrap();
+    assert_eq!(
+        published,
+        Output::Published {
+            token,
+            published: true
+        }
+    );
+    assert!(matches!(closed, Output::ChannelClosed { .. }));
+    assert_eq!(ring.take(&guest).map(|completion| completion.tag), Some(7));
+}
+
+#[test]
+fn what_waits_for_bus_mastering_is_dropped_with_its_ring() {
+    let (mut bed, mut ring, guest, _) = on_its_way();
+    bed.front.set_control(0);
+    let epoch = close(&mut bed, &ring);
+    assert!(is_closed(&bed, epoch));
+    assert!(matches!(bed.outputs()[..], [Output::ChannelClosed { .. }]));
+    bed.front.set_control(control::BUS_MASTER);
+    bed.memory.deliver();
+    bed.touch();
+    assert_eq!(ring.take(&guest), None);
 }

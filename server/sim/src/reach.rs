@@ -483,6 +483,10 @@ impl GuestMemory for Reach {
         self.messages.take_refused(iova, bytes)
     }
 
+    fn drop_writes(&mut self, iova: u64, bytes: u64) {
+        self.messages.drop_writes(iova, bytes);
+    }
+
     fn load_u32(&mut self, iova: u64) -> Result<u32, MemoryError> {
         let mut bytes = [0; 4];
         self.read(iova, &mut bytes)?;

@@ -11,6 +11,7 @@ use crate::tick::Tick;
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::sync::atomic::{Ordering, fence};
+use vmgmt_abi::registers::RingState;
 use vmgmt_wire::{DmaUnmap, RegionAccess, Reply, ReplyHandle};
 
 /// A core life that was given the session's maps and is not known to be dead for guest memory.
@@ -70,6 +71,17 @@ impl<W: Words> Cores<W> {
             .map(|core| core.passed)
             .min()
             .unwrap_or(current)
+    }
+}
+
+impl<W: Words> Cores<W> {
+    /// Whether ring `n`, closed under `epoch`, has nothing on its way any more. A fence passes while messages to the client wait: their answers
+    /// come only when it waits for none of ours. Nobody waits for a ring to be closed, it is asked about; so a core says it when they are done.
+    pub fn have_closed(&self, n: usize, epoch: u32) -> bool {
+        self.attached.iter().all(|core| {
+            let answer = core.page.open_answer(n);
+            !core.page.busy() || (answer.epoch, answer.state) == (epoch, RingState::CLOSED)
+        })
     }
 }
 

@@ -453,8 +453,12 @@ impl<W: Words> Function<W> {
                 reply: held.reply.into(),
             });
         }
-        for ring in &mut self.rings {
-            ring.closing = ring.closing.filter(|fence| *fence > passed);
+        let cores = &self.cores;
+        for (n, ring) in self.rings.iter_mut().enumerate() {
+            let epoch = ring.setup.epoch;
+            ring.closing = ring
+                .closing
+                .filter(|fence| *fence > passed || !cores.have_closed(n, epoch));
         }
         self.reset_fence = self.reset_fence.filter(|fence| *fence > passed);
         if self.gone_fence.is_some_and(|fence| fence <= passed) {

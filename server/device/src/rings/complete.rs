@@ -257,6 +257,17 @@ pub(super) fn settle<W: Words, M: GuestMemory>(
     Ok(())
 }
 
+/// As [`settle`], of a ring that the guest closed; also payloads whose completions were not journaled yet must be there, or void.
+pub(super) fn settle_last<W: Words, M: GuestMemory>(
+    desk: &mut Desk<W>,
+    ring: &mut Ring,
+    n: usize,
+    memory: &mut M,
+) -> Result<(), Stop> {
+    memory.settled()?;
+    settle(desk, ring, n, memory)
+}
+
 /// Whether the guest wants an interrupt for what was published since the last one.
 pub(super) fn signal_due<W: Words, M: GuestMemory>(
     desk: &mut Desk<W>,

@@ -5,7 +5,7 @@
 use super::interface::{Channel, Output};
 use super::port::Port;
 use super::recover;
-use super::ring::Ring;
+use super::ring::{Ring, Stage};
 use super::room::Rings;
 use crate::page::{CorePage, FrontPage, OpenAnswer, RingSetup, Words};
 use vmgmt_abi::registers::{DeviceState, RINGS_MAX, RingState};
@@ -131,14 +131,18 @@ impl<W: Words> Rings<W> {
             ring.doorbell = doorbell;
             ring.look = true;
         }
-        if setup.epoch == ring.setup.epoch {
+        if setup.epoch == ring.epoch_seen() {
             return;
         }
-        let known = self.desk.table.ring_epoch(n).is_some();
+        if !setup.enabled && ring.is_open() {
+            ring.stage = Stage::Closing { under: *setup };
+            return;
+        }
         if !setup.enabled {
-            *ring = closed_under(*setup);
-            answer_open(core, n, setup.epoch, RingState::CLOSED, Status::OK);
-        } else if self.failed {
+            return self.closed(n, setup, core);
+        }
+        let known = self.desk.table.ring_epoch(n).is_some();
+        if self.failed {
             *ring = closed_under(*setup);
             answer_open(core, n, setup.epoch, RingState::REFUSED, Status::NOT_READY);
         } else {
@@ -149,6 +153,23 @@ impl<W: Words> Rings<W> {
             self.desk.table.close_ring(n);
             self.channel_closed(n);
         }
+    }
+}
+
+impl<W: Words> Rings<W> {
+    /// Ring `n` is closed under a set-up, and nothing of it is left.
+    pub(super) fn closed(&mut self, n: usize, setup: &RingSetup, core: &CorePage<W>) {
+        let known = self.desk.table.ring_epoch(n).is_some();
+        if let Some(ring) = self.rings.get_mut(n) {
+            let doorbell = ring.doorbell;
+            *ring = closed_under(*setup);
+            ring.doorbell = doorbell;
+        }
+        if known {
+            self.desk.table.close_ring(n);
+            self.channel_closed(n);
+        }
+        answer_open(core, n, setup.epoch, RingState::CLOSED, Status::OK);
     }
 }
 

@@ -10,7 +10,7 @@ use super::table::Table;
 use crate::page::{RingSetup, Words};
 use crate::{MemoryError, Tick};
 use std::collections::VecDeque;
-use vmgmt_abi::ring::{COMPLETION_BYTES, SUBMISSION_BYTES, event_offset};
+use vmgmt_abi::ring::{COMPLETION_BYTES, RING_EVENTS_BYTES, SUBMISSION_BYTES, event_offset};
 use vmgmt_abi::{Mode, Status};
 
 /// Why work on a ring stops before it is done.
@@ -82,6 +82,10 @@ pub(super) enum Stage {
     },
     Refused,
     Open,
+    /// The guest closed it under this epoch. What goes by message may still be on its way into its memory: it says CLOSED when that has ended.
+    Closing {
+        under: RingSetup,
+    },
 }
 
 /// Where a submission in flight stands.
@@ -277,6 +281,28 @@ impl Ring {
 
     pub fn is_open(&self) -> bool {
         self.stage == Stage::Open
+    }
+
+    /// Epoch of the set-up that was seen last.
+    pub const fn epoch_seen(&self) -> u32 {
+        match self.stage {
+            Stage::Closing { under } => under.epoch,
+            _ => self.setup.epoch,
+        }
+    }
+
+    /// The guest's memory that this ring writes: completions, event words, data areas of what is in flight.
+    pub fn written_areas(&self) -> impl Iterator<Item = Segment> + '_ {
+        let completions = Segment {
+            iova: self.setup.completions,
+            bytes: u64::from(self.setup.completion_entries) * COMPLETION_BYTES as u64,
+        };
+        let events = Segment {
+            iova: self.setup.events,
+            bytes: RING_EVENTS_BYTES as u64,
+        };
+        let data = self.slots.iter().flat_map(|slot| slot.segments.as_slice());
+        [completions, events].into_iter().chain(data.copied())
     }
 
     /// Index of the next submission.

@@ -15,7 +15,7 @@ use super::refresh::answer_open;
 use super::ring::{Desk, Due, Ring, Stage, Standing, Stop};
 use super::table::{STATE_WORDS, Table};
 use crate::page::{CorePage, FrontPage, Interrupts, Words, control};
-use crate::{GuestMemory, Tick};
+use crate::{GuestMemory, MemoryError, Tick};
 use std::collections::VecDeque;
 use vmgmt_abi::registers::{DeviceState, RINGS_MAX, RingState, VECTORS_MAX};
 use vmgmt_abi::ring::event_offset;
@@ -196,7 +196,8 @@ impl<W: Words> Rings<W> {
                 .map(|(input, room)| Buffer::Port { input, room }),
             Channel::Port => None,
             Channel::Ring(n) => {
-                let slot = self.rings.get(usize::from(n))?.slot(token.index)?;
+                let ring = self.rings.get(usize::from(n)).filter(|ring| ring.is_open())?;
+                let slot = ring.slot(token.index)?;
                 (slot.generation == token.generation && slot.standing == Standing::Hub).then(|| {
                     Buffer::Guest {
                         segments: slot.segments.as_slice(),
@@ -271,6 +272,7 @@ impl<W: Words> Rings<W> {
         if front.control() & (control::FROZEN | control::QUARANTINED | control::GONE) == 0 {
             self.port.look(&mut self.desk, front, core);
         }
+        self.close_rings(front, core, memory);
         if !dma_is_allowed(front) {
             return;
         }
@@ -304,6 +306,31 @@ impl<W: Words> Rings<W> {
             .any(|(n, ring)| stopped & 1 << n == 0 && ring_has_work(ring));
     }
 
+    /// Ends rings that the guest closed, when nothing of theirs is on its way any more.
+    fn close_rings<M: GuestMemory>(&mut self, front: &FrontPage<W>, core: &CorePage<W>, memory: &mut M) {
+        for n in 0..RINGS_MAX {
+            let Some(ring) = self.rings.get_mut(n) else { return };
+            let Stage::Closing { under } = ring.stage else {
+                continue;
+            };
+            if dma_is_allowed(front) {
+                // What the guest got, it got: the hub is to know.
+                if complete::settle_last(&mut self.desk, ring, n, memory) == Err(Stop::Wait) {
+                    self.desk.turn.waiting = true;
+                    continue;
+                }
+            } else if front.control() & control::FROZEN != 0 && memory.settled() == Err(MemoryError::Pending)
+            {
+                // It goes on with the thaw.
+                continue;
+            } else {
+                ring.written_areas()
+                    .for_each(|area| memory.drop_writes(area.iova, area.bytes));
+            }
+            self.closed(n, &under, core);
+        }
+    }
+
     fn work_ring<M: GuestMemory>(
         &mut self,
         n: usize,
@@ -315,7 +342,7 @@ impl<W: Words> Rings<W> {
             return Ok(0);
         };
         match ring.stage {
-            Stage::Closed | Stage::Refused => return Ok(0),
+            Stage::Closed | Stage::Refused | Stage::Closing { .. } => return Ok(0),
             Stage::Opening { adopt } => match open::open(&mut self.desk, ring, n, memory) {
                 Ok(()) => {
                     core.set_state(self.desk.generation, DeviceState::ACTIVE, Status::OK);

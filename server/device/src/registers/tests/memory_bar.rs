@@ -138,6 +138,27 @@ fn a_closed_ring_says_so_when_its_dma_is_over() {
 }
 
 #[test]
+fn a_closed_ring_of_a_busy_core_is_closed_when_the_core_says_so() {
+    let mut bench = Bench::new();
+    let core = bench.core(1);
+    bench.set(0, ring(0, abi::RING_ENABLE), 1);
+    core.set_busy(true);
+    bench.set(0, ring(0, abi::RING_ENABLE), 0);
+    // A fence passes although messages are on their way into the ring.
+    core.set_fenced(bench.front.fence());
+    assert_eq!(bench.get(0, ring(0, abi::RING_STATUS)), RingState::OPEN.0);
+    core.set_open_answer(
+        0,
+        OpenAnswer {
+            epoch: bench.front.ring(0).unwrap().epoch,
+            state: RingState::CLOSED,
+            status: Status::OK,
+        },
+    );
+    assert_eq!(bench.get(0, ring(0, abi::RING_STATUS)), RingState::CLOSED.0);
+}
+
+#[test]
 fn features_that_are_not_offered_are_dropped_and_the_host_page_is_latched_by_its_high_half() {
     let mut bench = Bench::new();
     bench.write(0, u64::from(abi::FEATURES_ACK_LOW), &u64::MAX.to_le_bytes());

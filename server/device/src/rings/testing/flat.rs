@@ -279,6 +279,12 @@ impl GuestMemory for FlatMemory {
         self.refused.len() != before
     }
 
+    fn drop_writes(&mut self, iova: u64, bytes: u64) {
+        let end = iova.saturating_add(bytes);
+        self.queued
+            .retain(|(at, data)| *at >= end || at + data.len() as u64 <= iova);
+    }
+
     fn load_u32(&mut self, iova: u64) -> Result<u32, MemoryError> {
         if self.by_messages {
             let mut bytes = [0; 4];

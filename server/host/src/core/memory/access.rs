@@ -83,6 +83,10 @@ impl GuestMemory for SessionMemory {
     }
 
     #[inline]
+    fn drop_writes(&mut self, iova: u64, bytes: u64) {
+        self.messages.drop_writes(iova, bytes);
+    }
+
     fn load_u32(&mut self, iova: u64) -> Result<u32, MemoryError> {
         if let Some((extent, offset)) = self.hit(iova, 4, rights::READ) {
             return extent.mapping.load_u32(offset).map_err(|fault| gone(fault, iova));

@@ -9,7 +9,7 @@
 
 use super::limits::{MESSAGE_WAIT_NS, QUEUED_BYTES_MAX, READ_IDLE_NS, READS_MAX, REFUSED_MAX};
 use crate::messages::{CoreToFront, MESSAGE_DMA_OUTSTANDING_MAX};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use vmgmt_device::Tick;
 
 /// A request for the front: header and payload of a packet.
@@ -84,6 +84,8 @@ pub struct MessageQueue {
     failed: Option<u64>,
     /// Writes into buffers that failed and were not asked about: address and bytes.
     refused: Vec<(u64, u64)>,
+    /// Requests given out that are not to be asked again.
+    dropped: BTreeSet<u64>,
 }
 
 /// errno of an answer that says: dropped at a fence, ask again if it still holds. It may have been sent all the same; doing it twice
@@ -279,11 +281,16 @@ impl MessageQueue {
         if error == AGAIN {
             // Dropped, and so were all after it: they go again, in order.
             let later = self.outstanding.split_off(&request);
-            for (operation, _) in later.into_values().rev() {
-                self.queue.push_front(operation);
+            for (request, (operation, _)) in later.into_iter().rev() {
+                if !self.dropped.remove(&request) {
+                    self.queue.push_front(operation);
+                } else if let Operation::Write(write) = operation {
+                    self.queued_bytes = self.queued_bytes.saturating_sub(write.data.len());
+                }
             }
             return true;
         }
+        self.dropped.remove(&request);
         if let Some((operation, _)) = self.outstanding.remove(&request) {
             self.finish(operation, (error == 0).then_some(payload));
         }
@@ -310,7 +317,7 @@ impl MessageQueue {
         }
     }
 
-    /// Everything is void: a reset, or DMA was forbidden. Late answers find nothing.
+    /// Everything is void: a reset, a quarantine, the session's end. Late answers find nothing.
     pub fn clear(&mut self) {
         let Self {
             requests,
@@ -341,6 +348,29 @@ impl MessageQueue {
                 operation => self.queue.push_back(operation),
             }
         }
+    }
+
+    /// Writes that overlap a range are not wanted any more. Those that were given out and not answered are not asked again.
+    pub fn drop_writes(&mut self, iova: u64, bytes: u64) {
+        let overlaps = |operation: &Operation| {
+            matches!(operation, Operation::Write(write)
+                if write.iova < iova.saturating_add(bytes) && iova < write.iova.saturating_add(write.data.len() as u64))
+        };
+        let queued_bytes = &mut self.queued_bytes;
+        self.queue.retain(|operation| {
+            let drops = overlaps(operation);
+            if let Operation::Write(write) = operation
+                && drops
+            {
+                *queued_bytes = queued_bytes.saturating_sub(write.data.len());
+            }
+            !drops
+        });
+        let out = self.outstanding.iter();
+        self.dropped.extend(
+            out.filter(|(_, (operation, _))| overlaps(operation))
+                .map(|(request, _)| *request),
+        );
     }
 
     fn wants(&self, iova: u64, bytes: u32, ticket: u64) -> bool {

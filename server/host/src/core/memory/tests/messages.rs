@@ -373,6 +373,35 @@ fn frozen_or_without_bus_mastering_means_held_back() {
 }
 
 #[test]
+fn what_is_dropped_goes_neither_now_nor_after_a_fence() {
+    let (mut session, mut ram) = unshared();
+    session
+        .turn(|memory| memory.write(0x1000, b"out, not wanted"))
+        .unwrap();
+    session.turn(|memory| memory.write(0x3000, b"out")).unwrap();
+    let requests = session.requests();
+    assert_eq!(requests.len(), 2);
+    session
+        .turn(|memory| {
+            memory.write(0x1100, b"waits, not wanted")?;
+            memory.write(0x2000, b"waits")?;
+            memory.drop_writes(0x1000, 0x1000);
+            Ok::<_, MemoryError>(())
+        })
+        .unwrap();
+    answer(&mut session, &requests[0], 11, &[]);
+    let (settled, _) = session.until_done(&mut ram, SessionMemory::settled);
+    assert_eq!(settled, Ok(()));
+    assert_eq!(
+        (ram.read(0x3000, 3), ram.read(0x2000, 5)),
+        (b"out".to_vec(), b"waits".to_vec())
+    );
+    assert_ne!(ram.read(0x1000, 3), b"out");
+    assert_ne!(ram.read(0x1100, 5), b"waits");
+    assert_eq!(session.memory.write_room(), QUEUED_BYTES_MAX);
+}
+
+#[test]
 fn the_queue_is_bounded() {
     let (mut session, _ram) = unshared();
     let chunk = vec![0; RAM as usize];
