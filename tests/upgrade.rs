@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -36,9 +36,14 @@ fn status(site: &Site) -> Result<Status> {
 
 /// Upgrades the core to `to` and waits for the report.
 fn upgrade(site: &Site, to: &Path) -> Result<UpgradeReport> {
+    upgrade_parts(site, to, vec![Part::Core])
+}
+
+/// The same of these parts, or (if none is named) of all.
+fn upgrade_parts(site: &Site, to: &Path, parts: Vec<Part>) -> Result<UpgradeReport> {
     let wish = Upgrade {
         to: Some(to.display().to_string()),
-        parts: vec![Part::Core],
+        parts,
     };
     let Upgrading { number } =
         call(site, &Call::Upgrade(wish)).map_err(|error| anyhow::anyhow!("{error}"))?;
@@ -194,6 +199,135 @@ fn old_new_old_new_under_load_and_nothing_is_lost() -> Result<()> {
     site.daemon.wait_for_new("core", old, PATIENCE)?;
     ensure!(program_of_core(&site)?.ends_with("vmgmtd-next"));
     source.ring(Mode::COMMON)?.noop()?;
+    Ok(())
+}
+
+/// What the descriptors of a process lead to, sorted, without numbers that differ each time.
+fn descriptors(pid: u32) -> Result<Vec<String>> {
+    let mut all = Vec::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let target = std::fs::read_link(entry?.path()).unwrap_or_default();
+        let target = target.to_string_lossy().replace("vmgmtd-next", "vmgmtd");
+        let kind = target.rsplit('/').next().unwrap_or_default();
+        all.push(kind.split(":[").next().unwrap_or_default().to_owned());
+    }
+    all.sort();
+    Ok(all)
+}
+
+/// Keeper, front and core.
+fn all_descriptors(site: &Site) -> Result<[Vec<String>; 3]> {
+    let pids = site.pids()?;
+    Ok([
+        descriptors(pids.keeper)?,
+        descriptors(pids.front)?,
+        descriptors(pids.core)?,
+    ])
+}
+
+/// Register accesses until told to stop; the longest took so many milliseconds.
+fn look_at_registers(vm: &SimulatedVm, stop: &AtomicBool) -> Result<u64> {
+    let mut longest = Duration::ZERO;
+    while !stop.load(Ordering::Relaxed) {
+        let begin = Instant::now();
+        vm.device().check_health()?;
+        longest = longest.max(begin.elapsed());
+    }
+    Ok(u64::try_from(longest.as_millis())?)
+}
+
+/// Asks for the status until told to stop; how often it was answered. Whoever answers knows of the last upgrade that has begun.
+fn ask_for_status(site: &Site, begun: &AtomicU64, stop: &AtomicBool) -> Result<u64> {
+    let mut answers = 0;
+    while !stop.load(Ordering::Relaxed) {
+        let known = begun.load(Ordering::Relaxed);
+        // Connections end with the core that served them.
+        if let Ok(status) = call::<Status>(site, &Call::Status) {
+            let told = status.upgrade.as_ref().map_or(0, |report| report.number);
+            ensure!(told >= known, "upgrade {known} has begun, and: {status:?}");
+            answers += 1;
+        }
+    }
+    Ok(answers)
+}
+
+#[test]
+fn all_three_parts_old_new_old_new_under_load_and_nothing_is_lost_or_left_over() -> Result<()> {
+    // More than the core takes in from the keeper at once.
+    const VMS: usize = 80;
+    let folder = tempfile::tempdir()?;
+    let next = program(folder.path(), "vmgmtd-next")?;
+    let site = SitePlan::new(DAEMON, VMS).start()?;
+    let data = pattern(4 << 20, 5);
+    std::fs::write(site.share().join("big"), &data)?;
+    let (source, target) = (
+        site.vm_with(0, GuestOptions::default().ram_bytes(64 << 20))?,
+        site.vm(1)?,
+    );
+    // Once without load: each later round begins and ends as this one ends.
+    let report = upgrade_parts(&site, Path::new(DAEMON), vec![])?;
+    ensure!(report.state == UpgradeState::Done, "{report:?}");
+    source.ring(Mode::COMMON)?.noop()?;
+    target.ring(Mode::COMMON)?.noop()?;
+    let (keeper, at_rest) = (site.pids()?.keeper, all_descriptors(&site)?);
+    let (stop, begun) = (AtomicBool::new(false), AtomicU64::new(report.number));
+    let results = std::thread::scope(|scope| {
+        let threads = [
+            scope.spawn(|| receive_messages(&target)),
+            scope.spawn(|| send_messages(&source, &stop)),
+            scope.spawn(|| read_files(&source, &data, &stop)),
+            scope.spawn(|| look_at_registers(&target, &stop)),
+            scope.spawn(|| ask_for_status(&site, &begun, &stop)),
+        ];
+        let cycled = [next.as_path(), Path::new(DAEMON), &next, Path::new(DAEMON)]
+            .into_iter()
+            .try_for_each(|to| {
+                let before = site.pids()?;
+                let report = upgrade_parts(&site, to, vec![])?;
+                begun.store(report.number, Ordering::Relaxed);
+                let done = report.parts.iter().all(|part| part.state == UpgradeState::Done);
+                ensure!(done && report.parts.len() == 3, "{report:?}");
+                let stalls: Vec<_> = report.parts.iter().map(|part| part.stall_ms).collect();
+                println!("core, front and keeper were out of service for {stalls:?} ms");
+                let now = site.pids()?;
+                ensure!(now.keeper == keeper && now.front != before.front && now.core != before.core);
+                for pid in [now.keeper, now.front, now.core] {
+                    let runs = std::fs::read_link(format!("/proc/{pid}/exe"))?;
+                    ensure!(runs == to, "process {pid} runs {}", runs.display());
+                }
+                Ok(())
+            });
+        stop.store(true, Ordering::Relaxed);
+        let results: Result<Vec<_>> = threads
+            .into_iter()
+            .map(|thread| thread.join().map_err(|_| anyhow::anyhow!("a thread panicked"))?)
+            .collect();
+        cycled.and(results)
+    })
+    .with_context(|| site.daemon.log().tail())?;
+    let [received, sent, whole, longest_ms, answers] = results[..] else {
+        anyhow::bail!("{results:?}");
+    };
+    println!(
+        "{sent} messages, {whole} files, {answers} answers, the longest register access took {longest_ms} ms"
+    );
+    ensure!(
+        sent == received && sent > 0 && whole > 0 && answers > 0,
+        "{sent} sent, {received} received, {whole} files, {answers} answers"
+    );
+    ensure!(longest_ms < 4000, "QEMU waits 5 s: {longest_ms} ms");
+    let mut now = at_rest.clone();
+    wait_until("the descriptors of before", PATIENCE, || {
+        now = all_descriptors(&site)?;
+        Ok((now == at_rest).then_some(()))
+    })
+    .with_context(|| format!("before: {at_rest:?}\nnow: {now:?}"))?;
+    let text = site.daemon.log().text();
+    ensure!(
+        !text.contains("died"),
+        "an upgrade is no death: {}",
+        site.daemon.log().tail()
+    );
     Ok(())
 }
 
