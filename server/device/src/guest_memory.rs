@@ -112,6 +112,16 @@ pub trait GuestMemory {
     /// Unmapped, Denied or Quiet.
     fn check(&mut self, iova: u64, bytes: u64, direction: Direction) -> Result<(), MemoryError>;
 
+    /// The highest number of a map that was seen so far. Numbers of maps grow and are never used again. 0: maps have none here.
+    fn newest_map(&self) -> u64 {
+        0
+    }
+
+    /// The highest number of the maps that a range lies in, as far as it is mapped. 0: none.
+    fn newest_map_of(&mut self, _iova: u64, _bytes: u64) -> u64 {
+        0
+    }
+
     /// Whether the memory at `iova` has been proven to be shared, so that event words work there.
     fn is_shared(&mut self, iova: u64) -> bool;
 

@@ -133,7 +133,7 @@ fn write_payload<W: Words, M: GuestMemory>(
 }
 
 /// What the guest was to get did not arrive: that is its answer.
-fn lose<W: Words>(desk: &mut Desk<W>, due: &mut Due, status: Status) {
+pub(super) fn lose<W: Words>(desk: &mut Desk<W>, due: &mut Due, status: Status) {
     desk.counters.bad_addresses += 1;
     due.answer = Answer::failed(status);
     due.lost = true;

@@ -192,6 +192,8 @@ fn take_one<W: Words, M: GuestMemory>(
         0 => Tick::NEVER,
         nanoseconds => desk.now.after_ns(nanoseconds),
     };
+    // Its maps may be newer than this turn.
+    desk.note_maps(memory);
     let Some(index) = journal(desk, ring, n, &preparing.submission, deadline) else {
         return Err(Stop::Quiet);
     };

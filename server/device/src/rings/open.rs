@@ -51,6 +51,9 @@ pub(super) fn open<W: Words, M: GuestMemory>(
         (setup.events, events, Direction::IntoGuest),
     ] {
         memory.check(iova, bytes, direction)?;
+        if adopt && desk.is_remapped(memory, iova, bytes) {
+            return Err(NotOpen::Refused(Status::BAD_ADDRESS));
+        }
     }
     // A ring may span maps of which not all are proven: both ends of each area are asked about.
     let proven = memory.prove(ring.nonce_address(), setup.nonce)?;

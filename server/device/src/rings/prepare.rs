@@ -77,6 +77,25 @@ impl Preparing {
         }
     }
 
+    /// All of guest memory that the submission names, as far as it is known: its list, if it has one, and its buffer.
+    pub fn named(&self) -> impl Iterator<Item = (u64, u64)> {
+        let Submission {
+            flags,
+            buffer,
+            length,
+            list_entries,
+            ..
+        } = self.submission;
+        let named = match flags & flag::LIST {
+            0 => (buffer, length),
+            _ => (buffer, u64::from(list_entries) * LIST_ENTRY_BYTES as u64),
+        };
+        let segments = self.segments.as_slice().iter();
+        segments
+            .map(|segment| (segment.iova, segment.bytes))
+            .chain([named])
+    }
+
     /// Bytes of the data area.
     pub fn data_bytes(&self) -> u64 {
         self.submission

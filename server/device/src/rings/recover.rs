@@ -226,9 +226,12 @@ fn again<W: Words, M: GuestMemory>(
     let Some(preparing) = ring.preparing.take() else {
         return Ok(());
     };
+    let remapped = |(iova, bytes)| desk.is_remapped(memory, iova, bytes);
+    unreachable = unreachable || preparing.named().any(remapped);
     let early = ring.slot_mut(index).and_then(|slot| slot.early.take());
     if unreachable && early.is_none() {
-        // It was valid in the life before, so it may have been done; what it was can no longer be read.
+        // It was valid in the life before, so it may have been done; what it was can no longer be read, or lies in memory that is not the one it
+        // was given.
         if let Some(slot) = ring.slot(index) {
             desk.outputs
                 .push_back(Output::Void(desk.token(n, index, slot.generation)));
@@ -238,7 +241,10 @@ fn again<W: Words, M: GuestMemory>(
     }
     match early {
         None => hand_on(desk, ring, n, index, preparing, Ok(()), deadline, true),
-        Some(due) => {
+        Some(mut due) => {
+            if unreachable && !due.payload.is_empty() {
+                complete::lose(desk, &mut due, Status::BAD_ADDRESS);
+            }
             if let Some(slot) = ring.slot_mut(index) {
                 slot.data_bytes = preparing.data_bytes();
                 slot.segments = preparing.segments;

@@ -8,7 +8,7 @@ use super::prepare::Preparing;
 use super::recover::Recovering;
 use super::table::Table;
 use crate::page::{RingSetup, Words};
-use crate::{MemoryError, Tick};
+use crate::{GuestMemory, MemoryError, Tick};
 use std::collections::VecDeque;
 use vmgmt_abi::ring::{COMPLETION_BYTES, RING_EVENTS_BYTES, SUBMISSION_BYTES, event_offset};
 use vmgmt_abi::{Mode, Status};
@@ -54,6 +54,11 @@ pub(super) struct Desk<W: Words> {
     pub telling: VecDeque<Option<(usize, u32, u32)>>,
     /// How many of them the shell has polled.
     pub told: usize,
+    /// While what an earlier life left is taken up: the highest number of a map that it had seen. What lies in a newer one was mapped while
+    /// no core lived: it is not the memory that the guest meant.
+    pub maps_before: Option<u64>,
+    /// The highest number of a map that this life has written down as seen.
+    pub maps_seen: u64,
 }
 
 impl<W: Words> Desk<W> {
@@ -63,6 +68,22 @@ impl<W: Words> Desk<W> {
             channel: Channel::Ring(n as u8),
             index,
             generation,
+        }
+    }
+
+    /// Whether part of this range was mapped while no core lived. (Where it is not mapped now, the access will say so.)
+    pub fn is_remapped<M: GuestMemory>(&self, memory: &mut M, iova: u64, bytes: u64) -> bool {
+        self.maps_before
+            .is_some_and(|before| memory.newest_map_of(iova, bytes) > before)
+    }
+
+    /// Writes down which maps were seen: before anything is done that a later life may take up. Not while that of an earlier life is taken
+    /// up: the next death must not make its maps known.
+    pub fn note_maps<M: GuestMemory>(&mut self, memory: &M) {
+        let newest = memory.newest_map();
+        if self.maps_before.is_none() && newest > self.maps_seen {
+            self.maps_seen = newest;
+            self.table.set_maps_seen(newest);
         }
     }
 

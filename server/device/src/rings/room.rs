@@ -40,8 +40,8 @@ pub struct Rings<W: Words> {
 
 impl<W: Words> Rings<W> {
     /// Takes over a session: `state` is its in-flight table ([`super::STATE_WORDS`] words, zeros when the session is new). What an earlier
-    /// core life left goes on if the device's generation and the rings' epochs are the same, else it is void. The first input is then
-    /// [`Input::Touched`].
+    /// core life left goes on if the device's generation and the rings' epochs are the same, else it is void; and what lies in maps that
+    /// were made while no core lived ends, unreplayed. The first input is then [`Input::Touched`].
     ///
     /// # Errors
     /// The table is too small, or of a layout that this version does not read.
@@ -74,6 +74,8 @@ impl<W: Words> Rings<W> {
                 turn: Turn::default(),
                 telling: VecDeque::new(),
                 told: 0,
+                maps_before: None,
+                maps_seen: 0,
             },
             rings: (0..RINGS_MAX).map(|_| Ring::closed()).collect(),
             next_ring: 0,
@@ -88,7 +90,10 @@ impl<W: Words> Rings<W> {
             core.set_raise(vector, front.ack(vector));
         }
         match rings.desk.table.generation() {
-            Some(before) if before == generation => rings.adopt(front, core),
+            Some(before) if before == generation => {
+                rings.desk.maps_before = rings.desk.table.maps_seen();
+                rings.adopt(front, core);
+            }
             Some(_) => rings.reset(generation),
             None => rings.desk.table.set_generation(generation),
         }
@@ -276,6 +281,12 @@ impl<W: Words> Rings<W> {
         if !dma_is_allowed(front) {
             return;
         }
+        let is_taken_up =
+            |ring: &Ring| ring.recovering.is_empty() && ring.stage != Stage::Opening { adopt: true };
+        if self.desk.maps_before.is_some() && self.rings.iter().all(is_taken_up) {
+            self.desk.maps_before = None;
+        }
+        self.desk.note_maps(memory);
         self.write_host_page(front, core, memory);
         let mut left = budget;
         let mut stopped = 0u32;

@@ -14,6 +14,7 @@
 //! | 3, 4 | failed: generation + 1 in which the device failed (0: not), and the cause |
 //! | 5 | sequence of the host's page (even) |
 //! | 6 | generation of the next port token |
+//! | 7 | highest number of the VM's maps that was seen, plus one (0: not known) |
 //! | 8..12 | names of the features in use that an older version would not understand, at most 8 ASCII letters each (0: none) |
 //! | 16 + 8 n | ring n: `1 << 32 \| epoch` when open; cursor: submissions fetched << 12 \| those of them not published; records ever used |
 //! | 160.. | port: state, sequence, bytes of the result, mode, result |
@@ -37,6 +38,7 @@ const FAILED: usize = 3;
 const CAUSE: usize = 4;
 const HOST_PAGE: usize = 5;
 const PORT_TOKEN: usize = 6;
+const MAPS_SEEN: usize = 7;
 const FEATURES: usize = 8;
 const FEATURES_MAX: usize = 4;
 const RINGS: usize = 16;
@@ -199,6 +201,14 @@ impl<W: Words> Table<W> {
         let next = (self.words.load(HOST_PAGE) & !1).wrapping_add(2);
         self.words.store(HOST_PAGE, next);
         next
+    }
+
+    /// Highest number of a map that an earlier core life had seen; `None`: not known.
+    pub fn maps_seen(&self) -> Option<u64> {
+        self.words.load(MAPS_SEEN).checked_sub(1)
+    }
+    pub fn set_maps_seen(&self, number: u64) {
+        self.words.store(MAPS_SEEN, number.wrapping_add(1));
     }
 
     /// Epoch of ring `n` when the table holds it as open.

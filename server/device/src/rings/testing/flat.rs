@@ -131,6 +131,8 @@ pub struct FlatRegion {
     pub bytes: u64,
     pub readable: bool,
     pub writable: bool,
+    /// Number of the map; 0: it has none.
+    pub number: u64,
 }
 
 /// The device's way to a [`FlatGuest`].
@@ -161,6 +163,7 @@ impl FlatMemory {
                 bytes: guest.len_bytes(),
                 readable: true,
                 writable: true,
+                number: 0,
             }],
             by_messages: false,
             quiet: false,
@@ -326,6 +329,18 @@ impl GuestMemory for FlatMemory {
 
     fn check(&mut self, iova: u64, bytes: u64, direction: Direction) -> Result<(), MemoryError> {
         self.look_up(iova, bytes, direction)
+    }
+
+    fn newest_map(&self) -> u64 {
+        self.regions.iter().map(|region| region.number).max().unwrap_or(0)
+    }
+
+    fn newest_map_of(&mut self, iova: u64, bytes: u64) -> u64 {
+        let meets = |region: &&FlatRegion| {
+            region.iova < iova.saturating_add(bytes) && iova < region.iova + region.bytes
+        };
+        let numbers = self.regions.iter().filter(meets).map(|region| region.number);
+        numbers.max().unwrap_or(0)
     }
 
     fn is_shared(&mut self, _iova: u64) -> bool {

@@ -142,6 +142,14 @@ impl GuestMemory for SessionMemory {
         self.walk(iova, bytes, right, |_, _, _| Ok(()))
     }
 
+    fn newest_map(&self) -> u64 {
+        self.table.newest()
+    }
+
+    fn newest_map_of(&mut self, iova: u64, bytes: u64) -> u64 {
+        self.table.newest_of(iova, bytes)
+    }
+
     fn is_shared(&mut self, iova: u64) -> bool {
         matches!(self.place(iova), Some((_, Place::Mapped(..))))
     }

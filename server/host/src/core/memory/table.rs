@@ -37,6 +37,8 @@ pub struct Table {
     /// Slot to (number, guest address).
     slots: BTreeMap<usize, (u64, u64)>,
     numbers: BTreeSet<u64>,
+    /// The highest number that was ever there.
+    newest: u64,
     /// The `events` word up to which it is read.
     seen: u64,
 }
@@ -84,6 +86,21 @@ impl Table {
         self.numbers.contains(&number)
     }
 
+    /// The highest number of a map that was ever there.
+    pub const fn newest(&self) -> u64 {
+        self.newest
+    }
+
+    /// The highest number of the maps that meet a range; 0: there is none.
+    pub fn newest_of(&self, iova: u64, bytes: u64) -> u64 {
+        let Some(last) = bytes.checked_sub(1).map(|more| iova.saturating_add(more)) else {
+            return 0;
+        };
+        let maps = self.maps.range(..=last).rev();
+        let meets = maps.take_while(|(start, map)| iova <= *start || iova - *start < map.record.bytes);
+        meets.map(|(_, map)| map.record.number).max().unwrap_or(0)
+    }
+
     /// The `events` word up to which it is read.
     pub const fn seen(&self) -> u64 {
         self.seen
@@ -114,6 +131,7 @@ impl Table {
         if sane {
             self.slots.insert(slot, (record.number, record.iova));
             self.numbers.insert(record.number);
+            self.newest = self.newest.max(record.number);
             self.maps.insert(
                 record.iova,
                 Map {
