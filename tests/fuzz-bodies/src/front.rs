@@ -196,7 +196,7 @@ impl<'a> Play<'a> {
     fn hear(&mut self) {
         while let Ok(Some(packet)) = self.keeper.receive::<FrontToKeeper>() {
             match packet.header {
-                FrontToKeeper::Ready | FrontToKeeper::CoreStuck { .. } => {}
+                FrontToKeeper::Ready | FrontToKeeper::CoreStuck { .. } | FrontToKeeper::Sandboxed(_) => {}
                 FrontToKeeper::Admit {
                     session, listener, ..
                 } => {
