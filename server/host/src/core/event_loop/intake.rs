@@ -2,6 +2,7 @@
 //!
 //! In: descriptors that are ready. Out: inputs for the rooms. The keeper's packets go before the front's: a session names a VM.
 
+use super::slices::Slice;
 use super::*;
 use vmgmt_device::page::control;
 
@@ -45,10 +46,17 @@ impl EventLoop {
             }
         }
         self.send_to_front()?;
+        let slice = Slice::begin(now());
+        self.more_comes = true;
         for _ in 0..PACKETS_MAX {
-            match self.front.receive::<FrontToCore>() {
+            let packet = match self.held.pop_front() {
+                Some(packet) => Ok(Some(packet)),
+                None => self.front.receive::<FrontToCore>(),
+            };
+            match packet {
                 Ok(Some(packet)) => self.handle_front(packet),
                 Ok(None) => {
+                    self.more_comes = false;
                     for (_, session) in self.sessions.iter_mut() {
                         session.memory.drained();
                     }
@@ -59,6 +67,9 @@ impl EventLoop {
                     break;
                 }
                 Err(error) => return Err(error).context("the front's channel"),
+            }
+            if slice.is_over(now()) {
+                break;
             }
         }
         Ok(())

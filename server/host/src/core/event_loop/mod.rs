@@ -7,6 +7,7 @@
 mod carry;
 mod freeze;
 mod intake;
+mod slices;
 
 use crate::channel::{Channel, ChannelError, Packet};
 use crate::config::{CoreConfig, DeviceConfig, VmConfig};
@@ -31,6 +32,7 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::time::{ClockId, clock_gettime};
+use slices::Rota;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -68,6 +70,10 @@ pub struct EventLoop {
     front: Channel,
     /// Packets for the front that found no room.
     to_front: VecDeque<(CoreToFront, Vec<u8>)>,
+    /// What the front said while this core was on trial.
+    held: VecDeque<Packet<FrontToCore>>,
+    /// The front has said more than was taken in.
+    more_comes: bool,
     wake: Wake,
     life: u64,
     config: CoreConfig,
@@ -100,6 +106,7 @@ pub struct EventLoop {
     looked: Tick,
     /// Sessions whose rings are polled.
     active: BTreeSet<u64>,
+    rota: Rota,
     /// Sessions with a fence that waits, or that have ended.
     watched: BTreeSet<u64>,
     /// All sessions are to be looked at for something due.
@@ -218,6 +225,8 @@ impl EventLoop {
             keeper,
             front,
             to_front: VecDeque::new(),
+            held: VecDeque::new(),
+            more_comes: false,
             wake,
             life,
             config,
@@ -243,6 +252,7 @@ impl EventLoop {
             wall_told: Tick(0),
             looked: Tick(0),
             active: BTreeSet::new(),
+            rota: Rota::default(),
             watched: BTreeSet::new(),
             scan: true,
         };
@@ -259,9 +269,7 @@ impl EventLoop {
         for packet in held.keeper {
             self.handle_keeper(packet)?;
         }
-        for packet in held.front {
-            self.handle_front(packet);
-        }
+        self.held = held.front.into();
         self.take_in_everything()?;
         while !self.stopping {
             let now = now();
@@ -342,15 +350,25 @@ impl EventLoop {
         Ok(worked)
     }
 
-    /// Lets the rings of touched and of polled sessions run.
+    /// Lets the rings of touched and of polled sessions run, for a slice of time; who is left has its fences served in this turn all the same.
     fn run_sessions(&mut self, now: Tick) -> bool {
         self.note_touched(now);
         let mut worked = false;
-        for number in self.active.iter().copied().collect::<Vec<_>>() {
+        let mut rota = std::mem::take(&mut self.rota);
+        let active = self.active.clone();
+        let left = rota.run(&active, self::now, |number| {
             self.wake.blame(number);
             worked |= self.run_session(number, now);
             self.route(number, now);
             self.wake.blame(0);
+        });
+        self.rota = rota;
+        worked |= !left.is_empty();
+        for number in left {
+            let session = self.sessions.get_mut(number);
+            if session.is_some_and(|session| session.front.fence() != session.core.fenced()) {
+                self.watched.insert(number);
+            }
         }
         worked
     }
@@ -454,6 +472,9 @@ impl EventLoop {
 
     /// How long the loop may sleep; zero: not at all.
     fn sleep_time(&mut self, now: Tick) -> Option<Duration> {
+        if self.more_comes {
+            return Some(Duration::ZERO);
+        }
         let mut due = [
             self.hub.poll_timeout(),
             self.freezes.poll_timeout(),

@@ -97,7 +97,7 @@ impl Table {
             return 0;
         };
         let maps = self.maps.range(..=last).rev();
-        let meets = maps.take_while(|(start, map)| iova <= *start || iova - *start < map.record.bytes);
+        let meets = maps.take_while(|(start, map)| iova <= **start || iova - **start < map.record.bytes);
         meets.map(|(_, map)| map.record.number).max().unwrap_or(0)
     }
 
@@ -140,5 +140,44 @@ impl Table {
                 },
             );
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_map_of_a_range_is_that_of_those_it_meets() {
+        let mut table = Table::default();
+        let record = |number, iova, bytes| MapRecord {
+            number,
+            iova,
+            bytes,
+            object: 1,
+            offset: 0,
+            rights: 3,
+        };
+        for (slot, (number, iova, bytes)) in [(7, 0x1000, 0x1000), (9, 0x2000, 0x1000), (8, 0x8000, 0x10)]
+            .into_iter()
+            .enumerate()
+        {
+            table.insert(slot, record(number, iova, bytes));
+        }
+        for (iova, bytes, newest) in [
+            (0, 0x1000, 0),
+            (0, 0x1001, 7),
+            (0x1fff, 1, 7),
+            (0x1fff, 2, 9),
+            (0x2fff, 0x6000, 9),
+            (0x3000, 0x5000, 0),
+            (0x3000, u64::MAX, 8),
+            (0x8010, 1, 0),
+            (0x1000, 0, 0),
+        ] {
+            assert_eq!(table.newest_of(iova, bytes), newest, "{iova:#x} {bytes:#x}");
+        }
+        table.remove(1);
+        assert_eq!((table.newest(), table.newest_of(0, 0x8000)), (9, 7));
     }
 }
