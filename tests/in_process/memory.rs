@@ -154,3 +154,75 @@ fn after_an_unmap_nothing_is_written_there() -> Result<()> {
     echoes(&mut files)?;
     site.check_unharmed(pids)
 }
+
+#[test]
+fn what_is_mapped_anew_while_there_is_no_core_is_not_written() -> Result<()> {
+    use rustix::process::{Pid, Signal, kill_process};
+    use vmgmt_driver::Opcode;
+    use vmgmt_driver::channel::Request;
+    use vmgmt_driver::operations::chat::Receiver;
+    use vmgmt_testkit::client::{GuestRam, Mapping, Seal};
+    use vmgmt_testkit::process::wait_until;
+    const BYTES: u64 = 1 << 20;
+    const IOVA: u64 = 1 << 40;
+    let site = site(2)?;
+    let (source, target) = (site.vm(0)?, site.vm(1)?);
+    let mut from = source.ring(Mode::CHAT)?;
+    let mut at = target.ring(Mode::CHAT)?;
+    let map = |ram: &GuestRam| {
+        target.backing().with_client(|client| {
+            client.dma_map(Mapping {
+                iova: IOVA,
+                bytes: BYTES,
+                flags: 3,
+                memory: Some((ram.fd(), 0)),
+            })
+        })
+    };
+    let ram = GuestRam::new(BYTES, Seal::Shrink)?;
+    map(&ram)?;
+    let memory = std::sync::Arc::new(vmgmt_driver::DmaMemory::map_file(
+        ram.fd(),
+        0,
+        BYTES as usize,
+        IOVA,
+    )?);
+    ensure!(at.prove(&memory, 0x1357_9bdf)?, "shared memory was not proven");
+    let posted = at.start(Request::new(Opcode::RECEIVE).output(&memory, 0, 4096, 0))?;
+    // Fetched in order: when this is answered the one before is in flight.
+    at.noop()?;
+    // No core lives before the keeper goes on.
+    let keeper = Pid::from_raw(site.daemon.pid().cast_signed()).context("a pid")?;
+    kill_process(keeper, Signal::STOP)?;
+    let old = site.daemon.kill_role("core")?;
+    wait_until("the core's death", PATIENCE, || {
+        let stat = std::fs::read_to_string(format!("/proc/{old}/stat")).unwrap_or_default();
+        let state = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
+        Ok((state.is_empty() || state.starts_with('Z')).then_some(()))
+    })?;
+    let other = GuestRam::new(BYTES, Seal::Shrink)?;
+    target
+        .backing()
+        .with_client(|client| client.dma_unmap(IOVA, BYTES))?;
+    map(&other)?;
+    kill_process(keeper, Signal::CONT)?;
+    site.daemon.wait_for_new("core", old, PATIENCE)?;
+    let finished = at
+        .finish(posted, deadline())?
+        .context("the receive was never completed")?;
+    ensure!(
+        finished.status == vmgmt_driver::Status::OUTCOME_UNKNOWN,
+        "{finished:?}"
+    );
+    // The message goes to the next receive, and nothing of all that into either memory.
+    from.send("vm1", b"for whom", 1)?;
+    let mut receiver = Receiver::default();
+    let message = at.receive(&mut receiver, deadline())?.context("no message")?;
+    ensure!(message.bytes == b"for whom", "{message:?}");
+    for (ram, what) in [(&ram, "the old"), (&other, "the new")] {
+        // The proof's nonce lies in the old one.
+        let written = ram.read(0, 4096)?.windows(8).any(|part| part == b"for whom");
+        ensure!(!written, "{what} memory was written");
+    }
+    Ok(())
+}
