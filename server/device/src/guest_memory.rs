@@ -103,6 +103,9 @@ pub trait GuestMemory {
     /// Pending while they are not; Gone when one (not into a buffer) failed since the last call that answered Ok.
     fn settled(&mut self) -> Result<(), MemoryError>;
 
+    /// Forgets reads that were asked for and are Pending, answered or not: who still wants one asks again, and gets what is there then.
+    fn forget_reads(&mut self) {}
+
     /// Drops what was written into a range and has not gone out: nobody expects it there any more.
     fn drop_writes(&mut self, _iova: u64, _bytes: u64) {}
 

@@ -255,6 +255,8 @@ impl World {
                     self.hub.told.insert(token);
                 }
                 Output::Signal { .. } | Output::Kick => {}
+                // A life that died over its opening may have left anything, as far as the next one can tell.
+                Output::ChannelClosed { .. } => assert!(self.deaths > 0 && self.hub.seen.is_empty()),
                 other => panic!("{other:?} was not asked for ({:?})", self.bed.core.state(1)),
             }
         }

@@ -8,7 +8,7 @@ use vmgmt_abi::{Mode, Opcode, Submission};
 use vmgmt_device::page::PlainWords;
 use vmgmt_device::page::{RingSetup, control};
 use vmgmt_device::rings::testing::{Bed, FlatGuest, FlatMemory, RingPlan};
-use vmgmt_device::rings::{Answer, Input, Output, Token};
+use vmgmt_device::rings::{Answer, Channel, Input, Output, Token};
 use vmgmt_device::{Direction, GuestMemory, MemoryError};
 
 /// Shared memory whose stores wait while `held`.
@@ -246,4 +246,45 @@ fn what_waits_for_bus_mastering_is_dropped_with_its_ring() {
     bed.memory.deliver();
     bed.touch();
     assert_eq!(ring.take(&guest), None);
+}
+
+#[test]
+fn a_nonce_read_before_the_ring_was_set_up_anew_is_not_believed() {
+    let guest = FlatGuest::new(1 << 20);
+    let mut bed = Bed::new(&guest, FlatMemory::new(&guest), PlainWords::new).unwrap();
+    bed.memory.set_by_messages(true);
+    let mut ring = RingPlan::new(0, 0, 8, 8, Mode::CHAT.0);
+    bed.enable(&mut ring);
+    // The old nonce is read, and its answer waits when the ring is closed and set up with another.
+    bed.poll(8);
+    assert!(bed.memory.deliver());
+    close(&mut bed, &ring);
+    ring.setup.nonce ^= 0xff;
+    bed.enable(&mut ring);
+    for _ in 0..20 {
+        bed.touch();
+        bed.poll(8);
+        bed.memory.deliver();
+    }
+    let answer = bed.core.open_answer(0);
+    assert_eq!((answer.epoch, answer.state), (ring.setup.epoch, RingState::OPEN));
+}
+
+#[test]
+fn a_core_that_dies_over_a_closed_ring_leaves_the_news_to_the_next() {
+    let (mut bed, ring, _, _) = on_its_way();
+    close(&mut bed, &ring);
+    // This life saw it in the table, and its hub heard nothing.
+    bed.replace_core(PlainWords::new).unwrap();
+    bed.replace_core(PlainWords::new).unwrap();
+    let closed = |output: &Output| {
+        matches!(
+            output,
+            Output::ChannelClosed {
+                channel: Channel::Ring(0),
+                ..
+            }
+        )
+    };
+    assert!(bed.outputs().iter().any(closed));
 }

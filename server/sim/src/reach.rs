@@ -483,6 +483,10 @@ impl GuestMemory for Reach {
         self.messages.take_refused(iova, bytes)
     }
 
+    fn forget_reads(&mut self) {
+        self.messages.forget_reads();
+    }
+
     fn drop_writes(&mut self, iova: u64, bytes: u64) {
         self.messages.drop_writes(iova, bytes);
     }

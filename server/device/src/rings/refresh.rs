@@ -23,6 +23,10 @@ impl<W: Words> Rings<W> {
         }
         for n in 0..RINGS_MAX {
             let Some(epoch) = self.desk.table.ring_epoch(n) else {
+                // The life before may have closed it and died before the hub knew.
+                if front.ring(n).is_none_or(|setup| setup.epoch != 0) {
+                    self.channel_closed(n);
+                }
                 continue;
             };
             // A set-up that is being written has another epoch already.
@@ -134,6 +138,8 @@ impl<W: Words> Rings<W> {
         if setup.epoch == ring.epoch_seen() {
             return;
         }
+        // An answer may be of before the guest prepared the ring anew: its nonce would be the old one.
+        self.stale_reads = true;
         if !setup.enabled && ring.is_open() {
             ring.stage = Stage::Closing { under: *setup };
             return;

@@ -34,6 +34,8 @@ pub struct Rings<W: Words> {
     pub(super) port: Port,
     host_page: HostPageWriter,
     pub(super) failed: bool,
+    /// Reads by message that were asked for before a ring was set up anew are not to be believed.
+    pub(super) stale_reads: bool,
     /// Interrupt set-up and descriptors as last seen: after a change every ring is signalled once.
     pub(super) interrupts: Option<(Interrupts, u64)>,
 }
@@ -82,6 +84,7 @@ impl<W: Words> Rings<W> {
             port: Port::default(),
             host_page: HostPageWriter::default(),
             failed: false,
+            stale_reads: false,
             interrupts: None,
         };
         rings.desk.table.set_life(core.life());
@@ -276,6 +279,9 @@ impl<W: Words> Rings<W> {
     ) {
         if front.control() & (control::FROZEN | control::QUARANTINED | control::GONE) == 0 {
             self.port.look(&mut self.desk, front, core);
+        }
+        if std::mem::take(&mut self.stale_reads) {
+            memory.forget_reads();
         }
         self.close_rings(front, core, memory);
         if !dma_is_allowed(front) {

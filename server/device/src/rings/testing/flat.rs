@@ -282,6 +282,10 @@ impl GuestMemory for FlatMemory {
         self.refused.len() != before
     }
 
+    fn forget_reads(&mut self) {
+        self.asked.clear();
+    }
+
     fn drop_writes(&mut self, iova: u64, bytes: u64) {
         let end = iova.saturating_add(bytes);
         self.queued

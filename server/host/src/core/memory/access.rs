@@ -83,6 +83,10 @@ impl GuestMemory for SessionMemory {
     }
 
     #[inline]
+    fn forget_reads(&mut self) {
+        self.messages.forget_reads();
+    }
+
     fn drop_writes(&mut self, iova: u64, bytes: u64) {
         self.messages.drop_writes(iova, bytes);
     }
