@@ -317,6 +317,9 @@ impl Guest {
             self.files.reset(site.shadow);
         }
         self.rings[n].retire(&site.vm.ram);
+        if n == CHAT {
+            site.shadow.sharpen(site.vm.number);
+        }
     }
 
     // ---- completions

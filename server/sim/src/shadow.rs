@@ -65,6 +65,8 @@ pub struct Shadow {
     life: Vec<(u64, u64, u64)>,
     /// May come again: its target was reset between the death of the core that delivered it and the next one's look.
     repeatable: BTreeSet<(u64, u64, u64)>,
+    /// VMs of which that is so and that have not yet looked for the last time at what was there.
+    blurring: BTreeSet<u64>,
     /// Newest message per source and target when that happened.
     blurred: BTreeMap<(u64, u64), u64>,
     pub repeats: u64,
@@ -86,6 +88,7 @@ impl Shadow {
             hostile: BTreeSet::new(),
             life: Vec::new(),
             repeatable: BTreeSet::new(),
+            blurring: BTreeSet::new(),
             blurred: BTreeMap::new(),
             repeats: 0,
             delivered: 0,
@@ -161,6 +164,7 @@ impl Shadow {
             ));
         }
         self.life.push((target, source, number));
+        let blurring = self.blurring.contains(&target);
         if !message.delivered.insert(target) {
             if self.repeatable.contains(&(target, source, number)) {
                 self.repeats += 1;
@@ -177,6 +181,10 @@ impl Shadow {
             ));
         }
         *newest = number.max(*newest);
+        if blurring {
+            self.blurred.insert((source, target), *newest);
+            self.repeatable.insert((target, source, number));
+        }
         self.delivered += 1;
     }
 
@@ -187,7 +195,11 @@ impl Shadow {
 
     /// A VM's device was reset (or its ring, or its process ended) and no core has seen it yet. What the dead core had delivered, and had not
     /// noted, goes back to the mailbox: nobody can tell any more whether the guest had it.
-    pub fn blur(&mut self, vm: u64) {
+    /// `still`: the guest will look once more at what was there (until [`Shadow::sharpen`]).
+    pub fn blur(&mut self, vm: u64, still: bool) {
+        if still {
+            self.blurring.insert(vm);
+        }
         let life = self.life.iter().filter(|(target, ..)| *target == vm);
         self.repeatable.extend(life);
         for ((source, target), newest) in &self.newest {
@@ -195,6 +207,11 @@ impl Shadow {
                 self.blurred.insert((*source, *target), *newest);
             }
         }
+    }
+
+    /// A VM has taken all that was there before its reset (or its ring's, or its process's end): what comes now comes from a core that has seen it.
+    pub fn sharpen(&mut self, vm: u64) {
+        self.blurring.remove(&vm);
     }
 
     /// Messages that were accepted and have not come out yet.

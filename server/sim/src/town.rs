@@ -5,7 +5,7 @@
 use crate::chance::Chance;
 use crate::clockwork::Clock;
 use crate::front::Front;
-use crate::guest::{Act, Guest, Site, State};
+use crate::guest::{Act, CHAT, Guest, Site, State};
 use crate::limits::{ARENA, RAM_BYTES, RING_ENTRIES};
 use crate::ram::{Complaints, mark};
 use crate::shadow::Shadow;
@@ -159,8 +159,10 @@ impl Town {
     }
 
     fn blur_if_unserved(&mut self, vm: u64) {
-        if !self.served {
-            self.shadow.blur(vm);
+        let ring = &self.guests[vm as usize - 1].rings[CHAT];
+        let concerned = ring.closing || self.guests[vm as usize - 1].state != State::Running;
+        if !self.served && concerned {
+            self.shadow.blur(vm, ring.prepared);
         }
     }
 
@@ -168,9 +170,9 @@ impl Town {
     pub fn core_died(&mut self) {
         self.served = false;
         for (vm, guest) in self.vms.iter().zip(&self.guests) {
-            let closing = guest.rings.iter().any(|ring| ring.closing);
+            let closing = guest.rings[CHAT].closing;
             if closing || !matches!(guest.state, State::Running | State::Off) {
-                self.shadow.blur(vm.number);
+                self.shadow.blur(vm.number, guest.rings[CHAT].prepared);
             }
         }
     }
