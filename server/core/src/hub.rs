@@ -176,9 +176,8 @@ impl Hub {
                 }
             }
             Err(refusal) => {
-                self.office.log_refusal(vm, refusal);
-                self.office
-                    .answer(fetched.token, refusal.answer(), Vec::new(), false);
+                let what = (fetched.opcode, fetched.tag);
+                self.office.refuse_at_once(vm, fetched.token, what, refusal);
             }
         }
     }
@@ -290,7 +289,7 @@ impl Hub {
     }
 
     fn route(&mut self, vm: u64, fetched: Box<Fetched>) {
-        let (token, opcode) = (fetched.token, fetched.opcode);
+        let (token, opcode, tag) = (fetched.token, fetched.opcode, fetched.tag);
         let submitted = match opcode.mode() {
             Mode::COMMON => self.common(vm, &fetched),
             mode if mode != fetched.mode => Err(Refusal::WrongMode),
@@ -306,10 +305,7 @@ impl Hub {
             Ok(Verdict::Open) => {}
             Ok(Verdict::Done(answer)) => self.office.answer(token, answer, Vec::new(), confirm),
             Ok(Verdict::Data(answer, payload)) => self.office.answer(token, answer, payload, false),
-            Err(refusal) => {
-                self.office.log_refusal(vm, refusal);
-                self.office.answer(token, refusal.answer(), Vec::new(), false);
-            }
+            Err(refusal) => self.office.refuse_at_once(vm, token, (opcode, tag), refusal),
         }
     }
 

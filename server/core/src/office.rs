@@ -299,13 +299,42 @@ impl Office {
 
     /// As [`Office::end`], with data.
     pub fn end_with(&mut self, token: Token, answer: Answer, payload: Vec<u8>, confirm: bool) -> bool {
-        let open = self.unpark(token).is_some();
+        let flight = self.unpark(token);
         self.forgo(token);
-        let confirm = confirm || (open && self.ledger.kept.settled.contains_key(&token));
-        if open {
-            self.answer(token, answer, payload, confirm);
+        let Some(flight) = flight else { return false };
+        if flight.opcode == Opcode::SEND.0 {
+            self.settle_send(token, flight.tag, answer);
         }
-        open
+        let confirm = confirm || self.ledger.kept.settled.contains_key(&token);
+        self.answer(token, answer, payload, confirm);
+        true
+    }
+
+    /// A SEND that failed is not to succeed after a crash, behind those that came after it and did: its answer holds. (Where there is no room for
+    /// that, no other succeeds either.)
+    fn settle_send(&mut self, token: Token, tag: u32, answer: Answer) {
+        if !self.state_full && !self.ledger.kept.settled.contains_key(&token) {
+            let settled = Settled {
+                token,
+                tag,
+                answer,
+                payload: Vec::new(),
+            };
+            self.record(Record::Kept {
+                settled: vec![settled],
+                change: Change::None,
+            });
+        }
+    }
+
+    /// Answers a submission that was never opened with a refusal, with a line in the log.
+    pub fn refuse_at_once(&mut self, vm: u64, token: Token, (opcode, tag): (Opcode, u32), refusal: Refusal) {
+        self.log_refusal(vm, refusal);
+        if opcode == Opcode::SEND {
+            self.settle_send(token, tag, refusal.answer());
+        }
+        let confirm = self.ledger.kept.settled.contains_key(&token);
+        self.answer(token, refusal.answer(), Vec::new(), confirm);
     }
 
     /// What a submission was about to do does not matter any more.

@@ -4,7 +4,7 @@
 mod house;
 
 use ciborium::Value;
-use house::{Ask, House};
+use house::{Ask, House, config};
 use std::collections::BTreeSet;
 use vmgmt_abi::chat::{MessageHeader, message_flag};
 use vmgmt_abi::file::{OfferHeader, SIZE_UNKNOWN, open, put};
@@ -378,6 +378,40 @@ fn what_a_dead_session_was_about_to_get_goes_to_who_waits() {
     house.ask(A, Ask::new(Opcode::SEND).handle(2).data([2; 30]));
     let received = received_by_a_successor(&house.journal);
     assert_eq!(received, [vec![], vec![(1, 0), (2, 0)]]);
+}
+
+#[test]
+fn a_send_that_was_refused_stays_refused_in_the_next_life() {
+    let mut house = House::with(vec![config(1, "a")]);
+    house.manual = true;
+    house.ask(A, Ask::new(Opcode::SEND).handle(2).data([1; 30]));
+    house.input(Input::Vm(config(2, "b")));
+    house.ask(A, Ask::new(Opcode::SEND).handle(2).data([2; 30]));
+    // The refusal was not seen, and the core dies. Now there is somebody to take it, behind the one that came after it.
+    let mut hub = Hub::replay(2, None, house.journal.iter().cloned()).unwrap();
+    hub.handle(house.now, Input::SessionOpened { session: A, vm: 1 });
+    while hub.poll_output().is_some() {}
+    let first = Fetched {
+        token: *house.answers.keys().next().unwrap(),
+        mode: Mode::CHAT,
+        opcode: Opcode::SEND,
+        flags: 0,
+        tag: 1,
+        handle: 2,
+        offset: 0,
+        argument: 0,
+        deadline: Tick::NEVER,
+        meta: Vec::new(),
+        data_bytes: 30,
+        data: Some(vec![1; 30]),
+        again: true,
+    };
+    hub.handle(house.now, Input::Submission(Box::new(first)));
+    let answer = std::iter::from_fn(|| hub.poll_output()).find_map(|output| match output {
+        Output::Complete { answer, .. } => Some(answer.status),
+        _ => None,
+    });
+    assert_eq!(answer, Some(Status::PEER_ABSENT.0));
 }
 
 fn as_version_1(saved: &[u8]) -> Vec<u8> {
