@@ -184,3 +184,75 @@ fn a_cancelled_receive_is_completed_once_and_loses_nothing() -> Result<()> {
     at.withdraw_receives(&mut receiver)?;
     Ok(())
 }
+
+/// What an operator got of `recv --follow` on this connection: source and sequence of each whole message, until it closes or `count` are there.
+fn letters(stream: &std::os::unix::net::UnixStream, count: usize) -> Result<Vec<(String, u64)>> {
+    use std::io::BufRead;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut lines = std::io::BufReader::new(stream);
+    let mut letters = Vec::new();
+    while letters.len() < count {
+        let mut line = String::new();
+        // What a dead core had in its memory does not come; half a line is none.
+        if lines.read_line(&mut line).unwrap_or(0) == 0 || !line.ends_with('\n') {
+            break;
+        }
+        let value: serde_json::Value = serde_json::from_str(&line)?;
+        let message = value.pointer("/event/message").context(line)?;
+        letters.push((
+            message["from"].as_str().context("no source")?.to_owned(),
+            message["sequence"].as_u64().context("no number")?,
+        ));
+    }
+    Ok(letters)
+}
+
+#[test]
+fn a_message_to_the_host_that_was_not_in_the_operators_socket_is_given_again() -> Result<()> {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+    const LETTERS: u64 = 30;
+    let site = site(1)?;
+    let vm = site.vm(0)?;
+    let recv = || -> Result<UnixStream> {
+        let mut stream = UnixStream::connect(site.control())?;
+        stream.write_all(b"{\"vmgmt\":1,\"id\":1,\"method\":\"recv\",\"params\":{\"follow\":true}}\n")?;
+        Ok(stream)
+    };
+    let first = recv()?;
+    let mut ring = vm.ring(Mode::CHAT)?;
+    // Its socket has room for a few of them, and it does not read.
+    let text = "x".repeat(200_000);
+    for number in 1..=LETTERS {
+        ensure!(ring.send("host", text.as_bytes(), 0)? == number);
+    }
+    let old = site.daemon.kill_role("core")?;
+    site.daemon.wait_for_new("core", old, PATIENCE)?;
+    let before = letters(&first, usize::MAX)?;
+    ensure!(before.len() < LETTERS as usize, "nothing was left to give");
+    // (Until the new core serves, the keeper answers; this client waits for the one that knows VMs.)
+    vmgmt_ctl::client::Client::connect(&site.control())?.call(
+        &vmgmt_ctl::protocol::Call::Vms,
+        &[],
+        Some(PATIENCE),
+        &mut |_| true,
+    )?;
+    let second = recv()?;
+    // (A message that was written and not noted comes again, under its number.)
+    let left = LETTERS as usize - before.len();
+    let after = letters(&second, left)?;
+    let mut all: Vec<_> = before.iter().chain(&after).map(|(_, number)| *number).collect();
+    ensure!(after.is_sorted() && before.is_sorted(), "{before:?} {after:?}");
+    all.sort_unstable();
+    all.dedup();
+    ensure!(
+        all == (1..=all.len() as u64).collect::<Vec<_>>() && all.len() + 16 >= LETTERS as usize,
+        "{before:?} {after:?}"
+    );
+    // None is left but what came a second time pushed back.
+    let rest = letters(&second, LETTERS as usize - all.len())?;
+    all.extend(rest.iter().map(|(_, number)| *number));
+    ensure!(all == (1..=LETTERS).collect::<Vec<_>>(), "{all:?}");
+    ensure!(before.iter().chain(&after).all(|(from, _)| from == "vm0"));
+    Ok(())
+}

@@ -70,6 +70,7 @@ impl Hub {
             Input::SessionClosed { session } => self.session_closed(session),
             Input::SessionReset { session } => self.session_emptied(session),
             Input::Control { client, id, request } => self.control(client, id, request),
+            Input::Told { client, id } => self.chat.told(&mut self.office, client, id),
             Input::ControlClosed { client } => self.control_closed(client),
             Input::Adopted => self.adopted(),
             Input::StateFull(full) => self.office.state_full = full,

@@ -37,7 +37,9 @@ pub enum Input {
         id: u64,
         request: ControlRequest,
     },
-    /// The operator's connection is gone.
+    /// The oldest message that a request of the operator's was given and that this was not said of: its last byte is in the operator's socket.
+    Told { client: u64, id: u64 },
+    /// The operator's connection is gone. What it was given and not told is somebody else's now.
     ControlClosed { client: u64 },
     /// After [`crate::Hub::replay`]: all sessions that are still there have been told.
     Adopted,

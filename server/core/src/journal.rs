@@ -93,7 +93,7 @@ pub enum Record {
     Kept { settled: Vec<Settled>, change: Change },
     /// A submission whose answer is settled was fetched again, under another token.
     Readdressed { from: Token, to: Token },
-    /// The operator has taken the host's message.
+    /// The operator has the host's message: its bytes are in the socket. (One whose record a death prevented is given again.)
     Taken { position: u64 },
     /// A message was too old.
     Dropped { target: u64, position: u64 },

@@ -34,6 +34,8 @@ pub const MESSAGE_OVERHEAD_BYTES: u64 = 128;
 pub const CLOCK_JUMP_NS_MAX: u64 = NS_PER_SECOND;
 /// The operator's own message limit, as a VM's default.
 pub const HOST_MESSAGE_BYTES_MAX: usize = 1 << 20;
+/// Messages that one request of the operator's was given and that are not in its socket yet: enough for a burst, and at most 16 MiB.
+pub const HOST_GIVEN_MAX: usize = 16;
 
 /// The smallest data area of RECEIVE: header, longest name, one byte of message.
 pub const RECEIVE_BYTES_MIN: u64 = (size_of::<MessageHeader>() + NAME_BYTES_MAX + 1) as u64;

@@ -84,6 +84,9 @@ pub struct Saved {
     /// Only in the first moments after a crash.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     awaited: BTreeSet<(u64, u64)>,
+    /// Of no use to another core life, whose operators are others: without it they are only given again.
+    #[serde(default)]
+    given: Vec<(u64, (u64, u64))>,
 }
 
 impl Saved {
@@ -204,6 +207,7 @@ impl Hub {
             fetching,
             bodies,
             listeners,
+            given,
         } = chat;
         Saved {
             version: VERSION,
@@ -240,6 +244,7 @@ impl Hub {
             bodies: bodies.values().map(|fetched| save_fetched(fetched)).collect(),
             listeners: listeners.iter().copied().collect(),
             awaited: awaited.clone(),
+            given: given.iter().map(|(position, to)| (*position, *to)).collect(),
         }
     }
 
@@ -271,6 +276,7 @@ impl Hub {
             bodies,
             listeners,
             awaited,
+            given,
         } = saved;
         if version != VERSION {
             return Err(RestoreError::Version { found: version });
@@ -331,6 +337,7 @@ impl Hub {
                 .map(|saved| (saved.token, restore_fetched(saved)))
                 .collect(),
             listeners: listeners.into(),
+            given: given.into_iter().collect(),
         };
         hub.office.refresh_reach();
         Ok(hub)

@@ -501,3 +501,65 @@ fn after_a_crash_a_delivery_is_resolved_by_what_the_ring_says() {
         assert_eq!(house.answers.contains_key(&next), !published);
     }
 }
+
+/// The host's messages that connection `client` was given.
+fn given(house: &mut House, client: u64) -> Vec<u64> {
+    let replies = house.replies.drain(..).filter(|(to, ..)| *to == client);
+    let sequences = replies.filter_map(|(_, _, reply, _)| match reply {
+        ControlReply::Message { sequence, .. } => Some(sequence),
+        _ => None,
+    });
+    sequences.collect()
+}
+
+#[test]
+fn a_message_to_the_host_stays_until_it_is_in_the_operators_socket() {
+    let mut house = House::new();
+    let follow = ControlRequest::Receive {
+        follow: true,
+        wait_ns: 0,
+    };
+    house.sockets_full = true;
+    house.control(5, follow.clone());
+    for number in 0..20 {
+        house.ok(A, send(PEER_HOST, &format!("number {number}")));
+    }
+    // No more than there is room to hold for somebody who does not read.
+    assert_eq!(given(&mut house, 5), (1..=16).collect::<Vec<_>>());
+    house.input(Input::Told { client: 5, id: 1 });
+    assert_eq!(given(&mut house, 5), [17]);
+    // The connection breaks: what was in its socket is gone, the rest goes to the next, in order.
+    house.input(Input::ControlClosed { client: 5 });
+    house.control(
+        6,
+        ControlRequest::Receive {
+            follow: false,
+            wait_ns: SECOND_NS,
+        },
+    );
+    assert_eq!(given(&mut house, 6), [2]);
+    house.input(Input::Told { client: 6, id: 1 });
+    // Of a request that is not there, or was told of everything.
+    house.input(Input::Told { client: 6, id: 1 });
+    house.input(Input::Told { client: 5, id: 1 });
+    house.control(7, follow.clone());
+    assert_eq!(given(&mut house, 7), (3..=18).collect::<Vec<_>>());
+    // A core that dies before the bytes are in the socket has lost nothing; what it knows to be there does not come again.
+    for _ in 0..3 {
+        house.input(Input::Told { client: 7, id: 1 });
+    }
+    assert_eq!(given(&mut house, 7), [19, 20]);
+    house.crash();
+    house.sockets_full = false;
+    house.control(8, follow);
+    assert_eq!(given(&mut house, 8), (6..=20).collect::<Vec<_>>());
+    house.crash();
+    house.control(
+        9,
+        ControlRequest::Receive {
+            follow: true,
+            wait_ns: 0,
+        },
+    );
+    assert!(given(&mut house, 9).is_empty());
+}

@@ -584,9 +584,16 @@ impl Core {
                     Fault::JournalsTooLate => unwritten.push_back(record),
                     _ => self.write_record(&record),
                 },
-                interface::Output::Control { id, reply, .. } => {
+                interface::Output::Control {
+                    client, id, reply, ..
+                } => {
+                    let told = matches!(reply, ControlReply::Message { .. });
                     self.outside.steps.step();
                     self.outside.replies.borrow_mut().push_back((id, reply));
+                    if told {
+                        // It is in the operator's socket, and stays there whatever becomes of this core.
+                        self.hub.handle(now, interface::Input::Told { client, id });
+                    }
                 }
                 interface::Output::Log { .. } => {}
             }

@@ -13,7 +13,7 @@ use crate::effect::{Effect, Outcome};
 use crate::effects::{Continuation, whole};
 use crate::interface::ControlReply;
 use crate::journal::{Message, Presence, Record, Targets};
-use crate::limits::{HOST_MAILBOX_BYTES_MAX, RECEIVE_BYTES_MIN};
+use crate::limits::{HOST_GIVEN_MAX, HOST_MAILBOX_BYTES_MAX, RECEIVE_BYTES_MIN};
 use crate::modes::file::failure;
 use crate::modes::listing::listing_answer;
 use crate::office::{Office, Wait, input_bytes, room};
@@ -46,6 +46,8 @@ pub struct Chat {
     /// The SENDs whose bodies are being fetched.
     pub bodies: BTreeMap<Token, Box<Fetched>>,
     pub listeners: VecDeque<Listener>,
+    /// Messages to the host that an operator's request (connection, id) was given, by position: out of the mailbox when it has them.
+    pub given: BTreeMap<u64, (u64, u64)>,
 }
 
 impl Chat {
@@ -320,18 +322,28 @@ impl Chat {
         self.dispatch_host(office);
     }
 
+    /// Gives what is in the host's mailbox to those who wait for it. It stays there until [`Chat::told`]: a core that dies before the bytes are
+    /// in the operator's socket has not lost it, one that dies just after gives it again.
     fn dispatch_host(&mut self, office: &mut Office) {
-        while let Some(position) = office.ledger.host.first_waiting() {
-            let Some(listener) = self.listeners.front().copied() else {
+        loop {
+            let given = |to: &Listener| {
+                let to = (to.client, to.id);
+                self.given.values().filter(|given| **given == to).count()
+            };
+            let Some(place) = (self.listeners.iter()).position(|to| given(to) < HOST_GIVEN_MAX) else {
                 break;
             };
-            let Some(held) = office.ledger.host.get(position) else {
+            let next = |(position, _): &(u64, _)| !self.given.contains_key(position);
+            let Some((position, held)) = office.ledger.host.iter().find(next) else {
+                break;
+            };
+            let Some(listener) = self.listeners.get(place).copied() else {
                 break;
             };
             let message = Arc::clone(&held.message);
-            office.record(Record::Taken { position });
+            self.given.insert(position, (listener.client, listener.id));
             if !listener.follow {
-                self.listeners.pop_front();
+                self.listeners.remove(place);
                 let timer = Timer::ControlReceive {
                     client: listener.client,
                     id: listener.id,
@@ -347,6 +359,23 @@ impl Chat {
             reply(office, listener.client, listener.id, message, !listener.follow);
         }
         expire_host(office);
+    }
+
+    /// The operator has the oldest message that this request was given.
+    pub fn told(&mut self, office: &mut Office, client: u64, id: u64) {
+        let mut given = self.given.iter();
+        let Some(position) = given
+            .find(|(_, to)| **to == (client, id))
+            .map(|(place, _)| *place)
+        else {
+            return;
+        };
+        self.given.remove(&position);
+        // (It may have become too old meanwhile.)
+        if office.ledger.host.get(position).is_some() {
+            office.record(Record::Taken { position });
+        }
+        self.dispatch_host(office);
     }
 
     /// The operator waits no longer.
@@ -375,6 +404,8 @@ impl Chat {
             }
             stays
         });
+        self.given.retain(|_, (to, _)| *to != client);
+        self.dispatch_host(office);
     }
 
     fn peers(&self, office: &Office, vm: u64, fetched: &Fetched) -> Submitted {

@@ -136,6 +136,8 @@ pub struct House {
     pub pending: Vec<(EffectId, Effect)>,
     pub journal: Vec<Record>,
     pub replies: Vec<(u64, u64, ControlReply, bool)>,
+    /// The operators' sockets take nothing.
+    pub sockets_full: bool,
     pub logs: Vec<(u64, String)>,
     /// Effects and confirmations wait until told.
     pub manual: bool,
@@ -188,6 +190,7 @@ impl House {
             pending: Vec::new(),
             journal: Vec::new(),
             replies: Vec::new(),
+            sockets_full: false,
             logs: Vec::new(),
             manual: false,
             unpublished: BTreeSet::new(),
@@ -351,7 +354,13 @@ impl House {
                     id,
                     reply,
                     last,
-                } => self.replies.push((client, id, reply, last)),
+                } => {
+                    let told = matches!(reply, ControlReply::Message { .. }) && !self.sockets_full;
+                    self.replies.push((client, id, reply, last));
+                    if told {
+                        self.hub.handle(self.now, Input::Told { client, id });
+                    }
+                }
                 Output::Log { vm, text } => self.logs.push((vm, text)),
             }
         }

@@ -49,6 +49,10 @@ pub(super) struct Connection {
     /// the packet with descriptors, so that byte belongs to their request.
     fds: VecDeque<(u64, OwnedFd)>,
     output: VecDeque<u8>,
+    /// Bytes sent so far.
+    sent: u64,
+    /// Whose last byte is the one before this position in the stream that is sent: who wants to know when it is in the socket.
+    receipts: VecDeque<(u64, u64)>,
 }
 
 impl Connection {
@@ -60,6 +64,8 @@ impl Connection {
             consumed: 0,
             fds: VecDeque::new(),
             output: VecDeque::new(),
+            sent: 0,
+            receipts: VecDeque::new(),
         }
     }
 
@@ -138,12 +144,30 @@ impl Connection {
         self.output.extend(line);
     }
 
+    /// As `queue`; `request` comes out of [`Connection::written`] when all of it is in the socket.
+    pub(super) fn queue_with_receipt(&mut self, line: &[u8], request: u64) {
+        self.queue(line);
+        self.receipts
+            .push_back((self.sent + self.output.len() as u64, request));
+    }
+
+    /// The next one whose line is in the socket.
+    pub(super) fn written(&mut self) -> Option<u64> {
+        let sent = self.sent;
+        self.receipts
+            .pop_front_if(|(end, _)| *end <= sent)
+            .map(|(_, request)| request)
+    }
+
     /// Sends what can be sent; `false`: the client is gone.
     pub(super) fn flush(&mut self) -> bool {
         while !self.output.is_empty() {
             let (head, _) = self.output.as_slices();
             match send(&self.stream, head, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
-                Ok(sent) => drop(self.output.drain(..sent)),
+                Ok(sent) => {
+                    self.output.drain(..sent);
+                    self.sent += sent as u64;
+                }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return true,
                 Err(_) => return false,

@@ -101,6 +101,8 @@ pub struct ControlServer {
     /// Where the next look for a line begins, so that no client is served before the others.
     turn: usize,
     events: VecDeque<Incoming>,
+    /// Requests one of whose deliveries is in its socket.
+    written: Vec<(ClientId, u64)>,
 }
 
 impl ControlServer {
@@ -120,6 +122,7 @@ impl ControlServer {
             acceptable: true,
             turn: 0,
             events: VecDeque::new(),
+            written: Vec::new(),
         })
     }
 
@@ -186,6 +189,22 @@ impl ControlServer {
     /// event was not queued.
     #[must_use]
     pub fn event(&mut self, client: ClientId, id: u64, event: Event) -> bool {
+        self.tell(client, id, event, false)
+    }
+
+    /// As [`ControlServer::event`], of something that must not be lost: [`ControlServer::take_written`] names the request when all bytes are
+    /// in the client's socket. (Never, when the connection breaks before.)
+    #[must_use]
+    pub fn deliver(&mut self, client: ClientId, id: u64, event: Event) -> bool {
+        self.tell(client, id, event, true)
+    }
+
+    /// Requests one of whose deliveries is in its client's socket, in order; one of several is there as often.
+    pub fn take_written(&mut self) -> Vec<(ClientId, u64)> {
+        std::mem::take(&mut self.written)
+    }
+
+    fn tell(&mut self, client: ClientId, id: u64, event: Event, receipt: bool) -> bool {
         let Some((index, state)) = self.client(client) else {
             return false;
         };
@@ -196,7 +215,12 @@ impl ControlServer {
             state.starved = true;
             return false;
         }
-        state.connection.queue(&Response::event(id, event).to_line());
+        let line = Response::event(id, event).to_line();
+        if receipt {
+            state.connection.queue_with_receipt(&line, id);
+        } else {
+            state.connection.queue(&line);
+        }
         self.flush(index);
         true
     }
@@ -338,15 +362,19 @@ impl ControlServer {
         let Some(client) = self.clients.get_mut(index) else {
             return;
         };
-        if !client.connection.flush() || (client.ending && client.connection.output_bytes() == 0) {
+        let lives = client.connection.flush();
+        let number = ClientId {
+            index: index as u32,
+            generation: client.generation,
+        };
+        while let Some(request) = client.connection.written() {
+            self.written.push((number, request));
+        }
+        if !lives || (client.ending && client.connection.output_bytes() == 0) {
             self.drop_client(index);
         } else if client.starved && client.has_room() {
             client.starved = false;
-            let client = ClientId {
-                index: index as u32,
-                generation: client.generation,
-            };
-            self.events.push_back(Incoming::Room { client });
+            self.events.push_back(Incoming::Room { client: number });
         }
     }
 

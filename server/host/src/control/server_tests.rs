@@ -370,3 +370,60 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_delivery_is_told_of_when_its_last_byte_is_in_the_socket() {
+    let mut bench = Bench::new();
+    let mut stream = bench.connect();
+    let call = Call::Recv(super::super::protocol::Receive::default());
+    stream.write_all(&Request { id: 7, call }.to_line()).unwrap();
+    let asked = bench.next_request();
+    let line = |text: &str| {
+        Event::Log(LogLine {
+            time_ns: 1,
+            vm: None,
+            text: text.into(),
+        })
+    };
+    assert!(bench.server.deliver(asked.client, 7, line("small")));
+    // (What is no delivery is not told of.)
+    assert!(bench.server.event(asked.client, 7, line("an event")));
+    assert_eq!(bench.server.take_written(), [(asked.client, 7)]);
+    let long = "x".repeat(100_000);
+    let mut given = 0;
+    while bench.server.deliver(asked.client, 7, line(&long)) {
+        given += 1;
+    }
+    let mut written = bench.server.take_written().len();
+    assert!(
+        written < given,
+        "{given} lines are all in a socket that nobody reads"
+    );
+    let mut lines = lines_of(&stream);
+    let reader = std::thread::spawn(move || {
+        for _ in 0..2 + given {
+            response(&mut lines);
+        }
+        lines
+    });
+    let mut events = Events::with_capacity(16);
+    while written < given {
+        bench
+            .poll
+            .poll(&mut events, Some(Duration::from_secs(20)))
+            .unwrap();
+        assert!(!events.is_empty(), "{written} of {given} lines were written");
+        for event in &events {
+            bench.server.handle_ready(event.token());
+        }
+        written += bench.server.take_written().len();
+    }
+    let lines = reader.join().unwrap();
+    assert_eq!(written, given);
+    // Of what is not whole in the socket when the connection breaks, nothing is told.
+    while bench.server.deliver(asked.client, 7, line(&long)) {}
+    bench.server.take_written();
+    drop((stream, lines));
+    while !matches!(bench.next(), Incoming::Gone { .. }) {}
+    assert_eq!(bench.server.take_written(), []);
+}

@@ -18,9 +18,6 @@ use vmgmt_abi::Status;
 use vmgmt_core::interface::{ControlReply, ControlRequest, VmStatus};
 use vmgmt_device::Tick;
 
-/// Messages held for a client that does not read: more than a burst, and a bounded amount of memory.
-const HELD_MAX: usize = 1024;
-
 /// What the loop is to do for an operator.
 #[derive(Debug)]
 pub enum Ask {
@@ -143,12 +140,17 @@ pub struct Operators {
     /// Requests to the keeper.
     at_keeper: BTreeMap<u64, (ClientId, u64)>,
     keeper_requests: u64,
-    /// Messages that a client had no room for yet, in order.
-    held: BTreeMap<(ClientId, u64), VecDeque<Event>>,
-    /// What the operator should read in the log.
-    notices: Vec<String>,
+    /// Messages that a client had no room for yet, in order; at most as many as the hub gives one request before it is told of the first.
+    held: BTreeMap<(ClientId, u64), VecDeque<Held>>,
     /// Followers of the log, and the number of the next line for each.
     followers: BTreeMap<(ClientId, u64), u64>,
+}
+
+/// A message, and the result that ends its request.
+#[derive(Debug, Clone)]
+struct Held {
+    event: Event,
+    end: Option<Received>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -175,7 +177,6 @@ impl Operators {
             at_keeper: BTreeMap::new(),
             keeper_requests: 0,
             held: BTreeMap::new(),
-            notices: Vec::new(),
             followers: BTreeMap::new(),
         })
     }
@@ -245,10 +246,16 @@ impl Operators {
                     ..Message::default()
                 }
                 .with_bytes(message);
-                self.tell_message(client, id, Event::Message(event));
-                if let (true, Expected::Messages(count)) = (last, expected_now) {
-                    self.server.reply(client, id, &Received { messages: count + 1 });
-                }
+                let end = match expected_now {
+                    Expected::Messages(count) if last => Some(Received { messages: count + 1 }),
+                    _ => None,
+                };
+                let event = Event::Message(event);
+                self.held
+                    .entry((client, id))
+                    .or_default()
+                    .push_back(Held { event, end });
+                self.tell_held(client);
             }
             ControlReply::NoMessage => {
                 let messages = if let Expected::Messages(count) = expected_now {
@@ -293,27 +300,13 @@ impl Operators {
         }
     }
 
-    /// What the operator should read in the log.
-    pub fn take_notices(&mut self) -> Vec<String> {
-        std::mem::take(&mut self.notices)
+    /// Requests (client and id) of which a message is in the operator's socket now, once for each.
+    pub fn take_written(&mut self) -> Vec<(u64, u64)> {
+        let written = self.server.take_written().into_iter();
+        written.map(|(client, id)| (client.to_number(), id)).collect()
     }
 
-    /// Gives a client a message, behind those that it has not had.
-    fn tell_message(&mut self, client: ClientId, id: u64, event: Event) {
-        let held = self.held.get(&(client, id)).map_or(0, VecDeque::len);
-        if held == 0 && self.server.event(client, id, event.clone()) {
-            return;
-        }
-        if held < HELD_MAX {
-            self.held.entry((client, id)).or_default().push_back(event);
-        } else {
-            let text =
-                format!("an operator's `recv` does not read its messages: one beyond {HELD_MAX} is dropped");
-            self.notices.push(text);
-        }
-    }
-
-    /// A client has room again.
+    /// Gives a client what is held for it, as far as it has room.
     fn tell_held(&mut self, client: ClientId) {
         let waiting: Vec<_> = self
             .held
@@ -322,11 +315,14 @@ impl Operators {
             .copied()
             .collect();
         for key in waiting {
-            while let Some(event) = self.held.get(&key).and_then(|held| held.front().cloned()) {
-                if !self.server.event(client, key.1, event) {
+            while let Some(held) = self.held.get(&key).and_then(|held| held.front().cloned()) {
+                if !self.server.deliver(client, key.1, held.event) {
                     return;
                 }
                 self.held.get_mut(&key).map(VecDeque::pop_front);
+                if let Some(end) = held.end {
+                    self.server.reply(client, key.1, &end);
+                }
             }
             self.held.remove(&key);
         }

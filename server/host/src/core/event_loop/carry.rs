@@ -209,8 +209,14 @@ impl EventLoop {
             now: now(),
         };
         self.operators.handle_reply(client, id, reply, last, &books);
-        for notice in self.operators.take_notices() {
-            self.log(None, notice);
+        self.tell_written();
+    }
+
+    /// Messages whose bytes are in an operator's socket leave the host's mailbox now: one that a death of this core keeps from there is given
+    /// again by the next.
+    pub(super) fn tell_written(&mut self) {
+        for (client, id) in self.operators.take_written() {
+            self.hub.handle(now(), interface::Input::Told { client, id });
         }
     }
 

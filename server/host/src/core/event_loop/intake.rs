@@ -249,7 +249,10 @@ impl EventLoop {
                 frozen: self.freezes.levels(),
                 now,
             };
-            let Some(ask) = self.operators.poll(&books) else {
+            let ask = self.operators.poll(&books);
+            // Before the end of a connection: what it got is not to be given to another.
+            self.tell_written();
+            let Some(ask) = ask else {
                 break;
             };
             match ask {
