@@ -288,3 +288,40 @@ fn a_core_that_dies_over_a_closed_ring_leaves_the_news_to_the_next() {
     };
     assert!(bed.outputs().iter().any(closed));
 }
+
+#[test]
+fn a_doorbell_that_rings_while_no_completion_slot_is_free_is_not_forgotten() {
+    let guest = FlatGuest::new(1 << 20);
+    let mut bed = Bed::new(&guest, FlatMemory::new(&guest), PlainWords::new).unwrap();
+    bed.memory.set_by_messages(true);
+    bed.front.set_features(0);
+    let mut ring = RingPlan::new(0, 0, 8, 2, Mode::CHAT.0);
+    bed.enable(&mut ring);
+    let go_on = |bed: &mut Bed<PlainWords, FlatMemory>| {
+        for _ in 0..20 {
+            bed.now = bed.now.after_ns(100_000_000);
+            bed.poll(8);
+            bed.end_turn();
+            bed.memory.deliver();
+        }
+    };
+    for (count, first) in [(3, 0), (1, 3)] {
+        for tag in first..first + count {
+            let submission = Submission {
+                tag,
+                opcode: Opcode::NOOP.0,
+                ..Submission::default()
+            };
+            ring.submit(&guest, &submission);
+        }
+        bed.front.ring_doorbell(ring.n, ring.tail);
+        bed.touch();
+        go_on(&mut bed);
+    }
+    let mut tags = Vec::new();
+    for _ in 0..4 {
+        tags.extend(std::iter::from_fn(|| ring.take(&guest)).map(|completion| completion.tag));
+        go_on(&mut bed);
+    }
+    assert_eq!(tags, [0, 1, 2, 3]);
+}

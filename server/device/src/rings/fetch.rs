@@ -129,11 +129,12 @@ fn free_slots<M: GuestMemory>(now: Tick, ring: &mut Ring, memory: &mut M) -> Res
         return Ok(free);
     }
     // By messages each look costs one, so it waits for its time.
-    if !ring.shared && !ring.look && ring.stalled_until.is_some_and(|until| now < until) {
+    if !ring.shared && !ring.look_head && ring.stalled_until.is_some_and(|until| now < until) {
         return Ok(0);
     }
     let head = memory.load_u32(ring.event_address(event_offset::COMPLETION_HEAD))?;
-    ring.look = false;
+    // The doorbell may have rung for the tail too: that is still to be read.
+    ring.look_head = false;
     // The life before may have published the answer of `answer_at_once` and died before the cursor moved: that answer comes again.
     let one_more = head == ring.completion_tail.wrapping_add(1) && ring.fetched == ring.adopted_at;
     let head = if one_more { ring.completion_tail } else { head };

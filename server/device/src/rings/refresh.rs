@@ -133,7 +133,7 @@ impl<W: Words> Rings<W> {
         let doorbell = front.doorbell(n);
         if doorbell != ring.doorbell {
             ring.doorbell = doorbell;
-            ring.look = true;
+            (ring.look, ring.look_head) = (true, true);
         }
         if setup.epoch == ring.epoch_seen() {
             return;

@@ -220,6 +220,8 @@ pub(super) struct Ring {
     pub doorbell: u64,
     /// `submission_tail` is to be read again although the ring is reached by messages.
     pub look: bool,
+    /// The doorbell rang since `completion_head` was read last.
+    pub look_head: bool,
     /// The doorbell word when the read of `submission_tail` that is under way was asked for.
     pub asked_under: Option<u64>,
     /// The `submission_event` that was written by message last.
@@ -266,6 +268,7 @@ impl Ring {
             tail: 0,
             doorbell: 0,
             look: true,
+            look_head: false,
             asked_under: None,
             armed: None,
             batch: Box::default(),
