@@ -1,6 +1,9 @@
 //! `kill -9` of the core: the guest notices nothing but a pause.
 
 use super::*;
+use std::os::fd::AsFd;
+use vmgmt_ctl::Client as Operator;
+use vmgmt_ctl::protocol::{Call, Pull, Push, Transferred, new_key};
 use vmgmt_driver::abi::registers;
 use vmgmt_driver::backing::Backing;
 use vmgmt_driver::operations::chat::Receiver;
@@ -202,6 +205,82 @@ fn a_file_goes_from_vm_to_vm_while_cores_die() -> Result<()> {
         })
         .with_context(|| format!("round {round}"))?;
         ensure!(got.2 == data, "round {round}: the bytes are different");
+    }
+    Ok(())
+}
+
+/// An operator asks again every 50 ms: most lives are to be long enough that it comes.
+const OPERATORS_APART: Duration = Duration::from_millis(400);
+
+/// What `vmgmtctl push` and `pull` do: one request with a key, made again by the client when the core is gone.
+fn operate(site: &Site, call: Call, file: &std::fs::File) -> Result<Transferred> {
+    let mut client = Operator::connect(&site.control())?;
+    let answer = client.call(&call, &[file.as_fd()], Some(PATIENCE), &mut |_| true)?;
+    Ok(serde_json::from_value(answer)?)
+}
+
+#[test]
+fn files_of_the_operator_go_both_ways_while_cores_die() -> Result<()> {
+    let site = site(1)?;
+    let vm = site.vm(0)?;
+    let wait_ms = u64::try_from(PATIENCE.as_millis())?;
+    for round in 0..3_u64 {
+        let data = pattern((12 << 20) + 5, round + 60);
+        let crc32 = format!("{:08x}", crc32fast::hash(&data));
+        let file = tempfile::tempfile()?;
+        std::os::unix::fs::FileExt::write_all_at(&file, &data, 0)?;
+        let push = Call::Push(Push {
+            to: "vm0".into(),
+            name: "pushed".into(),
+            wait_ms,
+            key: Some(new_key()),
+        });
+        let work = || {
+            std::thread::scope(|scope| {
+                let receiver = scope.spawn(|| super::streams::receive(&vm));
+                let done = operate(&site, push, &file).context("push")?;
+                let got = receiver.join().map_err(|_| anyhow::anyhow!("the VM panicked"))?;
+                Ok((done, got.context("the VM")?))
+            })
+        };
+        let ((done, got), _) = while_cores_die(&site.daemon, round * 57 + 3, OPERATORS_APART, PATIENCE, work)
+            .with_context(|| format!("round {round}"))?;
+        ensure!(got.2 == data, "round {round}: the bytes are different");
+        ensure!(
+            (done.bytes, &done.crc32) == (data.len() as u64, &crc32),
+            "{done:?}"
+        );
+
+        let file = tempfile::tempfile()?;
+        let pull = Call::Pull(Pull {
+            from: "vm0".into(),
+            path: "pulled".into(),
+            wait_ms,
+            key: Some(new_key()),
+        });
+        let work = || {
+            std::thread::scope(|scope| {
+                let served = scope.spawn(|| -> Result<()> {
+                    let mut files = vm.ring(Mode::FILE)?;
+                    let posted = files.post_next_offer()?;
+                    let offer = files.next_offer(posted, deadline())?.context("no request came")?;
+                    ensure!(offer.is_request && offer.file_name == "pulled", "{offer:?}");
+                    super::streams::answer(&mut files, offer.handle, &data)
+                });
+                let done = operate(&site, pull, &file).context("pull")?;
+                served.join().map_err(|_| anyhow::anyhow!("the VM panicked"))??;
+                Ok(done)
+            })
+        };
+        let (done, _) = while_cores_die(&site.daemon, round * 91 + 5, OPERATORS_APART, PATIENCE, work)
+            .with_context(|| format!("round {round}"))?;
+        ensure!(
+            (done.bytes, &done.crc32) == (data.len() as u64, &crc32),
+            "{done:?}"
+        );
+        let mut got = vec![0; data.len()];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut got, 0)?;
+        ensure!(got == data, "round {round}: the pulled bytes are different");
     }
     Ok(())
 }

@@ -17,6 +17,16 @@ fn file_of(data: &[u8]) -> Result<std::fs::File> {
 pub(crate) fn send(vm: &SimulatedVm, target: &str, name: &str, data: &[u8]) -> Result<()> {
     let mut files = vm.ring(Mode::FILE)?;
     let stream = files.offer(target, name, Some(data.len() as u64), 0, Some(PATIENCE))?;
+    pour(&mut files, stream, data)
+}
+
+/// Gives the host what it asked for.
+pub(crate) fn answer(files: &mut Client, request: u64, data: &[u8]) -> Result<()> {
+    let stream = files.offer("host", "answer", Some(data.len() as u64), request, Some(PATIENCE))?;
+    pour(files, stream, data)
+}
+
+fn pour(files: &mut Client, stream: u64, data: &[u8]) -> Result<()> {
     let file = file_of(data)?;
     let mut source = Descriptor::new(file.as_fd(), "source");
     files.stream_send(stream, &mut source, &TransferOptions::default(), &mut |_| {})?;

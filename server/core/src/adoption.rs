@@ -15,12 +15,6 @@ use crate::state::{RestoreError, Saved};
 use std::collections::BTreeSet;
 use vmgmt_device::rings::Token;
 
-/// No slot of any shell: a handle has it until its file is open again.
-const NO_SLOT: FileSlot = FileSlot {
-    index: u32::MAX,
-    generation: 0,
-};
-
 impl Hub {
     /// A hub after a crash: what the last snapshot (if any) says that survives, and the records since. Sessions are to be told anew, and then
     /// `Input::Adopted`. `life`: as in [`Hub::new`].
@@ -91,7 +85,7 @@ impl Hub {
             let file = OpenFile {
                 session: Some(session),
                 vm,
-                slot: NO_SLOT,
+                slot: FileSlot::NONE,
                 share: share.clone(),
                 path: path.clone(),
                 read,
@@ -131,7 +125,7 @@ impl Hub {
             let put = Put {
                 what,
                 session: Some(session),
-                slot: NO_SLOT,
+                slot: FileSlot::NONE,
                 busy: 1,
                 commit: None,
                 closing: None,

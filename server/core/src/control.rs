@@ -24,7 +24,9 @@ impl Hub {
                 let vms = self.vm_statuses();
                 reply(&mut self.office, client, id, ControlReply::Vms(vms), true);
             }
-            ControlRequest::Send { target, message } => self.control_send(client, id, &target, message),
+            ControlRequest::Send { target, message, key } => {
+                self.control_send(client, id, &target, message, key)
+            }
             ControlRequest::Receive { follow, wait_ns } => {
                 let deadline = if follow {
                     Tick::NEVER
@@ -47,11 +49,13 @@ impl Hub {
                 size,
                 name,
                 wait_ns,
+                key,
             } => {
                 let source = OfferSource::Push(HostFile {
                     client,
                     id,
                     slot: file,
+                    key,
                 });
                 self.control_offer(source, &target, name, size, wait_ns);
             }
@@ -60,18 +64,20 @@ impl Hub {
                 path,
                 file,
                 wait_ns,
+                key,
             } => {
                 let pull = OfferSource::Pull(HostFile {
                     client,
                     id,
                     slot: file,
+                    key,
                 });
                 self.control_offer(pull, &source, path, SIZE_UNKNOWN, wait_ns);
             }
         }
     }
 
-    fn control_send(&mut self, client: u64, id: u64, target: &str, message: Vec<u8>) {
+    fn control_send(&mut self, client: u64, id: u64, target: &str, message: Vec<u8>, key: u64) {
         if message.len() > HOST_MESSAGE_BYTES_MAX {
             let text = format!(
                 "a message of the host has at most {HOST_MESSAGE_BYTES_MAX} bytes; send a file instead (push)"
@@ -79,7 +85,7 @@ impl Hub {
             reply_failed(&mut self.office, client, id, Status::TOO_LARGE.0, text);
             return;
         }
-        match self.chat.host_send(&mut self.office, target, message) {
+        match self.chat.host_send(&mut self.office, target, message, key) {
             Ok(number) => reply(&mut self.office, client, id, ControlReply::Sent { number }, true),
             Err(refusal) => {
                 let (status, text) = host_refusal(refusal, target);
@@ -92,7 +98,14 @@ impl Hub {
         let (OfferSource::Push(file) | OfferSource::Pull(file)) = source else {
             return;
         };
-        let found = match self.office.ledger.number(target) {
+        let number = self.office.ledger.number(target);
+        if self
+            .transfers
+            .take_up(&mut self.office, source, number, size, wait_ns)
+        {
+            return;
+        }
+        let found = match number {
             _ if names::offered(name.as_bytes()).is_err() => Err(Refusal::Name),
             _ if matches!(source, OfferSource::Push(_)) && size > crate::limits::FILE_OFFSET_MAX => {
                 Err(Refusal::Field)
@@ -130,6 +143,7 @@ impl Hub {
                 self.transfers
                     .fail_offer(&mut self.office, offer, Status::TIMED_OUT.0)
             }
+            Timer::ControlStream { stream } => self.transfers.nobody_came(&mut self.office, stream),
             _ => {}
         }
     }

@@ -18,6 +18,8 @@ pub enum Timer {
     ControlReceive { client: u64, id: u64 },
     /// The operator waits no longer for an answer to this offer or request.
     ControlOffer { offer: u64 },
+    /// Nobody has taken up the operator's end of this stream again since the core was replaced.
+    ControlStream { stream: u64 },
     /// Broken puts are to be swept.
     Sweep,
 }

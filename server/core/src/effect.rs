@@ -16,6 +16,14 @@ pub struct FileSlot {
     pub generation: u32,
 }
 
+impl FileSlot {
+    /// No slot of any shell: of a file that is not open in this core life, or not yet.
+    pub const NONE: Self = Self {
+        index: u32::MAX,
+        generation: 0,
+    };
+}
+
 /// Which file it is, whatever its name: for recovery.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Serialize, Deserialize)]
 pub struct Identity {

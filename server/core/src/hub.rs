@@ -94,7 +94,9 @@ impl Hub {
                 Timer::Deadline(token) => self.end_early(token, Status::TIMED_OUT.0),
                 Timer::Release { vm } => self.release(vm),
                 Timer::Expiry { vm } => delivery::expire(&mut self.office, vm),
-                Timer::ControlReceive { .. } | Timer::ControlOffer { .. } => self.control_timer(timer),
+                Timer::ControlReceive { .. } | Timer::ControlOffer { .. } | Timer::ControlStream { .. } => {
+                    self.control_timer(timer);
+                }
                 Timer::Sweep => self.sweep(),
             }
             self.settle();

@@ -86,25 +86,32 @@ pub enum ControlRequest {
     Vms,
     /// As the VMs see it.
     Peers,
-    /// A message of the host. `target`: a VM's name or "all".
-    Send { target: String, message: Vec<u8> },
+    /// A message of the host. `target`: a VM's name or "all". `key`: a repeated one is taken once; 0: none.
+    Send {
+        target: String,
+        message: Vec<u8>,
+        key: u64,
+    },
     /// Messages to the host: those that wait, then (with `follow`) all that come until the connection closes; without `follow` the first
     /// one that is or comes there, or none after `wait_ns`.
     Receive { follow: bool, wait_ns: u64 },
-    /// Offers a host file to a VM. The shell has opened it; the hub closes it. `size`: its bytes.
+    /// Offers a host file to a VM. The shell has opened it; the hub closes it. `size`: its bytes. `key`: with the same one the operator takes
+    /// the transfer up again when a core has died, or hears what came of it; 0: it ends with the operator's connection.
     Push {
         target: String,
         file: FileSlot,
         size: u64,
         name: String,
         wait_ns: u64,
+        key: u64,
     },
-    /// Asks a VM for a file that it serves, into a file that the shell has opened.
+    /// Asks a VM for a file that it serves, into a file that the shell has opened. `key`: as for a push.
     Pull {
         source: String,
         path: String,
         file: FileSlot,
         wait_ns: u64,
+        key: u64,
     },
 }
 

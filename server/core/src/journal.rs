@@ -4,8 +4,9 @@
 //! A record never says what was asked, only what changed; `ledger.rs` is the one place that applies one, live and in replay.
 //!
 //! Covered: the VM table, presence, mailboxes, message numbers, idempotency keys, answers and deliveries not known to be published, and what
-//! `kept.rs` lists: open files, puts, intents on names, offers and streams between VMs. Not covered, and so gone with a crash: rates, and
-//! transfers of an operator, whose connection ends with the core.
+//! `kept.rs` lists: open files, puts, intents on names, offers and streams between VMs, and those of an operator that have a key (its
+//! connection ends with the core, and it asks again by the key). Not covered, and so gone with a crash: rates, and an operator's
+//! transfers without a key.
 
 use crate::kept::{Change, Settled};
 use crate::policy::VmConfig;

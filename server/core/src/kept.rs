@@ -4,12 +4,13 @@
 //! It never knows slots, effects or what is under way: that is found again in the rings, whose submissions come again.
 
 use crate::effect::Identity;
+use crate::limits::OPERATOR_RESULTS_MAX;
 use crate::modes::coverage::Coverage;
 use crate::modes::offers::OfferState;
 use crate::modes::puts::PutOpening;
 use crate::modes::streams::{Failure, Side};
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use vmgmt_device::rings::{Answer, Token};
 
 /// An answer that is not known to be published: should its submission come again, it is this and nothing is done again.
@@ -115,6 +116,47 @@ pub struct KeptOffer {
     pub state: OfferState,
 }
 
+/// A transfer of the operator that has a key.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct KeptHost {
+    pub key: u64,
+    pub vm: u64,
+    /// From the host to the VM.
+    pub push: bool,
+    pub name: String,
+    pub size: u64,
+    pub stage: HostStage,
+}
+
+/// How far it is.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum HostStage {
+    Offered(OfferState),
+    Streaming(KeptHostStream),
+}
+
+/// A stream with the operator's file at one end. What is moved of a submission that is not settled is moved again: the file has it still.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct KeptHostStream {
+    pub end: KeptEnd,
+    /// Bytes of submissions that are settled.
+    pub moved: u64,
+    /// Push: of the whole file, once known. Pull: of the bytes moved.
+    pub crc32: Option<u32>,
+    pub end_read: bool,
+    pub failure: Option<Failure>,
+}
+
+/// What came of one, for an operator that asks again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct HostResult {
+    pub key: u64,
+    /// A `vmgmt_abi::Status`.
+    pub status: u16,
+    pub bytes: u64,
+    pub crc32: u32,
+}
+
 /// A change of what is kept. One that fits nothing changes nothing.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Change {
@@ -198,6 +240,30 @@ pub enum Change {
     StreamGone {
         stream: u64,
     },
+    HostOffered {
+        offer: u64,
+        kept: Box<KeptHost>,
+    },
+    /// The VM took it.
+    HostBegan {
+        offer: u64,
+        stream: u64,
+        end: KeptEnd,
+        size: u64,
+    },
+    /// The checksum of the file that is pushed.
+    HostSum {
+        stream: u64,
+        crc32: u32,
+    },
+    /// A submission ended with so many bytes; with any, `crc32` is that of all so far (pull).
+    HostMoved {
+        stream: u64,
+        bytes: u64,
+        crc32: u32,
+    },
+    /// The operator is told this.
+    HostTold(HostResult),
 }
 
 /// All that is kept.
@@ -209,6 +275,10 @@ pub struct Kept {
     pub puts: BTreeMap<u64, KeptPut>,
     pub offers: BTreeMap<u64, KeptOffer>,
     pub streams: BTreeMap<u64, KeptStream>,
+    /// By the number of the offer, then of the stream.
+    pub host: BTreeMap<u64, KeptHost>,
+    /// Oldest first.
+    pub host_results: VecDeque<HostResult>,
 }
 
 /// As it is saved.
@@ -220,6 +290,18 @@ pub struct SavedKept {
     puts: Vec<(u64, KeptPut)>,
     offers: Vec<(u64, KeptOffer)>,
     streams: Vec<(u64, KeptStream)>,
+    #[serde(default)]
+    host: Vec<(u64, KeptHost)>,
+    #[serde(default)]
+    host_results: Vec<HostResult>,
+}
+
+impl SavedKept {
+    /// Whether a transfer of the operator is under way that a version without them would lose.
+    #[must_use]
+    pub fn has_operators(&self) -> bool {
+        !self.host.is_empty()
+    }
 }
 
 impl Kept {
@@ -291,9 +373,13 @@ impl Kept {
                 if let Some(kept) = self.offers.get_mut(offer) {
                     kept.state = *state;
                 }
+                if let Some(kept) = self.host.get_mut(offer) {
+                    kept.stage = HostStage::Offered(*state);
+                }
             }
             Change::OfferGone { offer } => {
                 self.offers.remove(offer);
+                self.host.remove(offer);
             }
             Change::Began { offer, stream, kept } => {
                 self.offers.remove(offer);
@@ -315,9 +401,15 @@ impl Kept {
                 if let Some(kept) = self.streams.get_mut(stream) {
                     (kept.end_read, kept.finish) = (true, *finish);
                 }
+                if let Some(kept) = self.host_stream(*stream) {
+                    kept.end_read = true;
+                }
             }
             Change::StreamFailed { stream, failure } => {
                 if let Some(kept) = self.streams.get_mut(stream) {
+                    kept.failure = Some(*failure);
+                }
+                if let Some(kept) = self.host_stream(*stream) {
                     kept.failure = Some(*failure);
                 }
             }
@@ -328,12 +420,77 @@ impl Kept {
                         Side::Target => kept.target.open = false,
                     }
                 }
+                if let Some(kept) = self.host_stream(*stream) {
+                    kept.end.open = false;
+                }
             }
             Change::StreamGone { stream } => {
                 self.streams.remove(stream);
+                self.host.remove(stream);
+            }
+            change => self.apply_host(change),
+        }
+    }
+
+    fn apply_host(&mut self, change: &Change) {
+        match change {
+            Change::HostOffered { offer, kept } => {
+                self.host.insert(*offer, (**kept).clone());
+            }
+            Change::HostBegan {
+                offer,
+                stream,
+                end,
+                size,
+            } => {
+                if let Some(mut kept) = self.host.remove(offer) {
+                    kept.size = *size;
+                    kept.stage = HostStage::Streaming(KeptHostStream {
+                        end: *end,
+                        moved: 0,
+                        crc32: None,
+                        end_read: false,
+                        failure: None,
+                    });
+                    self.host.insert(*stream, kept);
+                }
+            }
+            Change::HostSum { stream, crc32 } => {
+                if let Some(kept) = self.host_stream(*stream) {
+                    kept.crc32 = Some(*crc32);
+                }
+            }
+            Change::HostMoved { stream, bytes, crc32 } => {
+                let push = self.host.get(stream).is_some_and(|kept| kept.push);
+                if let Some(kept) = self.host_stream(*stream) {
+                    kept.moved = kept.moved.saturating_add(*bytes);
+                    if !push && *bytes > 0 {
+                        kept.crc32 = Some(*crc32);
+                    }
+                }
+            }
+            Change::HostTold(result) => {
+                self.host_results.retain(|told| told.key != result.key);
+                self.host_results.push_back(*result);
+                if self.host_results.len() > OPERATOR_RESULTS_MAX {
+                    self.host_results.pop_front();
+                }
             }
             _ => {}
         }
+    }
+
+    fn host_stream(&mut self, stream: u64) -> Option<&mut KeptHostStream> {
+        match &mut self.host.get_mut(&stream)?.stage {
+            HostStage::Streaming(kept) => Some(kept),
+            HostStage::Offered(_) => None,
+        }
+    }
+
+    /// What came of the operator's transfer with this key.
+    #[must_use]
+    pub fn host_result(&self, key: u64) -> Option<HostResult> {
+        self.host_results.iter().find(|told| told.key == key).copied()
     }
 
     /// What a submission that comes again was answered, and under which token.
@@ -355,17 +512,24 @@ impl Kept {
         found.map(|(offer, _)| *offer)
     }
 
+    /// Ends of streams that are open.
+    pub fn ends(&self) -> impl Iterator<Item = KeptEnd> {
+        let both = |stream: &KeptStream| [stream.source, stream.target];
+        let hosts = self.host.values().filter_map(|kept| match &kept.stage {
+            HostStage::Streaming(stream) => Some(stream.end),
+            HostStage::Offered(_) => None,
+        });
+        let ends = self.streams.values().flat_map(both).chain(hosts);
+        ends.filter(|end| end.open)
+    }
+
     /// Sessions that something here belongs to, of one VM or of all.
     #[must_use]
     pub fn sessions(&self, vm: Option<u64>) -> BTreeSet<u64> {
         let of = |number: u64| vm.is_none_or(|vm| vm == number);
         let files = self.files.values().map(|file| (file.vm, file.session));
         let puts = self.puts.values().map(|put| (put.what.vm, put.session));
-        let ends = self
-            .streams
-            .values()
-            .flat_map(|stream| [stream.source, stream.target]);
-        let ends = ends.filter(|end| end.open).map(|end| (end.vm, end.session));
+        let ends = self.ends().map(|end| (end.vm, end.session));
         let offers = self.offers.values().map(|offer| (offer.vm, offer.token.session));
         let owned = files.chain(puts).chain(ends).chain(offers);
         let mut sessions: BTreeSet<u64> = owned
@@ -379,7 +543,12 @@ impl Kept {
                     .chain(self.intents.keys())
                     .map(|token| token.session),
             );
-            let seen = self.offers.values().filter_map(|offer| match offer.state {
+            let hosts = self.host.values().filter_map(|kept| match kept.stage {
+                HostStage::Offered(state) => Some(state),
+                HostStage::Streaming(_) => None,
+            });
+            let states = self.offers.values().map(|offer| offer.state).chain(hosts);
+            let seen = states.filter_map(|state| match state {
                 OfferState::Queued => None,
                 OfferState::Presenting { token } => Some(token.session),
                 OfferState::Shown { session } => Some(session),
@@ -415,6 +584,8 @@ impl Kept {
             puts,
             offers,
             streams,
+            host,
+            host_results,
         } = self;
         SavedKept {
             settled: settled.values().cloned().collect(),
@@ -426,6 +597,8 @@ impl Kept {
             puts: pairs(puts),
             offers: pairs(offers),
             streams: pairs(streams),
+            host: pairs(host),
+            host_results: host_results.iter().copied().collect(),
         }
     }
 
@@ -439,6 +612,8 @@ impl Kept {
             puts,
             offers,
             streams,
+            host,
+            host_results,
         } = saved;
         let sound = |put: &KeptPut| put.coverage.is_sound() && put.extent <= crate::limits::FILE_OFFSET_MAX;
         if !puts.iter().all(|(_, put)| sound(put)) {
@@ -449,7 +624,14 @@ impl Kept {
             .iter()
             .flat_map(|(_, stream)| [stream.source.handle, stream.target.handle]);
         let handles = files.iter().map(|(handle, _)| *handle);
-        let handles = handles.chain(puts.iter().map(|(handle, _)| *handle)).chain(ends);
+        let host_ends = host.iter().filter_map(|(_, kept)| match &kept.stage {
+            HostStage::Streaming(stream) => Some(stream.end.handle),
+            HostStage::Offered(_) => None,
+        });
+        let handles = handles
+            .chain(puts.iter().map(|(handle, _)| *handle))
+            .chain(ends)
+            .chain(host_ends);
         if !handles.into_iter().all(|handle| numbers.insert(handle)) {
             return Err("a handle is there twice");
         }
@@ -463,6 +645,8 @@ impl Kept {
             puts: puts.into_iter().collect(),
             offers: offers.into_iter().collect(),
             streams: streams.into_iter().collect(),
+            host: host.into_iter().collect(),
+            host_results: host_results.into(),
         })
     }
 }

@@ -46,6 +46,13 @@ impl KeyWindow {
             }
         }
     }
+
+    fn save(&self) -> Vec<(u64, u64, u64)> {
+        let Self { results, order } = self;
+        let keys = order.iter();
+        keys.filter_map(|key| results.get(key).map(|result| (key.0, key.1, *result)))
+            .collect()
+    }
 }
 
 /// A completion with (a part of) a message, not known to be published yet.
@@ -63,6 +70,7 @@ pub struct Ledger {
     pub(crate) vms: Table<Account>,
     pub(crate) host: Mailbox,
     pub(crate) host_sequence: u64,
+    host_keys: KeyWindow,
     pub(crate) delivering: BTreeMap<Token, Delivering>,
     pub(crate) kept: Kept,
     /// Derived: name to number.
@@ -90,6 +98,9 @@ pub struct SavedLedger {
     accounts: Vec<SavedAccount>,
     host: SavedMailbox,
     host_sequence: u64,
+    /// As a VM's.
+    #[serde(default)]
+    host_keys: Vec<(u64, u64, u64)>,
     delivering: Vec<(Token, Delivering)>,
     #[serde(default)]
     kept: SavedKept,
@@ -103,6 +114,14 @@ pub struct SavedLedger {
 struct Origin {
     tag: u32,
     result: u64,
+}
+
+impl SavedLedger {
+    /// Whether a transfer of the operator is under way that a version without them would lose.
+    #[must_use]
+    pub fn has_operators(&self) -> bool {
+        self.kept.has_operators()
+    }
 }
 
 impl Ledger {
@@ -203,7 +222,11 @@ impl Ledger {
     /// What a repeated send was answered.
     #[must_use]
     pub fn repeated(&self, source: u64, asked: u64, key: u64) -> Option<u64> {
-        self.vms.get(&source)?.keys.results.get(&(asked, key)).copied()
+        let keys = match source {
+            PEER_HOST => &self.host_keys,
+            vm => &self.vms.get(&vm)?.keys,
+        };
+        keys.results.get(&(asked, key)).copied()
     }
 
     /// Applies one change. A record that fits nothing (its VM is gone) changes nothing.
@@ -334,6 +357,9 @@ impl Ledger {
     fn apply_source(&mut self, message: &Message, asked: u64, key: u64, result: u64) {
         if message.source == PEER_HOST {
             self.host_sequence = message.sequence;
+            if key != 0 {
+                self.host_keys.insert(asked, key, result);
+            }
         } else if let Some(source) = self.vms.get_mut(&message.source) {
             source.sequence = message.sequence;
             if key != 0 {
@@ -384,6 +410,7 @@ impl Ledger {
             vms,
             host,
             host_sequence,
+            host_keys,
             delivering,
             kept,
             names: _,
@@ -394,6 +421,7 @@ impl Ledger {
             accounts: vms.values().map(save_account).collect(),
             host: host.save(),
             host_sequence: *host_sequence,
+            host_keys: host_keys.save(),
             delivering: delivering
                 .iter()
                 .map(|(token, delivering)| (*token, *delivering))
@@ -410,6 +438,7 @@ impl Ledger {
             accounts,
             host,
             host_sequence,
+            host_keys,
             delivering,
             kept,
             origins,
@@ -419,6 +448,9 @@ impl Ledger {
             host_sequence,
             ..Self::default()
         };
+        for (asked, key, result) in host_keys {
+            ledger.host_keys.insert(asked, key, result);
+        }
         for SavedAccount {
             config,
             presence,
@@ -495,15 +527,11 @@ fn save_account(account: &Account) -> SavedAccount {
         mailbox,
         keys,
     } = account;
-    let KeyWindow { results, order } = keys;
-    let keys = order
-        .iter()
-        .filter_map(|key| results.get(key).map(|result| (key.0, key.1, *result)));
     SavedAccount {
         config: config.clone(),
         presence: presence.clone(),
         sequence: *sequence,
         mailbox: mailbox.save(),
-        keys: keys.collect(),
+        keys: keys.save(),
     }
 }

@@ -54,6 +54,12 @@ pub const PUT_RANGES_MAX: usize = 1024;
 /// At COMMIT up to this many gaps are read back one by one; with more the whole file is, in one go.
 pub const PUT_GAPS_MAX: usize = 16;
 
+/// How long a transfer of the operator that outlived its core waits for the operator to ask again: vmgmtctl does within
+/// fractions of a second of the core's return; ten times the longest return of a core with hundreds of devices.
+pub const OPERATOR_RETURNS_NS_MAX: u64 = 30 * NS_PER_SECOND;
+/// Results of the operator's transfers that are remembered, for one that asks again after its answer was lost; the oldest go first.
+pub const OPERATOR_RESULTS_MAX: usize = 256;
+
 /// The operator gets a progress event at most this often.
 pub const PROGRESS_INTERVAL_NS: u64 = 100_000_000;
 

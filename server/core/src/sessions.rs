@@ -86,11 +86,7 @@ impl Hub {
         let kept = &self.office.ledger.kept;
         let files = kept.files.iter().filter(|(_, file)| file.session == session);
         let puts = kept.puts.iter().filter(|(_, put)| put.session == session);
-        let ends = kept
-            .streams
-            .values()
-            .flat_map(|stream| [stream.source, stream.target]);
-        let ends = ends.filter(|end| end.open && end.session == session);
+        let ends = kept.ends().filter(|end| end.session == session);
         let files = files
             .map(|(handle, _)| *handle)
             .chain(puts.map(|(handle, _)| *handle));
@@ -206,6 +202,7 @@ impl Hub {
         for vm in self.office.vms.keys().collect::<Vec<_>>() {
             delivery::dispatch(&mut self.office, vm, false);
         }
+        self.transfers.await_operators(&mut self.office);
         self.sweep_shares(true);
     }
 

@@ -24,8 +24,10 @@ use vmgmt_device::rings::{Channel, Token};
 
 /// Version of the saved form. A reader knows this one and the one before.
 const VERSION: u32 = 2;
-/// Features that this version understands in a saved hub. None is there yet: all that version 2 writes, version 2 reads.
-const FEATURES_KNOWN: [&str; 0] = [];
+/// Transfers of an operator that outlive a core: named while one is under way.
+const OPERATOR_TRANSFERS: &str = "operator-transfers";
+/// Features that this version understands in a saved hub.
+const FEATURES_KNOWN: [&str; 1] = [OPERATOR_TRANSFERS];
 
 /// Why a saved state is refused.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -209,12 +211,14 @@ impl Hub {
             listeners,
             given,
         } = chat;
+        let ledger = ledger.save();
+        let features = ledger.has_operators().then(|| OPERATOR_TRANSFERS.to_owned());
         Saved {
             version: VERSION,
-            features: BTreeSet::new(),
+            features: features.into_iter().collect(),
             now: *now,
             wall: *wall,
-            ledger: ledger.save(),
+            ledger,
             vms: vms.iter().map(|(vm, entry)| save_vm(vm, entry)).collect(),
             sessions: sessions
                 .iter()

@@ -368,6 +368,7 @@ fn the_host_talks_and_listens() {
     house.control(
         5,
         ControlRequest::Send {
+            key: 0,
             target: "b".to_owned(),
             message: b"do it".to_vec(),
         },
@@ -380,6 +381,7 @@ fn the_host_talks_and_listens() {
     house.control(
         5,
         ControlRequest::Send {
+            key: 0,
             target: "nobody".to_owned(),
             message: Vec::new(),
         },
@@ -412,6 +414,7 @@ fn the_host_talks_and_listens() {
     house.control(
         8,
         ControlRequest::Send {
+            key: 0,
             target: "host".to_owned(),
             message: b"to ourselves".to_vec(),
         },
@@ -481,6 +484,7 @@ fn after_a_crash_a_delivery_is_resolved_by_what_the_ring_says() {
         house.control(
             1,
             ControlRequest::Send {
+                key: 0,
                 target: "b".to_owned(),
                 message: b"x".to_vec(),
             },

@@ -285,9 +285,12 @@ impl World {
             }
             _ => {
                 let file = self.house.host_file("host", &format!("h{size}"), &[3; 100]);
+                // Few keys, so that transfers are taken up again, refused and told once more; some have none.
+                let key = u64::from(size / 3 % 4);
                 let (target, name) = ("abcd"[(vm as usize - 1)..vm as usize].to_owned(), "n".to_owned());
                 let request = if size.is_multiple_of(2) {
                     ControlRequest::Push {
+                        key,
                         target,
                         file,
                         size: 100,
@@ -296,6 +299,7 @@ impl World {
                     }
                 } else {
                     ControlRequest::Pull {
+                        key,
                         source: target,
                         path: name,
                         file,
@@ -316,6 +320,8 @@ impl World {
             self.house.input(Input::ControlClosed { client });
         }
         self.house.settle();
+        // Operators that have not asked again since the core's last death are not waited for any longer.
+        self.house.pass_ns(31_000_000_000);
         self.check_messages();
         for session in self.sessions.clone().into_values() {
             self.house.close_session(session);

@@ -320,6 +320,7 @@ fn the_host_pushes_a_file() {
     let contents = vec![9; 10_000];
     let file = house.host_file("host", "f", &contents);
     let push = |file| ControlRequest::Push {
+        key: 0,
         target: "b".into(),
         file,
         size: 10_000,
@@ -373,6 +374,7 @@ fn the_host_pulls_a_file_and_checks_it() {
         house.control(
             5,
             ControlRequest::Pull {
+                key: 0,
                 source: "a".into(),
                 path,
                 file,
@@ -426,6 +428,7 @@ fn a_file_that_became_shorter_is_no_endless_push() {
     house.control(
         5,
         ControlRequest::Push {
+            key: 0,
             target: "b".into(),
             file,
             size: 100,

@@ -6,7 +6,7 @@ use crate::client::{Client, ClientError, default_control_path};
 use crate::output::{self, printable};
 use crate::protocol::{
     AddVm, Call, ErrorCode, Event, Failure, Freeze, Frozen, Log, Receive, Received, Release, RemoveVm,
-    SendMessage, Sent, Thaw, encode_base64,
+    SendMessage, Sent, Thaw, encode_base64, new_key,
 };
 use crate::{doctor, qemu_args, transfer, upgrade};
 use clap::{Parser, Subcommand};
@@ -280,6 +280,7 @@ impl Session {
 
     fn send(&self, target: String, text: String) -> Result<ExitCode, ClientError> {
         let to_all = target == "all";
+        let key = Some(new_key());
         let message = if text == "-" {
             let mut bytes = Vec::new();
             let limit = crate::protocol::LINE_BYTES_MAX as u64;
@@ -290,11 +291,13 @@ impl Session {
                     to: target,
                     text: Some(text),
                     base64: None,
+                    key,
                 },
                 Err(error) => SendMessage {
                     to: target,
                     text: None,
                     base64: Some(encode_base64(error.as_bytes())),
+                    key,
                 },
             }
         } else {
@@ -302,6 +305,7 @@ impl Session {
                 to: target,
                 text: Some(text),
                 base64: None,
+                key,
             }
         };
         self.show(Call::Send(message), |sent: Sent| {

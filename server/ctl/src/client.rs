@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 const ANSWER_BYTES_MAX: usize = 64 << 20;
 /// How long a core that is being started again is waited for.
 const RESTART_WAIT: Duration = Duration::from_secs(5);
+/// The same for a request with a key, which loses nothing by waiting: so long does the daemon keep a transfer for who asks again.
+const RESTART_WAIT_WITH_KEY: Duration = Duration::from_secs(30);
 /// Between two questions whether it is there.
 const RESTART_STEP: Duration = Duration::from_millis(50);
 
@@ -103,7 +105,8 @@ impl Client {
     }
 
     /// Asks, gives each event to `on_event` (`false` ends it), and returns the result. `silence_max`: how long the daemon may say
-    /// nothing; `None`: forever (the caller follows something). While the core is being replaced it asks again for a few seconds.
+    /// nothing; `None`: forever (the caller follows something). While the core is being replaced it asks again for a few
+    /// seconds, with a key for half a minute.
     ///
     /// # Errors
     /// [`ClientError`].
@@ -114,8 +117,9 @@ impl Client {
         silence_max: Option<Duration>,
         on_event: &mut dyn FnMut(Event) -> bool,
     ) -> Result<Value, ClientError> {
-        let begin = Instant::now();
+        let mut begin = Instant::now();
         loop {
+            let asked = Instant::now();
             let error = match self.call_once(call, fds, silence_max, on_event) {
                 Err(ClientError::Failed(failure)) if failure.code == ErrorCode::Restarting => {
                     ClientError::Failed(failure)
@@ -123,7 +127,16 @@ impl Client {
                 Err(error @ ClientError::Closed { .. }) if call.is_repeatable() => error,
                 other => return other,
             };
-            if begin.elapsed() > RESTART_WAIT {
+            if asked.elapsed() > RESTART_WAIT {
+                // It served for long before it broke off: that is a trouble of its own.
+                begin = Instant::now();
+            }
+            let wait = if call.key().is_some() {
+                RESTART_WAIT_WITH_KEY
+            } else {
+                RESTART_WAIT
+            };
+            if begin.elapsed() > wait {
                 return Err(error);
             }
             std::thread::sleep(RESTART_STEP);

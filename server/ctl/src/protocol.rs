@@ -97,6 +97,9 @@ pub struct SendMessage {
     /// The message in base64, if it is not. Exactly one of both.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base64: Option<String>,
+    /// Idempotency key, from 1: a message that is sent again with it, because the answer was lost, is taken once. [`new_key`] makes one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<u64>,
 }
 
 /// Parameters of `recv`.
@@ -121,6 +124,10 @@ pub struct Push {
     /// How long the VM may take to accept, in milliseconds.
     #[serde(default = "offer_wait_ms")]
     pub wait_ms: u64,
+    /// From 1, another for each transfer: whoever asks again with it when the core was replaced, and with the same file, takes the transfer
+    /// up where it stands or hears what came of it. Without, it ends with the connection. [`new_key`] makes one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<u64>,
 }
 
 /// Parameters of `pull`.
@@ -133,6 +140,9 @@ pub struct Pull {
     /// How long the VM may take to answer, in milliseconds.
     #[serde(default = "offer_wait_ms")]
     pub wait_ms: u64,
+    /// As [`Push::key`]; the file is to be the same one, with what was written to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<u64>,
 }
 
 /// How long a VM may take to answer an offer, where nothing is said: a person starts the guest's side.
@@ -517,10 +527,21 @@ impl Call {
     /// Whether asking it twice does no harm, so that a client may ask again after the daemon's core was replaced.
     #[must_use]
     pub const fn is_repeatable(&self) -> bool {
-        matches!(
-            self,
-            Self::Hello | Self::Status | Self::Vms | Self::Peers | Self::Shares | Self::Freeze(_)
-        )
+        match self {
+            Self::Hello | Self::Status | Self::Vms | Self::Peers | Self::Shares | Self::Freeze(_) => true,
+            _ => self.key().is_some(),
+        }
+    }
+
+    /// The key that makes it safe to ask again.
+    #[must_use]
+    pub const fn key(&self) -> Option<u64> {
+        match self {
+            Self::Send(send) => send.key,
+            Self::Push(push) => push.key,
+            Self::Pull(pull) => pull.key,
+            _ => None,
+        }
     }
 
     fn params(&self) -> Value {
@@ -680,6 +701,19 @@ fn end_line(line: Result<Vec<u8>, serde_json::Error>) -> Vec<u8> {
     line
 }
 
+/// A key that nobody else has: random, and small enough for every JSON reader (53 bits).
+#[must_use]
+pub fn new_key() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    // The standard library's hashers are seeded by the system's random numbers; the process and time part those that are made in one thread.
+    let mut hasher = std::hash::RandomState::new().build_hasher();
+    hasher.write_u32(std::process::id());
+    if let Ok(time) = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH) {
+        hasher.write_u128(time.as_nanos());
+    }
+    (hasher.finish() >> 11).max(1)
+}
+
 impl SendMessage {
     /// The message's bytes.
     ///
@@ -754,6 +788,7 @@ mod tests {
             Call::Peers,
             Call::Shares,
             Call::Send(SendMessage {
+                key: Some(7),
                 to: "web".into(),
                 text: Some("hello\n".into()),
                 base64: None,
@@ -763,11 +798,13 @@ mod tests {
                 wait_ms: 5,
             }),
             Call::Push(Push {
+                key: Some(7),
                 to: "web".into(),
                 name: "a.txt".into(),
                 wait_ms: 7,
             }),
             Call::Pull(Pull {
+                key: Some(7),
                 from: "web".into(),
                 path: "b".into(),
                 wait_ms: 8,

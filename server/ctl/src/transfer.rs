@@ -5,7 +5,7 @@
 use crate::cli::{Session, failed, parse, usage};
 use crate::client::{Client, ClientError};
 use crate::output::bytes;
-use crate::protocol::{Call, ErrorCode, Event, Failure, Progress, Pull, Push, Transferred};
+use crate::protocol::{Call, ErrorCode, Event, Failure, Progress, Pull, Push, Transferred, new_key};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use rustix::fd::AsFd;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
@@ -34,7 +34,13 @@ pub(crate) fn push(session: &Session, path: &Path, target: &str, wait_ms: u64) -
         Some((to, _)) => (to.to_owned(), own_name(path)?),
         None => (target.to_owned(), own_name(path)?),
     };
-    let call = Call::Push(Push { to, name, wait_ms });
+    let key = Some(new_key());
+    let call = Call::Push(Push {
+        to,
+        name,
+        wait_ms,
+        key,
+    });
     let result = transfer(session, &call, &file, Some(metadata.len()), wait_ms)?;
     report(session, result, "sent")
 }
@@ -73,6 +79,7 @@ pub(crate) fn pull(
         from: from.to_owned(),
         path: path.to_owned(),
         wait_ms,
+        key: Some(new_key()),
     });
     let result = transfer(session, &call, &temporary.file, None, wait_ms)?;
     temporary.commit(&target, force)?;

@@ -62,6 +62,7 @@ fn write() -> Vec<u8> {
     hub.handle(Tick(1), Input::Vm(vm(1, "web")));
     hub.handle(Tick(1), Input::Vm(vm(2, "db")));
     let send = |text: &str| ControlRequest::Send {
+        key: 0,
         target: "web".into(),
         message: text.into(),
     };

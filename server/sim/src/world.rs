@@ -460,6 +460,7 @@ impl World {
             self.asked.insert(self.next_request, number);
             town.note(format!("the operator sends number {number} to {target}"));
             ControlRequest::Send {
+                key: 0,
                 target: format!("vm{target}"),
                 message,
             }

@@ -107,6 +107,7 @@ fn some_hub(u: &mut Unstructured<'_>) -> Result<(Hub, Vec<Record>)> {
         match u.int_in_range(0..=6u8)? {
             0 => {
                 let request = ControlRequest::Send {
+                    key: 0,
                     target: "vm1".into(),
                     message: vec![n as u8; 9],
                 };

@@ -2,11 +2,10 @@
 //!
 //! In: ACCEPT, REFUSE, an OFFER that answers a request of the host. Out: answers to both sides, and streams (`streams.rs`).
 
-use super::offers::{Offer, OfferSource, OfferState, Transfers, reply_failed};
+use super::hosted::tell;
+use super::offers::{HostFile, Offer, OfferSource, OfferState, Transfers};
 use super::streams::Party;
 use super::{Submitted, Uses, Verdict};
-use crate::effect::Effect;
-use crate::effects::Continuation;
 use crate::kept::{Change, KeptEnd, KeptStream, Settled};
 use crate::office::{Office, failed};
 use crate::refusal::Refusal;
@@ -76,8 +75,9 @@ impl Transfers {
                 Ok(Verdict::Open)
             }
             OfferSource::Push(file) | OfferSource::Pull(file) => {
-                self.start(office, Party::Host(file), target.into(), offer.size);
-                Ok(Verdict::Done(Answer::ok(handle)))
+                let stream = self.start(office, Party::Host(file), target.into(), offer.size);
+                let size = offer.size;
+                Ok(began(office, fetched, file, (stream, target, size)))
             }
         }
     }
@@ -98,14 +98,14 @@ impl Transfers {
         office.take_file(vm)?;
         self.withdraw(office, fetched.handle);
         let handle = office.handle();
-        let source = Party::Vm {
+        let source = KeptEnd {
             vm,
             session: fetched.token.session,
             handle,
             open: true,
         };
-        self.start(office, source, Party::Host(file), fetched.offset);
-        Ok(Verdict::Done(Answer::ok(handle)))
+        let stream = self.start(office, source.into(), Party::Host(file), fetched.offset);
+        Ok(began(office, fetched, file, (stream, source, fetched.offset)))
     }
 
     pub(super) fn refuse(&mut self, office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {
@@ -142,16 +142,35 @@ impl Transfers {
                 office.settle_all(vec![settled], None, Change::OfferGone { offer: id });
             }
             OfferSource::Push(file) | OfferSource::Pull(file) => {
-                office.effect(
-                    offer.target,
-                    Effect::Close { slot: file.slot },
-                    Continuation::Nothing,
-                );
-                let text = format!("not transferred: {}", Status(status).describe());
-                reply_failed(office, file.client, file.id, status, text);
+                tell(office, offer.target, file, status, (0, 0));
+                if file.key != 0 {
+                    office.change(Change::OfferGone { offer: id });
+                }
             }
         }
     }
+}
+
+/// The VM took the operator's offer: its answer, and what is kept of it.
+fn began(
+    office: &mut Office,
+    fetched: &Fetched,
+    file: HostFile,
+    (stream, end, size): (u64, KeptEnd, u64),
+) -> Verdict {
+    let answer = Answer::ok(end.handle);
+    if file.key == 0 {
+        return Verdict::Done(answer);
+    }
+    let began = Change::HostBegan {
+        offer: fetched.handle,
+        stream,
+        end,
+        size,
+    };
+    let accepter = settled(fetched.token, fetched.tag, answer);
+    office.settle_all(vec![accepter], Some(fetched.token), began);
+    Verdict::Open
 }
 
 fn settled(token: Token, tag: u32, answer: Answer) -> Settled {

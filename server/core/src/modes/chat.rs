@@ -239,7 +239,23 @@ impl Chat {
     ///
     /// # Errors
     /// Why it is refused.
-    pub fn host_send(&mut self, office: &mut Office, target: &str, body: Vec<u8>) -> Result<u64, Refusal> {
+    pub fn host_send(
+        &mut self,
+        office: &mut Office,
+        target: &str,
+        body: Vec<u8>,
+        key: u64,
+    ) -> Result<u64, Refusal> {
+        let asked = match target {
+            ALL_NAME => PEER_ALL,
+            HOST_NAME => PEER_HOST,
+            name => office.ledger.number(name).ok_or(Refusal::PeerAbsent)?,
+        };
+        if key != 0
+            && let Some(result) = office.ledger.repeated(PEER_HOST, asked, key)
+        {
+            return Ok(result);
+        }
         let targets = if target == ALL_NAME {
             let published = office
                 .ledger
@@ -255,12 +271,8 @@ impl Chat {
             )
         } else {
             // To the host itself: the operators who wait for messages.
-            let number = match target {
-                HOST_NAME => PEER_HOST,
-                name => office.ledger.number(name).ok_or(Refusal::PeerAbsent)?,
-            };
-            has_room(office, number, body.len() as u64)?;
-            Targets::One(number)
+            has_room(office, asked, body.len() as u64)?;
+            Targets::One(asked)
         };
         let sequence = office.ledger.host_sequence + 1;
         let to_all = matches!(targets, Targets::Many(_));
@@ -279,16 +291,11 @@ impl Chat {
             body,
         };
         self.pending_dispatch(office, &targets);
-        let asked = if to_all {
-            PEER_ALL
-        } else {
-            targets.numbers().first().copied().unwrap_or(PEER_ALL)
-        };
         office.record(Record::Accepted {
             message: Arc::new(message),
             targets,
             asked,
-            key: 0,
+            key,
             result,
             origin: None,
         });

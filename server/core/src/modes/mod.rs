@@ -7,6 +7,7 @@ pub mod commit;
 pub mod coverage;
 pub mod delivery;
 pub mod file;
+pub mod hosted;
 pub mod listing;
 pub mod mailbox;
 pub mod namely;

@@ -7,7 +7,7 @@ use super::{Submitted, Uses, Verdict, names};
 use crate::deadlines::Timer;
 use crate::effect::FileSlot;
 use crate::interface::{ControlReply, Output};
-use crate::kept::{Change, KeptOffer};
+use crate::kept::{Change, HostStage, KeptHost, KeptOffer};
 use crate::office::{Office, Wait, room};
 use crate::refusal::Refusal;
 use serde::{Deserialize, Serialize};
@@ -24,7 +24,29 @@ use zerocopy::IntoBytes;
 pub struct HostFile {
     pub client: u64,
     pub id: u64,
+    /// [`FileSlot::NONE`]: the operator's connection has ended with an earlier core, and it has not asked again yet.
     pub slot: FileSlot,
+    /// By which it asks again; 0: the transfer ends with the connection.
+    #[serde(default)]
+    pub key: u64,
+}
+
+impl HostFile {
+    /// One that waits for its operator.
+    #[must_use]
+    pub const fn waiting(key: u64) -> Self {
+        Self {
+            client: 0,
+            id: 0,
+            slot: FileSlot::NONE,
+            key,
+        }
+    }
+    /// Whether the operator is there.
+    #[must_use]
+    pub fn is_attached(&self) -> bool {
+        self.slot != FileSlot::NONE
+    }
 }
 
 /// Who offers, or asks.
@@ -36,6 +58,17 @@ pub enum OfferSource {
     Push(HostFile),
     /// The operator asks for one.
     Pull(HostFile),
+}
+
+impl OfferSource {
+    /// The operator's file.
+    #[must_use]
+    pub const fn host(&self) -> Option<HostFile> {
+        match self {
+            Self::Vm { .. } => None,
+            Self::Push(file) | Self::Pull(file) => Some(*file),
+        }
+    }
 }
 
 /// How far an offer is.
@@ -62,9 +95,9 @@ pub struct Offer {
 }
 
 impl Offer {
-    /// Whether it survives a core: an operator's does not, whose connection ends with it.
+    /// Whether it survives a core: an operator's without a key does not, whose connection ends with it.
     fn is_kept(&self) -> bool {
-        matches!(self.source, OfferSource::Vm { .. })
+        self.source.host().is_none_or(|file| file.key != 0)
     }
 }
 
@@ -196,6 +229,17 @@ impl Transfers {
         let id = office.handle();
         let deadline = office.now.after_ns(wait_ns);
         office.timers.arm(deadline, Timer::ControlOffer { offer: id });
+        if let Some(file) = source.host().filter(|file| file.key != 0) {
+            let kept = Box::new(KeptHost {
+                key: file.key,
+                vm: target,
+                push: matches!(source, OfferSource::Push(_)),
+                name: name.clone(),
+                size,
+                stage: HostStage::Offered(OfferState::Queued),
+            });
+            office.change(Change::HostOffered { offer: id, kept });
+        }
         self.queue(
             office,
             id,
@@ -375,15 +419,6 @@ impl Transfers {
             if let Some(entry) = office.vm_mut(vm) {
                 entry.offers_out += 1;
             }
-            match state {
-                OfferState::Queued => {
-                    if let Some(entry) = office.vm_mut(target) {
-                        entry.offers_in.push_back(id);
-                    }
-                }
-                OfferState::Presenting { token } => drop(self.presenting.insert(token, id)),
-                OfferState::Shown { .. } => {}
-            }
             let offer = Offer {
                 source: OfferSource::Vm { vm, token },
                 target,
@@ -392,9 +427,25 @@ impl Transfers {
                 state,
                 deadline: Tick::NEVER,
             };
-            self.offers.insert(id, offer);
+            self.place(office, id, offer);
         }
         self.furnish_streams(office);
+        self.furnish_hosts(office);
+    }
+
+    /// Puts an offer of an earlier core life where it was.
+    pub(super) fn place(&mut self, office: &mut Office, id: u64, offer: Offer) {
+        match offer.state {
+            OfferState::Queued => {
+                if let Some(entry) = office.vm_mut(offer.target) {
+                    let place = entry.offers_in.partition_point(|queued| *queued < id);
+                    entry.offers_in.insert(place, id);
+                }
+            }
+            OfferState::Presenting { token } => drop(self.presenting.insert(token, id)),
+            OfferState::Shown { .. } => {}
+        }
+        self.offers.insert(id, offer);
     }
 
     /// A session is gone: offers it has seen wait for another; if it was its VM's last, those who did not say how long they wait are told.
@@ -449,7 +500,7 @@ impl Transfers {
     pub fn client_gone(&mut self, office: &mut Office, client: u64) {
         let of_it = |source: &OfferSource| match source {
             OfferSource::Vm { .. } => false,
-            OfferSource::Push(file) | OfferSource::Pull(file) => file.client == client,
+            OfferSource::Push(file) | OfferSource::Pull(file) => file.is_attached() && file.client == client,
         };
         let ids: Vec<u64> = self
             .offers

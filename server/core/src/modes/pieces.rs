@@ -29,6 +29,9 @@ impl Transfers {
             self.at_end(office, id);
             return;
         }
+        if stream.host().is_some_and(|file| !file.is_attached()) {
+            return;
+        }
         let (write, read) = (stream.writes.front().copied(), stream.reads.front().copied());
         let effect = match (stream.source, stream.target, write, read) {
             (Party::Vm { .. }, Party::Vm { .. }, Some(write), Some(read)) => {
@@ -209,6 +212,10 @@ impl Transfers {
                     bytes: stream.size,
                     crc32: Some(*crc32),
                 });
+                if stream.is_kept() {
+                    let crc32 = *crc32;
+                    office.change(Change::HostSum { stream: id, crc32 });
+                }
                 self.pump(office, id);
             }
             _ => {
@@ -257,10 +264,18 @@ pub(super) fn end_write(office: &mut Office, id: u64, stream: &Stream, piece: Pi
         office.end(piece.token, answer);
         return;
     }
-    let sent = Change::Sent {
-        stream: id,
-        bytes: piece.done,
-        into: Stream::half_moved(&stream.reads),
+    let sent = if stream.host().is_some() {
+        Change::HostMoved {
+            stream: id,
+            bytes: piece.done,
+            crc32: stream.crc32,
+        }
+    } else {
+        Change::Sent {
+            stream: id,
+            bytes: piece.done,
+            into: Stream::half_moved(&stream.reads),
+        }
     };
     office.settle(piece.token, answer, Vec::new(), sent);
 }
@@ -291,16 +306,25 @@ pub(super) fn end_read(office: &mut Office, id: u64, stream: &Stream, piece: Pie
         office.end(piece.token, answer);
         return;
     }
-    let received = Change::Received {
-        stream: id,
-        bytes: piece.done,
-        from: Stream::half_moved(&stream.writes),
+    let received = if stream.host().is_some() {
+        Change::HostMoved {
+            stream: id,
+            bytes: piece.done,
+            crc32: 0,
+        }
+    } else {
+        Change::Received {
+            stream: id,
+            bytes: piece.done,
+            from: Stream::half_moved(&stream.writes),
+        }
     };
     office.settle(piece.token, answer, Vec::new(), received);
 }
 
 fn tell_progress(office: &mut Office, stream: &mut Stream) {
     if let Some(file) = stream.host()
+        && file.is_attached()
         && office.now.since_ns(stream.progress) >= PROGRESS_INTERVAL_NS
     {
         stream.progress = office.now;

@@ -2,11 +2,9 @@
 //!
 //! In: STREAM_* submissions, outcomes of copies. Out: copies, answers. It never sees the bytes.
 
-use super::offers::{HostFile, Transfers, reply, reply_failed};
+use super::hosted::{ask_checksum, tell};
+use super::offers::{HostFile, Transfers};
 use super::pieces::{end_read, end_write};
-use crate::effect::Effect;
-use crate::effects::Continuation;
-use crate::interface::ControlReply;
 use crate::kept::{Change, KeptEnd, KeptStream, Settled};
 use crate::office::{Office, failed};
 use serde::{Deserialize, Serialize};
@@ -133,9 +131,9 @@ impl Stream {
         };
         self.finish.is_some_and(whole) && self.writes.is_empty() && !self.moving && self.half.is_none()
     }
-    /// Whether it survives a core: one with an operator at an end does not.
+    /// Whether it survives a core: one with an operator at an end does if it has a key.
     pub(super) fn is_kept(&self) -> bool {
-        self.host().is_none()
+        self.host().is_none_or(|file| file.key != 0)
     }
     /// The write, or read, that is half moved.
     pub(super) fn half_moved(queue: &VecDeque<Piece>) -> Option<Token> {
@@ -195,14 +193,7 @@ impl Transfers {
             crc32: 0,
             progress: office.now,
         };
-        if let Some(file) = stream.host_source() {
-            let effect = Effect::Checksum {
-                slot: file.slot,
-                offset: 0,
-                bytes: size,
-            };
-            office.effect(stream.vm(), effect, Continuation::PushChecksum { stream: id });
-        }
+        ask_checksum(office, id, &stream);
         self.streams.insert(id, stream);
         id
     }
@@ -292,6 +283,11 @@ impl Transfers {
             },
             payload: Vec::new(),
         });
+        if let Some(file) = stream.host() {
+            let crc32 = stream.finish.and_then(|finish| finish.crc32);
+            let done = (stream.moved, crc32.unwrap_or(stream.crc32));
+            tell(office, stream.vm(), file, status, done);
+        }
         let now = confirmed.as_ref().map(|confirmed| confirmed.token);
         let settled = ended.into_iter().chain(confirmed).collect();
         office.settle_all(settled, now, Change::StreamGone { stream: id });
@@ -300,27 +296,6 @@ impl Transfers {
         }
         for party in [stream.source, stream.target] {
             self.forget_end(office, party);
-        }
-        if let Some(file) = stream.host() {
-            office.effect(
-                stream.vm(),
-                Effect::Close { slot: file.slot },
-                Continuation::Nothing,
-            );
-            if status == Status::OK.0 {
-                let crc32 = stream
-                    .finish
-                    .and_then(|finish| finish.crc32)
-                    .unwrap_or(stream.crc32);
-                let done = ControlReply::Transferred {
-                    bytes: stream.moved,
-                    crc32,
-                };
-                reply(office, file.client, file.id, done, true);
-            } else {
-                let text = format!("not transferred: {}", Status(status).describe());
-                reply_failed(office, file.client, file.id, status, text);
-            }
         }
     }
 
@@ -442,9 +417,7 @@ impl Transfers {
             } else {
                 failure.target
             };
-            office.effect(vm, Effect::Close { slot: file.slot }, Continuation::Nothing);
-            let text = format!("not transferred: {}", Status(status).describe());
-            reply_failed(office, file.client, file.id, status, text);
+            tell(office, vm, file, status, (0, 0));
         }
         if from && into && self.streams.remove(&id).is_some_and(|stream| stream.is_kept()) {
             office.change(Change::StreamGone { stream: id });
@@ -525,7 +498,10 @@ impl Transfers {
 
     /// The operator of a transfer is gone.
     pub fn streams_of_client_gone(&mut self, office: &mut Office, client: u64) {
-        let of_it = |stream: &Stream| stream.host().is_some_and(|file| file.client == client);
+        let of_it = |stream: &Stream| {
+            let file = stream.host();
+            file.is_some_and(|file| file.is_attached() && file.client == client)
+        };
         let ids: Vec<u64> = self
             .streams
             .iter()

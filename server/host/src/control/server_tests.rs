@@ -82,6 +82,7 @@ fn push(id: u64, name: &str) -> Request {
     Request {
         id,
         call: Call::Push(Push {
+            key: None,
             to: "web".into(),
             name: name.into(),
             wait_ms: 1,

@@ -80,11 +80,13 @@ pub enum Transfer {
         size: u64,
         name: String,
         wait_ns: u64,
+        key: u64,
     },
     Pull {
         source: String,
         path: String,
         wait_ns: u64,
+        key: u64,
     },
 }
 
@@ -392,11 +394,13 @@ impl Operators {
             Call::Peers => return ask(Expected::Peers, ControlRequest::Peers),
             Call::Send(send) => {
                 let message = send.bytes()?;
+                let key = send.key.unwrap_or(0);
                 return ask(
                     Expected::Sent,
                     ControlRequest::Send {
                         target: send.to,
                         message,
+                        key,
                     },
                 );
             }
@@ -415,6 +419,7 @@ impl Operators {
                     size,
                     name: push.name,
                     wait_ns: ns(push.wait_ms),
+                    key: push.key.unwrap_or(0),
                 };
                 self.asked.insert((number, id), Expected::Transfer);
                 return Ok(Some(Ask::Transfer {
@@ -431,6 +436,7 @@ impl Operators {
                     source: pull.from,
                     path: pull.path,
                     wait_ns: ns(pull.wait_ms),
+                    key: pull.key.unwrap_or(0),
                 };
                 self.asked.insert((number, id), Expected::Transfer);
                 return Ok(Some(Ask::Transfer {

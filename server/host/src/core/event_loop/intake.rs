@@ -272,22 +272,26 @@ impl EventLoop {
                             size,
                             name,
                             wait_ns,
+                            key,
                         } => ControlRequest::Push {
                             target,
                             file,
                             size,
                             name,
                             wait_ns,
+                            key,
                         },
                         Transfer::Pull {
                             source,
                             path,
                             wait_ns,
+                            key,
                         } => ControlRequest::Pull {
                             source,
                             path,
                             file,
                             wait_ns,
+                            key,
                         },
                     };
                     self.hub
