@@ -4,12 +4,11 @@
 //! who, which number, and after which disruption.
 //!
 //! What is excused, and nothing more:
-//! * an operation on an open handle or stream that says STALE, OUTCOME_UNKNOWN or CANCELLED, when a disruption fell between its begin and
-//!   its error ([`Ledger::excuse`]); it is repeated, and counted by name;
-//! * a message of the host whose control connection closed without an answer: it may arrive or not, never twice, never out of order;
+//! * an operation that says OUTCOME_UNKNOWN or BUSY when a disruption fell between its begin and its error, and where VMs are killed, CANCELLED
+//!   too: the one at the other end of a stream may be gone ([`Ledger::excuse`]); it is repeated, and counted by name;
 //! * messages that a guest program took along when its VM was reset or killed while it received: at most as many as it had receives posted.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -33,10 +32,6 @@ pub struct Pair {
     pub received_bytes: u64,
     /// The highest number received.
     last: u64,
-    /// Accepted or not: nobody said.
-    unknown: BTreeSet<u64>,
-    /// Of those, the ones that never came.
-    vanished: u64,
     /// Accepted, delivered, and gone with the program that had them.
     lost: u64,
     lost_bytes: u64,
@@ -95,8 +90,8 @@ pub struct Ledger {
     /// Even: nothing is disturbed. Moves at the begin and at the end of each disruption.
     epoch: AtomicU64,
     begin: Instant,
-    /// Excuses are mismatches.
-    strict: bool,
+    /// VMs are killed too, in the middle of a transfer with another.
+    vms_end: bool,
 }
 
 /// What stands at the end.
@@ -109,7 +104,6 @@ pub struct Balance {
     pub received_bytes: u64,
     pub lost: u64,
     pub lost_bytes: u64,
-    pub vanished: u64,
     pub refused: u64,
     pub ways: BTreeMap<Way, Count>,
     pub passed: Count,
@@ -123,12 +117,12 @@ pub struct Balance {
 }
 
 impl Ledger {
-    pub fn new(strict: bool) -> Self {
+    pub fn new(vms_end: bool) -> Self {
         Self {
             state: Mutex::default(),
             epoch: AtomicU64::new(0),
             begin: Instant::now(),
-            strict,
+            vms_end,
         }
     }
 
@@ -178,16 +172,22 @@ impl Ledger {
     /// It is not, and is written down.
     pub fn excuse(&self, who: &str, what: &str, error: DriverError, since: u64) -> anyhow::Result<()> {
         let disturbed = since % 2 == 1 || self.epoch() != since;
-        let excusable = matches!(
-            error.status(),
-            Some(Status::STALE | Status::OUTCOME_UNKNOWN | Status::CANCELLED | Status::BUSY)
-        );
-        if !(disturbed && excusable) || self.strict {
+        let excusable = match error.status() {
+            Some(Status::OUTCOME_UNKNOWN | Status::BUSY) => true,
+            Some(Status::CANCELLED) => self.vms_end,
+            _ => false,
+        };
+        if !(disturbed && excusable) {
             return Err(anyhow::Error::new(error).context(format!("{who}: {what}")));
         }
         let kind = what.split(' ').next().unwrap_or(what);
         self.excuse_said(&format!("{kind}: {error}"));
         Ok(())
+    }
+
+    /// Whether VMs are killed too.
+    pub fn vms_end(&self) -> bool {
+        self.vms_end
     }
 
     /// Counts an excuse that somebody else judged.
@@ -210,21 +210,6 @@ impl Ledger {
         pair.numbered = sequence;
         pair.accepted += 1;
         pair.accepted_bytes += bytes as u64;
-    }
-
-    /// Nobody said whether it was taken; it is not sent again.
-    pub fn unknown(&self, source: &str, target: &str, sequence: u64) {
-        let mut state = locked(&self.state);
-        let pair = state.pairs.entry((source.into(), target.into())).or_default();
-        pair.numbered = sequence;
-        // It may have come already.
-        if pair.last >= sequence {
-            let bytes = content::letter(source, target, sequence, pair.short).len() as u64;
-            pair.accepted += 1;
-            pair.accepted_bytes += bytes;
-        } else {
-            pair.unknown.insert(sequence);
-        }
     }
 
     /// Cleanly refused for a budget; it is sent again later under the same number.
@@ -266,9 +251,7 @@ impl Ledger {
         }
         let mut missing = Vec::new();
         for gap in pair.last + 1..sequence {
-            if pair.unknown.remove(&gap) {
-                pair.vanished += 1;
-            } else if along > 0 {
+            if along > 0 {
                 along -= 1;
                 pair.lost += 1;
                 pair.lost_bytes += content::letter(&source, target, gap, pair.short).len() as u64;
@@ -279,10 +262,6 @@ impl Ledger {
         pair.last = sequence;
         pair.received += 1;
         pair.received_bytes += body.len() as u64;
-        if pair.unknown.remove(&sequence) {
-            pair.accepted += 1;
-            pair.accepted_bytes += body.len() as u64;
-        }
         state.taken_along.insert(target.into(), along);
         if !missing.is_empty() {
             let what = format!("{source} -> {target}: letter {sequence} came, {missing:?} did not");
@@ -366,8 +345,6 @@ impl Ledger {
             ..Balance::default()
         };
         for ((source, target), pair) in &mut state.pairs {
-            pair.vanished += pair.unknown.len() as u64;
-            pair.unknown.clear();
             let along = state.taken_along.entry(target.clone()).or_default();
             // The last ones may have gone with a dead program as well.
             while pair.received + pair.lost < pair.accepted && *along > 0 {
@@ -389,7 +366,6 @@ impl Ledger {
             balance.received_bytes += pair.received_bytes;
             balance.lost += pair.lost;
             balance.lost_bytes += pair.lost_bytes;
-            balance.vanished += pair.vanished;
         }
         for (way, count) in &state.ways {
             if count.begun != count.done {
@@ -457,23 +433,6 @@ mod tests {
     }
 
     #[test]
-    fn the_hosts_unknown_ones_may_come_or_not_but_not_twice() {
-        let ledger = Ledger::new(false);
-        ledger.unknown("a", "b", 1);
-        ledger.unknown("a", "b", 2);
-        let text = send(&ledger, 3);
-        let second = content::letter("a", "b", 2, false);
-        ledger.received("b", "a", second.as_bytes());
-        ledger.received("b", "a", text.as_bytes());
-        let balance = ledger.close();
-        assert_eq!(
-            (balance.mismatch_count, balance.vanished, balance.received),
-            (0, 1, 2)
-        );
-        assert_eq!(balance.accepted_bytes, balance.received_bytes);
-    }
-
-    #[test]
     fn a_dead_program_takes_along_what_it_had_posted_and_no_more() {
         let ledger = Ledger::new(false);
         let texts: Vec<String> = (1..=6).map(|number| send(&ledger, number)).collect();
@@ -519,11 +478,19 @@ mod tests {
                 detail: 0,
             })
         };
-        let ledger = Ledger::new(false);
+        let ledger = Ledger::new(true);
         let since = ledger.epoch();
-        assert!(ledger.excuse("a", "put", refused(Status::STALE), since).is_err());
+        assert!(
+            ledger
+                .excuse("a", "put", refused(Status::CANCELLED), since)
+                .is_err()
+        );
         ledger.disruption_begins("kill -9");
-        assert!(ledger.excuse("a", "put", refused(Status::STALE), since).is_ok());
+        assert!(
+            ledger
+                .excuse("a", "put", refused(Status::CANCELLED), since)
+                .is_ok()
+        );
         assert!(
             ledger
                 .excuse("a", "put", refused(Status::INTEGRITY), since)
@@ -537,9 +504,15 @@ mod tests {
         ledger.disruption_ends();
         assert!(
             ledger
-                .excuse("a", "put", refused(Status::STALE), ledger.epoch())
+                .excuse("a", "put", refused(Status::CANCELLED), ledger.epoch())
                 .is_err()
         );
+        // Where no VM ends, nobody's stream does, and a handle outlives its core.
+        for status in [Status::CANCELLED, Status::STALE] {
+            let ledger = Ledger::new(false);
+            ledger.disruption_begins("kill -9");
+            assert!(ledger.excuse("a", "put", refused(status), 0).is_err());
+        }
         assert_eq!(ledger.close().excused.values().sum::<u64>(), 1);
     }
 }

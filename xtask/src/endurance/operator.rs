@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
-use vmgmt_ctl::protocol::{Call, ErrorCode, Event, Pull, Push, Receive, SendMessage, Status, Transferred};
+use vmgmt_ctl::protocol::{
+    Call, ErrorCode, Event, Pull, Push, Receive, SendMessage, Status, Transferred, new_key,
+};
 use vmgmt_ctl::{Client, ClientError};
 use vmgmt_driver::abi::chat::HOST_NAME;
 use vmgmt_testkit::process::locked;
@@ -82,6 +84,7 @@ impl Operator {
             to: HOST_NAME.into(),
             text: Some(FAREWELL.into()),
             base64: None,
+            key: Some(new_key()),
         });
         Client::connect(&self.control)?.call(&call, &[], Some(SILENCE_MAX), &mut |_| true)?;
         Ok(())
@@ -119,22 +122,12 @@ fn one<'a>(chance: &mut ChaCha8Rng, names: &'a [String]) -> Option<&'a str> {
     names.get(usize::try_from(place).ok()?).map(String::as_str)
 }
 
-/// What a control request came to, where it was not done.
-enum Trouble {
-    /// Nobody knows.
-    Unknown,
-    /// It was not begun.
-    NotBegun,
-    /// Refused for a budget.
-    Budget,
-}
-
-fn trouble(error: ClientError) -> Result<Trouble> {
+/// A request with a key is made again until it is answered; the client does so for some seconds by itself.
+fn is_to_be_repeated(error: &ClientError) -> bool {
     match error {
-        ClientError::Closed { .. } => Ok(Trouble::Unknown),
-        ClientError::Failed(failure) if failure.code == ErrorCode::Restarting => Ok(Trouble::NotBegun),
-        ClientError::Failed(failure) if failure.code == ErrorCode::OverBudget => Ok(Trouble::Budget),
-        other => Err(other.into()),
+        ClientError::Closed { .. } => true,
+        ClientError::Failed(failure) => failure.code == ErrorCode::Restarting,
+        _ => false,
     }
 }
 
@@ -153,23 +146,25 @@ fn send(course: &Course, hand: &Hand, control: &Path, pause: Duration) -> Result
             to: target.into(),
             text: Some(text),
             base64: None,
+            key: Some(new_key()),
         });
-        match client.call(&call, &[], Some(SILENCE_MAX), &mut |_| true) {
-            Ok(_) => course.ledger.accepted(HOST_NAME, target, sequence, bytes),
-            Err(error) => {
-                let what = error.to_string();
-                match trouble(error).with_context(|| format!("letter {sequence} to {target}"))? {
-                    Trouble::Unknown => {
-                        course.ledger.unknown(HOST_NAME, target, sequence);
-                        course
-                            .ledger
-                            .excuse_said(&format!("host's send: {}", general(&what)));
-                    }
-                    Trouble::NotBegun => std::thread::sleep(AGAIN),
-                    Trouble::Budget => course.ledger.refused(),
+        loop {
+            match client.call(&call, &[], Some(SILENCE_MAX), &mut |_| true) {
+                Ok(_) => course.ledger.accepted(HOST_NAME, target, sequence, bytes),
+                Err(error) if is_to_be_repeated(&error) => {
+                    std::thread::sleep(AGAIN);
+                    client = Client::connect(control)?;
+                    continue;
                 }
-                client = Client::connect(control)?;
+                Err(ClientError::Failed(failure)) if failure.code == ErrorCode::OverBudget => {
+                    course.ledger.refused();
+                }
+                Err(error) => {
+                    let what = format!("letter {sequence} to {target}");
+                    return Err(anyhow::Error::new(error).context(what));
+                }
             }
+            break;
         }
         std::thread::sleep(pause);
     }
@@ -209,10 +204,8 @@ fn receive(course: &Course, hand: &Hand, control: &Path) -> Result<()> {
         }
         match ended {
             Ok(_) => anyhow::bail!("`recv --follow` ended by itself"),
-            Err(error) => match trouble(error)? {
-                Trouble::Unknown => {}
-                _ => std::thread::sleep(AGAIN),
-            },
+            Err(error) if is_to_be_repeated(&error) => std::thread::sleep(AGAIN),
+            Err(error) => return Err(error.into()),
         }
     }
 }
@@ -248,36 +241,38 @@ fn files(course: &Course, hand: &Hand, control: &Path, pause: Duration) -> Resul
     Ok(())
 }
 
-/// Makes a request with a file until it is done: what a disruption broke off is begun again.
+/// Makes a request with a file until it is done: with its key it goes on over all disruptions, but for the end of the VM.
 fn insist(
     course: &Course,
     control: &Path,
-    call: &Call,
+    call: impl Fn(u64) -> Call,
     file: &mut std::fs::File,
     what: &str,
     mut broke: impl FnMut(),
 ) -> Result<Transferred> {
+    let mut key = new_key();
     loop {
         let since = course.ledger.epoch();
-        file.rewind()?;
         let mut client = Client::connect(control)?;
-        let error = match client.call(call, &[file.as_fd()], Some(SILENCE_MAX), &mut |_| true) {
+        let error = match client.call(&call(key), &[file.as_fd()], Some(SILENCE_MAX), &mut |_| true) {
             Ok(answer) => return Ok(serde_json::from_value(answer)?),
             Err(error) => error,
         };
+        if is_to_be_repeated(&error) {
+            std::thread::sleep(AGAIN);
+            continue;
+        }
         let disturbed = since % 2 == 1 || course.ledger.epoch() != since;
         let excusable = match &error {
-            ClientError::Closed { .. } => true,
-            ClientError::Failed(failure) => matches!(
-                failure.code,
-                ErrorCode::Restarting | ErrorCode::Stale | ErrorCode::Cancelled | ErrorCode::Failed
-            ),
+            ClientError::Failed(failure) => matches!(failure.code, ErrorCode::Cancelled | ErrorCode::Failed),
             _ => false,
         };
-        if !(disturbed && excusable) {
+        if !(disturbed && excusable && course.ledger.vms_end()) {
             return Err(anyhow::Error::new(error).context(what.to_owned()));
         }
         broke();
+        // What has failed is told again to who asks with the same key.
+        key = new_key();
         let kind = what.split(' ').next().unwrap_or(what);
         course
             .ledger
@@ -292,12 +287,15 @@ pub fn push(course: &Course, hand: &Hand, control: &Path, peer: &str, paper: &Pa
     hand.doing(what.clone());
     let mut file = tempfile::tempfile()?;
     file.write_all(&paper.bytes())?;
-    let call = Call::Push(Push {
-        to: peer.into(),
-        name: paper.name.clone(),
-        wait_ms: ACCEPT_MS,
-    });
-    let done = insist(course, control, &call, &mut file, &what, || {
+    let call = |key| {
+        Call::Push(Push {
+            to: peer.into(),
+            name: paper.name.clone(),
+            wait_ms: ACCEPT_MS,
+            key: Some(key),
+        })
+    };
+    let done = insist(course, control, call, &mut file, &what, || {
         course.ledger.broke(HOST_NAME, peer, &paper.name);
     })?;
     checksum(paper, &done)?;
@@ -310,12 +308,15 @@ pub fn pull(course: &Course, hand: &Hand, control: &Path, peer: &str, paper: &Pa
     let what = format!("pull of {} from {peer}", paper.name);
     hand.doing(what.clone());
     let mut file = tempfile::tempfile()?;
-    let call = Call::Pull(Pull {
-        from: peer.into(),
-        path: paper.name.clone(),
-        wait_ms: ACCEPT_MS,
-    });
-    let done = insist(course, control, &call, &mut file, &what, || {
+    let call = |key| {
+        Call::Pull(Pull {
+            from: peer.into(),
+            path: paper.name.clone(),
+            wait_ms: ACCEPT_MS,
+            key: Some(key),
+        })
+    };
+    let done = insist(course, control, call, &mut file, &what, || {
         course.ledger.broke(peer, HOST_NAME, &paper.name);
     })?;
     checksum(paper, &done)?;

@@ -61,8 +61,7 @@ pub fn ledger_line(balance: &Balance, answers: &Answers) -> String {
         ));
     }
     line.push_str(&format!(
-        ", {} of the host unanswered and not sent, {} refused for a budget; files: put {} ({} bytes), got {} ({} bytes), removed {}, passed on {} ({} bytes, {} twice)",
-        balance.vanished,
+        ", {} refused for a budget; files: put {} ({} bytes), got {} ({} bytes), removed {}, passed on {} ({} bytes, {} twice)",
         balance.refused,
         put.done,
         put.bytes,
@@ -124,7 +123,7 @@ pub fn document(facts: &Value, balance: &Balance, answers: &Answers, stalls: &St
             "disruptions": balance.disruptions, "vms": balance.happened, "pairs": balance.pairs,
             "accepted": balance.accepted, "accepted_bytes": balance.accepted_bytes,
             "received": balance.received, "received_bytes": balance.received_bytes,
-            "gone_with_a_program": balance.lost, "host_unanswered_not_sent": balance.vanished, "refused": balance.refused,
+            "gone_with_a_program": balance.lost, "refused": balance.refused,
             "files": ways, "passed_on": balance.passed.begun, "passed_on_bytes": balance.passed.bytes,
             "passed_on_twice": balance.passed_again, "excused": balance.excused,
             "mismatches": balance.mismatches, "mismatch_count": balance.mismatch_count,

@@ -24,9 +24,8 @@ const MEMORY_MIB: u32 = 128;
 const DEVICE: &str = "mgmt";
 /// `vmgmt recv` has at most so many receives posted: what its end can take along.
 const RECEIVES_POSTED: u64 = 4;
-/// What a command says of an open handle or stream that did not outlive its core.
-const EXCUSABLE: [&str; 4] = [
-    "stale: the handle is from before a restart or a reset",
+/// What a command says when the VM at the other end of its stream was killed, or a name operation cannot be told.
+const EXCUSABLE: [&str; 3] = [
     "cannot tell whether it was done",
     "a stream that has failed",
     ": cancelled",

@@ -130,7 +130,7 @@ pub fn stress(options: &Options) -> Result<()> {
     site::allow_guests(u64::from(options.simulated) + 1)?;
     let all = [real.clone(), simulated.clone(), vec![WATCH.to_owned()]].concat();
     let daemon = site::open(&server, &all)?;
-    let mut course = Course::new(Ledger::new(false), daemon.path("share"), seed);
+    let mut course = Course::new(Ledger::new(true), daemon.path("share"), seed);
     site::stock(&mut course)?;
     course.addressees = [real.clone(), simulated.clone()].concat();
     course.acceptors = simulated.iter().take(FILE_GUESTS_MAX).cloned().collect();
