@@ -3,7 +3,7 @@
 //! In: the control socket, by the client that vmgmtctl is made of. Out: the ledger's entries of the party `host`; how status was answered. It
 //! must never know a guest's side.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Seek, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -182,6 +182,8 @@ fn receive(course: &Course, hand: &Hand, control: &Path) -> Result<()> {
         follow: true,
         wait_ms: 0,
     });
+    // A letter that was on its way to a connection that ended may come again: told apart by sender and number, as the protocol says.
+    let mut seen: BTreeMap<String, BTreeSet<u64>> = BTreeMap::new();
     loop {
         hand.doing("waiting for letters to the host");
         let mut client = Client::connect(control)?;
@@ -193,7 +195,12 @@ fn receive(course: &Course, hand: &Hand, control: &Path) -> Result<()> {
             };
             match message.bytes() {
                 Ok(bytes) if bytes == FAREWELL.as_bytes() => last = true,
-                Ok(bytes) => course.ledger.received(HOST_NAME, &message.from, &bytes),
+                Ok(bytes) => {
+                    let numbers = seen.entry(message.from.clone()).or_default();
+                    if numbers.insert(message.sequence) {
+                        course.ledger.received(HOST_NAME, &message.from, &bytes);
+                    }
+                }
                 Err(failure) => broken = Some(failure.message),
             }
             !last && broken.is_none()
