@@ -26,8 +26,23 @@ fn speed(start: Instant) -> f64 {
     BYTES as f64 / 1e6 / start.elapsed().as_secs_f64()
 }
 
+/// In pieces of 1 MiB, beside plain system calls.
 pub fn files(figures: &mut Figures) -> Result<()> {
     figures.title("Files: 128 MiB in the page cache, 1 MiB submissions, guest polls");
+    files_in(figures, "", PIECE)
+}
+
+/// In the smallest pieces that a transfer is made of.
+pub fn files_in_small_pieces(figures: &mut Figures) -> Result<()> {
+    figures.title("Files: 128 MiB in the page cache, 64 KiB submissions, guest polls");
+    files_in(figures, "_64k", 64 << 10)
+}
+
+fn files_in(figures: &mut Figures, suffix: &str, piece_bytes: usize) -> Result<()> {
+    let transfer = TransferOptions {
+        chunk_bytes: piece_bytes,
+        ..OPTIONS
+    };
     let site = site(1)?;
     let path = site.share().join("bench");
     let pattern: Vec<u8> = (0..BYTES as u32)
@@ -46,20 +61,20 @@ pub fn files(figures: &mut Figures) -> Result<()> {
     let mut plain = Vec::new();
     for _ in 0..RUNS {
         let start = Instant::now();
-        let done = files.get_into(opened.handle, &memory, BYTES, &OPTIONS)?;
+        let done = files.get_into(opened.handle, &memory, BYTES, &transfer)?;
         ours.push(speed(start));
         ensure!(done.bytes == BYTES as u64);
         local.seek(SeekFrom::Start(0))?;
         let start = Instant::now();
-        for piece in 0..BYTES / PIECE {
-            ensure!(memory.read_from(local.as_fd(), piece * PIECE, PIECE)? == PIECE);
+        for piece in 0..BYTES / piece_bytes {
+            ensure!(memory.read_from(local.as_fd(), piece * piece_bytes, piece_bytes)? == piece_bytes);
         }
         plain.push(speed(start));
     }
     ensure!(memory.to_vec(BYTES - 4096, 4096)? == pattern.get(BYTES - 4096..).context("slice")?);
     report(
         figures,
-        "host_to_guest",
+        &format!("host_to_guest{suffix}"),
         "host file -> guest memory",
         "read(2) into the same memory",
         ours,
@@ -70,21 +85,21 @@ pub fn files(figures: &mut Figures) -> Result<()> {
     for _ in 0..RUNS {
         let put = files.put("work/back", BYTES as u64, vmgmt_abi::file::existing::REPLACE)?;
         let start = Instant::now();
-        let done = files.write_from(put.handle, &memory, BYTES, &OPTIONS)?;
+        let done = files.write_from(put.handle, &memory, BYTES, &transfer)?;
         ours.push(speed(start));
         ensure!(done.bytes == BYTES as u64);
         files.close(put.handle)?;
         let file = File::create(site.share().join("plain"))?;
         let start = Instant::now();
-        for piece in 0..BYTES / PIECE {
-            ensure!(memory.write_to(file.as_fd(), piece * PIECE, PIECE)? == PIECE);
+        for piece in 0..BYTES / piece_bytes {
+            ensure!(memory.write_to(file.as_fd(), piece * piece_bytes, piece_bytes)? == piece_bytes);
         }
         plain.push(speed(start));
         std::fs::remove_file(site.share().join("plain"))?;
     }
     report(
         figures,
-        "guest_to_host",
+        &format!("guest_to_host{suffix}"),
         "guest memory -> new host file",
         "write(2) of the same memory",
         ours,

@@ -1,7 +1,7 @@
 //! What vmgmtd costs by itself: the real daemon, the real driver, shared memory, no QEMU.
 //!
 //! `cargo bench --bench in_process` prints for a person; `-- --json` one JSON object; further words choose parts (`latency`, `rate`,
-//! `bulk`, `stream`, `footprint`). Every figure is taken in this run, and what it is compared with as well; all of it takes about a
+//! `bulk`, `bulk-64k`, `stream`, `footprint`). Every figure is taken in this run, and what it is compared with as well; all of it takes about a
 //! minute.
 
 mod bulk;
@@ -15,11 +15,11 @@ use std::time::Duration;
 use anyhow::Result;
 use vmgmt_testkit::guest::{Site, SitePlan};
 
-/// The daemon under test, as `cargo bench` builds it.
+/// The daemon under test, as `cargo bench` builds it, or the one that `VMGMT_BENCH_SERVER` names.
 fn site(vms: usize) -> Result<Site> {
-    SitePlan::new(env!("CARGO_BIN_EXE_vmgmtd"), vms)
-        .log("warn")
-        .start()
+    let server = std::env::var("VMGMT_BENCH_SERVER");
+    let server = server.as_deref().unwrap_or(env!("CARGO_BIN_EXE_vmgmtd"));
+    SitePlan::new(server, vms).log("warn").start()
 }
 
 /// Named figures, in the order they were taken.
@@ -67,10 +67,11 @@ fn median(mut values: Vec<f64>) -> f64 {
 /// A part of the run: its name, and what it does.
 type Part = (&'static str, fn(&mut Figures) -> Result<()>);
 
-const PARTS: [Part; 5] = [
+const PARTS: [Part; 6] = [
     ("rate", rate::run),
     ("latency", latency::run),
     ("bulk", bulk::files),
+    ("bulk-64k", bulk::files_in_small_pieces),
     ("stream", bulk::streams),
     ("footprint", footprint::run),
 ];

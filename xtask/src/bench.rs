@@ -4,7 +4,7 @@
 //! In: which parts, how long. Out: a table for people, a document for programs, the figures' section of `docs/performance.md`. It must
 //! never print a figure that was not measured in this run, nor hide one that could not be.
 
-use crate::{bench_facts::Facts, bench_host, bench_table, bench_vms};
+use crate::{bench_cost, bench_facts::Facts, bench_host, bench_table, bench_vms};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use serde_json::{Value, json};
@@ -24,10 +24,13 @@ pub struct Options {
     qemu: bool,
     /// Only the part without VMs: the packages' own benchmarks.
     #[arg(long)]
-    host: bool,
+    pub host: bool,
     /// Both parts (the default).
     #[arg(long, conflicts_with_all = ["qemu", "host"])]
     all: bool,
+    /// What crash-consistency costs: everything twice, with and without; with --host without VMs.
+    #[arg(long, conflicts_with_all = ["qemu", "all"])]
+    cost: bool,
     /// Small sizes and one round: to see that everything works, not for figures.
     #[arg(long)]
     pub quick: bool,
@@ -94,13 +97,18 @@ pub fn bench(options: &Options) -> Result<()> {
     let mut facts = Facts::of_host();
     let mut groups = Vec::new();
     let mut failed = Vec::new();
-    if !options.qemu {
+    if options.cost {
+        let outcome = bench_cost::measure(options, &mut groups);
+        if let Err(error) = outcome {
+            failed.push(format!("cost: {error:#}"));
+        }
+    } else if !options.qemu {
         let outcome = bench_host::measure(options, &mut groups);
         if let Err(error) = outcome {
             failed.push(format!("host: {error:#}"));
         }
     }
-    if !options.host {
+    if !options.host && !options.cost {
         let outcome = bench_vms::measure(options, &mut facts, &mut groups);
         if let Err(error) = outcome {
             failed.push(format!("qemu: {error:#}"));

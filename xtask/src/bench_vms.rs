@@ -148,6 +148,29 @@ pub fn measure(options: &Options, facts: &mut Facts, groups: &mut Vec<Group>) ->
     stopped.map(drop)
 }
 
+/// Only the round trips, with this vmgmtd.
+pub fn round_trips(options: &Options, server: &Path) -> Result<Vec<Row>> {
+    let tools = setup::prepare(Wanted {
+        image: Image::Small,
+        install: true,
+    })?;
+    let plan = Plan {
+        mib: 16,
+        rounds: 1,
+        count: if options.quick { 100 } else { 2000 },
+        end: Instant::now() + BUDGET,
+    };
+    let site = open(options, tools, server)?;
+    let vm = builder(&site, &plan, "vm1", Driver::Uio).start()?;
+    let mut groups = Vec::new();
+    messages(&site, &plan, &vm, &Samples::new(), &mut groups)
+        .and_then(|()| alone(&plan, &vm, &mut groups))
+        .map_err(|error| error.context(vm.evidence()))?;
+    drop(vm);
+    site.daemon.stop(STOP_DEADLINE).context("stopping vmgmtd")?;
+    Ok(groups.into_iter().flat_map(|group| group.rows).collect())
+}
+
 fn open(options: &Options, tools: Tools, server: &Path) -> Result<Site> {
     let mut place = tempfile::Builder::new();
     place.prefix("vmgmt-bench-");

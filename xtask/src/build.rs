@@ -19,6 +19,11 @@ pub fn cargo() -> Command {
 
 /// Builds the binaries `names` of package `vmgmtd`; gives their paths in the same order.
 pub fn host_programs(names: &[&str], release: bool) -> Result<Vec<PathBuf>> {
+    host_programs_with(names, release, None)
+}
+
+/// The same with a feature, in a target folder of its own, so that both stay.
+pub fn host_programs_with(names: &[&str], release: bool, feature: Option<&str>) -> Result<Vec<PathBuf>> {
     let mut command = cargo();
     command.args([
         "build",
@@ -32,6 +37,10 @@ pub fn host_programs(names: &[&str], release: bool) -> Result<Vec<PathBuf>> {
     }
     if release {
         command.arg("--release");
+    }
+    if let Some(feature) = feature {
+        let folder = repository().join("target").join(feature);
+        command.args(["--features", feature, "--target-dir"]).arg(folder);
     }
     let output = command
         .stderr(Stdio::inherit())

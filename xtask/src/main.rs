@@ -4,6 +4,7 @@
 //! the product itself needs.
 
 mod bench;
+mod bench_cost;
 mod bench_facts;
 mod bench_host;
 mod bench_peers;

@@ -256,6 +256,9 @@ impl EventLoop {
 
     /// Writes a record of the hub before what depends on it goes out.
     pub(super) fn write_record(&mut self, record: &vmgmt_core::journal::Record) -> anyhow::Result<()> {
+        if super::FORGETFUL {
+            return Ok(());
+        }
         let mut bytes = Vec::with_capacity(128);
         ciborium::into_writer(record, &mut bytes).context("a record of the hub")?;
         let fill = self.fill();

@@ -52,6 +52,9 @@ const STORE: Token = Token(3);
 const CONTROL: usize = 16;
 const _: () = assert!(CONTROL_TOKENS < usize::MAX - CONTROL);
 
+/// Nothing is written down for the next core. For one measurement: what it costs to do so.
+const FORGETFUL: bool = cfg!(feature = "without-crash-consistency");
+
 /// Submissions fetched per session and turn: a batch of the rings, so that neighbours wait for no more than that.
 const POLL_BUDGET: u32 = 64;
 /// While rings are polled, descriptors are looked at no more often than this.
@@ -133,6 +136,11 @@ impl Hands {
     /// # Errors
     /// A descriptor is missing or wrong.
     pub fn new(start: Start) -> anyhow::Result<Self> {
+        if FORGETFUL {
+            tracing::warn!(
+                "built to measure what crash-consistency costs: what is in flight is lost with this core; never use this program"
+            );
+        }
         let Start {
             keeper,
             life,
