@@ -2,7 +2,11 @@
 
 use crate::site::{LONG, checksum, host_checksum, site};
 use anyhow::{Result, ensure};
+use vmgmt_testkit::huge_pages::HugePages;
 use vmgmt_testkit::vm::Memory;
+
+/// A VM of 256 MiB, and its firmware's memory.
+const HUGE_PAGES: u64 = 160;
 
 fn transfers(memory: Memory, bytes: usize) -> Result<()> {
     let Some(site) = site(1)? else { return Ok(()) };
@@ -36,6 +40,18 @@ fn private_memory_is_found_out_and_goes_by_messages() -> Result<()> {
         ensure!(log.contains("share=on"), "the log does not say what to do: {log}");
         Ok(())
     })
+}
+
+#[test]
+fn memory_of_huge_pages() -> Result<()> {
+    let _pages = match HugePages::borrow(HUGE_PAGES) {
+        Ok(pages) => pages,
+        Err(reason) => {
+            println!("skipped: {reason}");
+            return Ok(());
+        }
+    };
+    transfers(Memory::HugePages, 8_000_003)
 }
 
 #[test]

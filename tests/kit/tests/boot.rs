@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use std::time::Duration;
 use vmgmt_testkit::{
+    huge_pages::HugePages,
     setup::{Image, Tools},
     vm::{Driver, Firmware, Iommu, Memory, VmBuilder, tools_or_skip},
 };
@@ -216,16 +217,15 @@ fn firmware_reaches_the_uefi_shell() -> Result<()> {
 }
 
 #[test]
-fn huge_pages_where_the_host_has_some() -> Result<()> {
+fn huge_pages_where_the_host_gives_some() -> Result<()> {
     let Some(tools) = small()? else { return Ok(()) };
-    let free: u64 = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
-        .ok()
-        .and_then(|text| text.trim().parse().ok())
-        .unwrap_or(0);
-    if free < 96 {
-        println!("skipped: {free} free huge pages of 2 MiB, 96 are needed (sysctl vm.nr_hugepages=96)");
-        return Ok(());
-    }
+    let _pages = match HugePages::borrow(96) {
+        Ok(pages) => pages,
+        Err(reason) => {
+            println!("skipped: {reason}");
+            return Ok(());
+        }
+    };
     let vm = VmBuilder::new(&tools, "huge")
         .memory(Memory::HugePages)
         .memory_mib(192)
