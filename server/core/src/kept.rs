@@ -3,6 +3,10 @@
 //! In: [`Change`]s and [`Settled`] answers, live from the rooms and again in replay: this is the only way it changes. Out: look-ups.
 //! It never knows slots, effects or what is under way: that is found again in the rings, whose submissions come again.
 
+mod saved;
+
+pub use saved::SavedKept;
+
 use crate::effect::Identity;
 use crate::limits::OPERATOR_RESULTS_MAX;
 use crate::modes::coverage::Coverage;
@@ -281,29 +285,6 @@ pub struct Kept {
     pub host_results: VecDeque<HostResult>,
 }
 
-/// As it is saved.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-pub struct SavedKept {
-    settled: Vec<Settled>,
-    intents: Vec<(Token, Intent)>,
-    files: Vec<(u64, KeptFile)>,
-    puts: Vec<(u64, KeptPut)>,
-    offers: Vec<(u64, KeptOffer)>,
-    streams: Vec<(u64, KeptStream)>,
-    #[serde(default)]
-    host: Vec<(u64, KeptHost)>,
-    #[serde(default)]
-    host_results: Vec<HostResult>,
-}
-
-impl SavedKept {
-    /// Whether a transfer of the operator is under way that a version without them would lose.
-    #[must_use]
-    pub fn has_operators(&self) -> bool {
-        !self.host.is_empty()
-    }
-}
-
 impl Kept {
     /// Takes answers and a change in, as one.
     pub fn apply(&mut self, settled: &[Settled], change: &Change) {
@@ -574,87 +555,6 @@ impl Kept {
             .map(|(_, path)| path.clone())
             .collect()
     }
-
-    #[must_use]
-    pub fn save(&self) -> SavedKept {
-        let Self {
-            settled,
-            intents,
-            files,
-            puts,
-            offers,
-            streams,
-            host,
-            host_results,
-        } = self;
-        SavedKept {
-            settled: settled.values().cloned().collect(),
-            intents: intents
-                .iter()
-                .map(|(token, intent)| (*token, intent.clone()))
-                .collect(),
-            files: pairs(files),
-            puts: pairs(puts),
-            offers: pairs(offers),
-            streams: pairs(streams),
-            host: pairs(host),
-            host_results: host_results.iter().copied().collect(),
-        }
-    }
-
-    /// # Errors
-    /// What is wrong with the saved state.
-    pub fn restore(saved: SavedKept) -> Result<Self, &'static str> {
-        let SavedKept {
-            settled,
-            intents,
-            files,
-            puts,
-            offers,
-            streams,
-            host,
-            host_results,
-        } = saved;
-        let sound = |put: &KeptPut| put.coverage.is_sound() && put.extent <= crate::limits::FILE_OFFSET_MAX;
-        if !puts.iter().all(|(_, put)| sound(put)) {
-            return Err("a put has ranges that no file has");
-        }
-        let mut numbers = BTreeSet::new();
-        let ends = streams
-            .iter()
-            .flat_map(|(_, stream)| [stream.source.handle, stream.target.handle]);
-        let handles = files.iter().map(|(handle, _)| *handle);
-        let host_ends = host.iter().filter_map(|(_, kept)| match &kept.stage {
-            HostStage::Streaming(stream) => Some(stream.end.handle),
-            HostStage::Offered(_) => None,
-        });
-        let handles = handles
-            .chain(puts.iter().map(|(handle, _)| *handle))
-            .chain(ends)
-            .chain(host_ends);
-        if !handles.into_iter().all(|handle| numbers.insert(handle)) {
-            return Err("a handle is there twice");
-        }
-        Ok(Self {
-            settled: settled
-                .into_iter()
-                .map(|settled| (settled.token, settled))
-                .collect(),
-            intents: intents.into_iter().collect(),
-            files: files.into_iter().collect(),
-            puts: puts.into_iter().collect(),
-            offers: offers.into_iter().collect(),
-            streams: streams.into_iter().collect(),
-            host: host.into_iter().collect(),
-            host_results: host_results.into(),
-        })
-    }
-}
-
-fn pairs<V: Clone>(map: &BTreeMap<u64, V>) -> Vec<(u64, V)> {
-    map.iter()
-        .map(|(number, value)| (*number, value.clone()))
-        .collect()
 }
 
 /// The entry of this token, or (a port submission may have another) of this channel that is meant.

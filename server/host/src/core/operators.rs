@@ -3,19 +3,22 @@
 //! In: requests of the [`ControlServer`], the hub's and the keeper's answers. Out: [`Ask`]s for the loop to pass on. Must
 //! never know a session or a ring.
 
+mod views;
+
 use super::lines::Lines;
-use crate::config::{Access, CoreConfig, ListenerConfig, ShareGrant, VmConfig, added_vm};
+use crate::config::{CoreConfig, ListenerConfig, VmConfig, added_vm};
 use crate::control::protocol::{
     self, Call, Done, ErrorCode, Event, Failure, Hello, LogLine, Message, Peers, Progress, Received, Sent,
-    Shares, Transferred, UpgradeReport, Upgrading, Vm, Vms,
+    Transferred, UpgradeReport, Upgrading, Vms,
 };
 use crate::control::{Asked, ClientId, ControlServer, Incoming};
 use mio::{Registry, Token};
 use rustix::fd::OwnedFd;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
+use views::{failure, peer, shares, vm_of};
 use vmgmt_abi::Status;
-use vmgmt_core::interface::{ControlReply, ControlRequest, VmStatus};
+use vmgmt_core::interface::{ControlReply, ControlRequest};
 use vmgmt_device::Tick;
 
 /// What the loop is to do for an operator.
@@ -556,123 +559,4 @@ fn regular_size(fd: &OwnedFd) -> Result<u64, Failure> {
         ));
     }
     Ok(u64::try_from(stat.st_size).unwrap_or(0))
-}
-
-fn grant_text(grant: &ShareGrant) -> String {
-    format!(
-        "{}:{}",
-        grant.share,
-        if grant.access == Access::ReadOnly {
-            "ro"
-        } else {
-            "rw"
-        }
-    )
-}
-
-fn shares(books: &Books<'_>) -> Shares {
-    let shares = books.config.shares.iter().map(|share| protocol::Share {
-        name: share.name.clone(),
-        path: share.path.display().to_string(),
-        bytes_max: share.bytes_max,
-        files_max: share.files_max,
-        granted: books
-            .vms
-            .values()
-            .filter_map(|vm| {
-                vm.shares
-                    .iter()
-                    .find(|grant| grant.share == share.name)
-                    .map(|grant| (vm, grant))
-            })
-            .map(|(vm, grant)| {
-                format!(
-                    "{}:{}",
-                    vm.name,
-                    if grant.access == Access::ReadOnly {
-                        "ro"
-                    } else {
-                        "rw"
-                    }
-                )
-            })
-            .collect(),
-    });
-    Shares {
-        shares: shares.collect(),
-    }
-}
-
-fn peer(vm: &VmStatus) -> protocol::Peer {
-    protocol::Peer {
-        name: vm.name.clone(),
-        description: vm.description.clone(),
-        connected: !vm.sessions.is_empty(),
-        listening: vm.receives_posted > 0,
-    }
-}
-
-fn vm_of(vm: &VmStatus, books: &Books<'_>) -> Vm {
-    let config = books.vms.get(&vm.vm);
-    let counters = [
-        ("open_files", vm.open_files),
-        ("transfers", vm.transfers),
-        ("submissions", vm.submissions),
-        ("messages_sent", vm.messages_sent),
-        ("messages_delivered", vm.messages_delivered),
-        ("messages_dropped", vm.messages_dropped),
-        ("bytes_from_vm", vm.bytes_from_vm),
-        ("bytes_to_vm", vm.bytes_to_vm),
-        ("refusals", vm.refusals),
-    ];
-    Vm {
-        vm: vm.vm,
-        name: vm.name.clone(),
-        transient: config.is_some_and(|config| config.transient),
-        sessions: vm.sessions.clone(),
-        socket: books
-            .config
-            .sockets
-            .iter()
-            .find(|(name, _)| name.as_deref() == Some(vm.name.as_str()))
-            .map(|(_, path)| path.display().to_string()),
-        shares: config
-            .map(|config| config.shares.iter().map(grant_text).collect())
-            .unwrap_or_default(),
-        published: vm.published,
-        description: vm.description.clone(),
-        listening: vm.receives_posted > 0,
-        mailbox_messages: vm.mailbox_messages,
-        mailbox_bytes: vm.mailbox_bytes,
-        frozen: books.frozen.contains_key(&vm.vm),
-        frozen_seconds_left: books
-            .frozen
-            .get(&vm.vm)
-            .filter(|until| **until != Tick::NEVER)
-            .map(|until| until.since_ns(books.now).div_ceil(1_000_000_000)),
-        counters: counters
-            .into_iter()
-            .map(|(name, value)| (name.to_owned(), value))
-            .collect(),
-    }
-}
-
-/// The protocol's failure for a hub's status.
-fn failure(status: Status, text: String) -> Failure {
-    let code = match status {
-        Status::BAD_ARGUMENT => ErrorCode::BadRequest,
-        Status::NOT_SUPPORTED => ErrorCode::NotSupported,
-        Status::DENIED | Status::REFUSED | Status::READ_ONLY => ErrorCode::Denied,
-        Status::OVER_BUDGET => ErrorCode::OverBudget,
-        Status::PEER_ABSENT => ErrorCode::Absent,
-        Status::NO_SUCH_NAME => ErrorCode::NoSuchName,
-        Status::EXISTS => ErrorCode::Exists,
-        Status::BUSY => ErrorCode::Busy,
-        Status::TIMED_OUT => ErrorCode::TimedOut,
-        Status::CANCELLED => ErrorCode::Cancelled,
-        Status::INTEGRITY => ErrorCode::Integrity,
-        Status::STALE => ErrorCode::Stale,
-        _ => ErrorCode::Failed,
-    };
-    Failure::new(code, text, "")
 }
