@@ -241,3 +241,71 @@ fn a_vm_that_was_away_finds_its_mail() -> Result<()> {
         Ok(())
     })
 }
+
+/// What a guest can do to its device without asking anybody: commands of the guest, and what it is.
+const UPHEAVALS: [(&str, &str); 4] = [
+    (
+        "the function is reset",
+        "echo 1 > $(dirname $(grep -l 0x10f0 /sys/bus/pci/devices/*/device))/reset",
+    ),
+    (
+        "bus mastering goes off",
+        "setpci_off() { d=$(dirname $(grep -l 0x10f0 /sys/bus/pci/devices/*/device)); printf '\\003' | dd of=$d/config bs=1 seek=4 conv=notrunc 2>/dev/null; }; setpci_off",
+    ),
+    (
+        "the driver is unloaded and loaded",
+        "vmgmt bind --driver none && rmmod uio_pci_generic && vmgmt bind --driver uio",
+    ),
+    (
+        "the device is taken off the bus and found again",
+        "d=$(dirname $(grep -l 0x10f0 /sys/bus/pci/devices/*/device)); echo 1 > $d/remove; echo 1 > /sys/bus/pci/rescan; vmgmt bind --driver uio",
+    ),
+];
+
+#[test]
+fn mail_and_shares_are_there_after_whatever_happens_to_the_device_while_others_run() -> Result<()> {
+    let Some(site) = site(2)? else { return Ok(()) };
+    let (vm1, vm2) = both(&site)?;
+    site.check(&[&vm1, &vm2], || {
+        site.fill("big.bin", 4 << 20)?;
+        let mut living = vm2.spawn(TRANSFERS)?;
+        living.wait_for("moved", LONG)?;
+        let as_before = |what: &str| -> Result<()> {
+            vm1.ok_for("vmgmt get --force data/big.bin /tmp/got.bin", LONG)?;
+            ensure!(
+                checksum(&vm1, "/tmp/got.bin")? == host_checksum(&site.shared("big.bin"))?,
+                "{what}: the share"
+            );
+            let mail = vm1.ok_for("vmgmt recv --count 1 --timeout 30", LONG)?;
+            ensure!(mail.contains(what), "{what}: the mail is {mail:?}");
+            // Once.
+            let more = vm1.run("vmgmt recv --count 1 --timeout 1")?;
+            ensure!(more.status == 5, "{what}: {}", more.text());
+            Ok(())
+        };
+        for (what, command) in UPHEAVALS {
+            site.operator(&["send", "vm1", what])?;
+            vm1.ok_for(command, LONG).context(what)?;
+            as_before(what).context(what)?;
+        }
+        // One that receives would take along what is delivered to it; this one waits for offers.
+        let killed = "the program that has the device is killed";
+        site.operator(&["send", "vm1", killed])?;
+        let mut holder = vm1.spawn("exec vmgmt accept --into /tmp")?;
+        wait_until("the program has the device", SHORT, || {
+            let held = vm1.run("ls -l /proc/[0-9]*/fd 2>/dev/null | grep -q /dev/uio")?;
+            Ok((held.status == 0).then_some(()))
+        })?;
+        holder.signal("KILL")?;
+        as_before(killed)?;
+        site.operator(&["send", "vm1", "it boots again"])?;
+        vm1.reset()?;
+        as_before("it boots again")?;
+        vm2.ok("touch /tmp/enough")?;
+        living
+            .wait(LONG)?
+            .ok()
+            .context("the neighbour's transfer failed")?;
+        Ok(())
+    })
+}
