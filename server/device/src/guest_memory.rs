@@ -109,6 +109,17 @@ pub trait GuestMemory {
     /// Drops what was written into a range and has not gone out: nobody expects it there any more.
     fn drop_writes(&mut self, _iova: u64, _bytes: u64) {}
 
+    /// Whether what was written into a range is there, now that its ring or its device has ended and what waited was given up.
+    ///
+    /// # Errors
+    /// Pending: that is not known yet.
+    fn arrived(&mut self, _iova: u64, _bytes: u64) -> Result<bool, MemoryError> {
+        Ok(true)
+    }
+
+    /// Nobody will ask [`GuestMemory::arrived`] about what was given up so far.
+    fn forget_given_up(&mut self) {}
+
     /// Checks that a range is mapped for `direction`, without touching it.
     ///
     /// # Errors

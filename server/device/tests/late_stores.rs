@@ -237,11 +237,19 @@ fn a_ring_is_closed_when_what_goes_by_message_is_there_and_told() {
 
 #[test]
 fn what_waits_for_bus_mastering_is_dropped_with_its_ring() {
-    let (mut bed, mut ring, guest, _) = on_its_way();
+    let (mut bed, mut ring, guest, token) = on_its_way();
     bed.front.set_control(0);
     let epoch = close(&mut bed, &ring);
     assert!(is_closed(&bed, epoch));
-    assert!(matches!(bed.outputs()[..], [Output::ChannelClosed { .. }]));
+    let [published, closed] = bed.outputs().try_into().unwrap();
+    assert_eq!(
+        published,
+        Output::Published {
+            token,
+            published: false
+        }
+    );
+    assert!(matches!(closed, Output::ChannelClosed { .. }));
     bed.front.set_control(control::BUS_MASTER);
     bed.memory.deliver();
     bed.touch();

@@ -541,6 +541,7 @@ fn a_broken_ring_fails_the_device_and_a_reset_heals_it() {
     bed.front.set_generation(2);
     bed.touch();
     assert_eq!(bed.outputs(), [Output::Reset { session: 7 }]);
+    bed.end_turn();
     let mut ring = open(&mut bed, Mode::CHAT);
     ring.submit(&bed.guest, &of(Opcode::NOOP, 1));
     turn(&mut bed);
@@ -691,6 +692,8 @@ fn set_ups_that_cannot_be_are_refused_with_their_cause() {
         let mut plan = good;
         change(&mut plan);
         bed.enable(&mut plan);
+        // The hub hears first that the one before is closed.
+        turn(&mut bed);
         let answer = bed.core.open_answer(1);
         assert_eq!(answer.epoch, plan.setup.epoch);
         (answer.state == RingState::REFUSED).then_some(answer.status)
@@ -715,6 +718,7 @@ fn set_ups_that_cannot_be_are_refused_with_their_cause() {
     bed.guest.store_u64(plan.setup.events + event_offset::NONCE, 1);
     bed.front.set_ring(1, &plan.setup);
     bed.touch();
+    turn(&mut bed);
     assert_eq!(bed.core.open_answer(1).status, Status::INTEGRITY);
 }
 
@@ -1051,6 +1055,7 @@ fn a_ring_that_lies_in_other_memory_than_before_fails_its_device_and_is_not_writ
     bed.front.set_generation(2);
     bed.touch();
     bed.outputs();
+    bed.end_turn();
     let mut ring = open(&mut bed, Mode::CHAT);
     ring.submit(&bed.guest, &of(Opcode::NOOP, 5));
     turn(&mut bed);

@@ -33,6 +33,7 @@ const POLL_BUDGET: u32 = 64;
 #[derive(Debug)]
 pub struct Session {
     slot: usize,
+    vm: u64,
     front: FrontPage<SimWords>,
     core: CorePage<SimWords>,
     pub rings: Rings<SimWords>,
@@ -199,6 +200,13 @@ impl Core {
         self.hub.handle(self.outside.clock.now(), input);
     }
 
+    /// Nothing of what an earlier life left with this VM is still to be looked at.
+    #[must_use]
+    pub fn has_taken_up(&self, vm: u64) -> bool {
+        let mut sessions = self.sessions.map.values().filter(|session| session.vm == vm);
+        sessions.all(|session| session.ended || session.rings.is_taken_up())
+    }
+
     /// It has something to do now.
     #[must_use]
     pub fn is_runnable(&self) -> bool {
@@ -288,6 +296,7 @@ impl Core {
                 );
                 let attached = Session {
                     slot,
+                    vm,
                     front,
                     core,
                     rings,
@@ -351,7 +360,10 @@ impl Core {
         };
         session.ended = true;
         self.watched.insert(number);
+        // What the guest got, it got: the hub is to know before it hears of the end.
+        session.handle(now, Input::End);
         self.bulk.void_channel(number, None);
+        self.route(number, now);
         self.hub
             .handle(now, interface::Input::SessionClosed { session: number });
     }

@@ -47,6 +47,8 @@ pub struct Client {
     pub inbox: VecDeque<(Vec<u8>, Vec<Fd>)>,
     /// What it has not read yet.
     pub outbox: Vec<u8>,
+    /// The client has closed its end: what it sent before is still read.
+    hung_up: bool,
     closed: bool,
     pub gone: bool,
     told_life: Option<u64>,
@@ -131,6 +133,7 @@ impl Front {
             stalled: None,
             inbox: VecDeque::new(),
             outbox: Vec::new(),
+            hung_up: false,
             closed: false,
             gone: false,
             told_life: None,
@@ -141,8 +144,15 @@ impl Front {
         session
     }
 
-    /// The client closes its socket.
+    /// The client closes its socket. As with the real one, what it sent before comes before the end: also answers to message DMA.
     pub fn disconnect(&mut self, session: u64) {
+        if let Some(client) = self.clients.get_mut(&session) {
+            client.hung_up = true;
+        }
+    }
+
+    /// All that a client sent was read, and it is not there any more.
+    fn end(&mut self, session: u64) {
         let Some(client) = self.clients.get_mut(&session).filter(|client| !client.closed) else {
             return;
         };
@@ -178,7 +188,9 @@ impl Front {
         let waiting = self.clients.values().any(|client| {
             let stalled = client.stalled.is_some();
             let readable = !client.inbox.is_empty() && !stalled && !client.closed;
+            let ends = client.hung_up && !client.closed && !stalled;
             readable
+                || ends
                 || stalled && (self.queue.is_empty() || self.core.is_none())
                 || client.function.poll_timeout() <= now
         });
@@ -271,8 +283,12 @@ impl Front {
             return;
         };
         let answers = client.dma.send(&mut client.connection);
+        let over = client.hung_up && client.inbox.is_empty();
         self.answers(session, answers);
         self.flush(session);
+        if over {
+            self.end(session);
+        }
     }
 
     fn event(&mut self, session: u64, event: Event) {

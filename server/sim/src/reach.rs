@@ -60,6 +60,8 @@ pub struct Reach {
     steps: Rc<Steps>,
     objects: BTreeMap<u64, (Rc<Ram>, Proof)>,
     maps: BTreeMap<u64, MapRecord>,
+    /// The highest number of a map that was ever there.
+    newest: u64,
     events: Option<u64>,
     drained: u64,
     wants_drain: bool,
@@ -95,6 +97,7 @@ impl Reach {
             steps,
             objects: BTreeMap::new(),
             maps: BTreeMap::new(),
+            newest: 0,
             events: None,
             drained: 0,
             wants_drain: false,
@@ -193,6 +196,8 @@ impl Reach {
                 .filter_map(|slot| self.front.map(slot))
                 .map(|record| (record.iova, record))
                 .collect();
+            let newest = self.maps.values().map(|map| map.number).max();
+            self.newest = self.newest.max(newest.unwrap_or(0));
             self.events = Some(events);
         }
     }
@@ -491,6 +496,14 @@ impl GuestMemory for Reach {
         self.messages.drop_writes(iova, bytes);
     }
 
+    fn arrived(&mut self, iova: u64, bytes: u64) -> Result<bool, MemoryError> {
+        self.messages.arrived(iova, bytes).ok_or(MemoryError::Pending)
+    }
+
+    fn forget_given_up(&mut self) {
+        self.messages.forget_given_up();
+    }
+
     fn load_u32(&mut self, iova: u64) -> Result<u32, MemoryError> {
         let mut bytes = [0; 4];
         self.read(iova, &mut bytes)?;
@@ -535,6 +548,18 @@ impl GuestMemory for Reach {
             }
         }
         Ok(())
+    }
+
+    fn newest_map(&self) -> u64 {
+        self.newest
+    }
+
+    fn newest_map_of(&mut self, iova: u64, bytes: u64) -> u64 {
+        let meets = |map: &&MapRecord| {
+            map.iova < iova.saturating_add(bytes) && iova < map.iova.saturating_add(map.bytes)
+        };
+        let numbers = self.maps.values().filter(meets).map(|map| map.number);
+        numbers.max().unwrap_or(0)
     }
 
     fn is_shared(&mut self, iova: u64) -> bool {

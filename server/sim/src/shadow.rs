@@ -188,9 +188,9 @@ impl Shadow {
         self.delivered += 1;
     }
 
-    /// A core has taken over all that the one before left.
-    pub fn new_life(&mut self) {
-        self.life.clear();
+    /// A core has taken over all that the one before left in this VM's memory.
+    pub fn new_life(&mut self, vm: u64) {
+        self.life.retain(|(target, ..)| *target != vm);
     }
 
     /// A VM's device was reset (or its ring, or its process ended) and no core has seen it yet. What the dead core had delivered, and had not
@@ -207,6 +207,11 @@ impl Shadow {
                 self.blurred.insert((*source, *target), *newest);
             }
         }
+    }
+
+    /// What a VM takes from now on, until [`Shadow::sharpen`], may come again; not what it has taken.
+    pub fn blur_what_comes(&mut self, vm: u64) {
+        self.blurring.insert(vm);
     }
 
     /// A VM has taken all that was there before its reset (or its ring's, or its process's end): what comes now comes from a core that has seen it.

@@ -38,12 +38,13 @@ pub struct Town {
     pub peers: Vec<u64>,
     pub shadow: Shadow,
     pub trace: Trace,
-    /// A core serves that has taken over what the one before left.
-    pub served: bool,
+    /// For each VM: a core serves that has taken over what the one before left, and has looked at all of it.
+    served: Vec<bool>,
 }
 
 impl Town {
     pub fn new(clock: &Clock, complaints: &Complaints, mut chance: Chance, plan: Plan) -> Self {
+        let plan_vms = plan.vms;
         let numbers: Vec<u64> = (1..=plan.vms as u64).collect();
         let mut shadow = Shadow::new(complaints);
         let hostile: Vec<bool> = (0..plan.vms)
@@ -75,7 +76,7 @@ impl Town {
             peers: numbers,
             shadow,
             trace: Trace::default(),
-            served: false,
+            served: vec![false; plan_vms],
         }
     }
 
@@ -154,6 +155,11 @@ impl Town {
             ) {
                 self.blur_if_unserved(number);
             }
+            if act == Act::Reset && self.vms[index].unshared {
+                // The register write is posted: the VM's process may still do a write by message that was on its way, and its answer comes
+                // behind the reset. Nobody waits for that answer (it may never come), so the hub takes the message for not delivered.
+                self.shadow.blur_what_comes(number);
+            }
             self.note(format!("VM {number}: {what}"));
         }
     }
@@ -161,14 +167,14 @@ impl Town {
     fn blur_if_unserved(&mut self, vm: u64) {
         let ring = &self.guests[vm as usize - 1].rings[CHAT];
         let concerned = ring.closing || self.guests[vm as usize - 1].state != State::Running;
-        if !self.served && concerned {
+        if !self.served[vm as usize - 1] && concerned {
             self.shadow.blur(vm, ring.prepared);
         }
     }
 
     /// A core died: what guests have just reset it may not have seen.
     pub fn core_died(&mut self) {
-        self.served = false;
+        self.served.fill(false);
         for (vm, guest) in self.vms.iter().zip(&self.guests) {
             let closing = guest.rings[CHAT].closing;
             if closing || !matches!(guest.state, State::Running | State::Off) {
@@ -177,10 +183,13 @@ impl Town {
         }
     }
 
-    /// A core has taken over.
-    pub fn core_serves(&mut self) {
-        if !std::mem::replace(&mut self.served, true) {
-            self.shadow.new_life();
+    /// A core has taken over all that concerns these VMs. (Where memory is reached by message that takes longer than to be told of a session.)
+    pub fn core_serves(&mut self, is_taken_up: impl Fn(u64) -> bool) {
+        for (vm, served) in self.peers.iter().zip(&mut self.served) {
+            if !*served && is_taken_up(*vm) {
+                *served = true;
+                self.shadow.new_life(*vm);
+            }
         }
     }
 

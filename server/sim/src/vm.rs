@@ -85,6 +85,8 @@ pub struct Vm {
     /// What the requests that ended were about.
     pub ended: VecDeque<About>,
     next_key: u32,
+    /// Its process has ended: nothing is read or said any more.
+    closed: bool,
 }
 
 impl Vm {
@@ -108,12 +110,14 @@ impl Vm {
             eventfds: Vec::new(),
             ended: VecDeque::new(),
             next_key: key + 1,
+            closed: false,
         }
     }
 
     /// Connects and queues all that QEMU says at the start.
     pub fn connect(&mut self, front: &mut Front, suppression: bool) {
         self.session = Some(front.connect(self.number, suppression));
+        self.closed = false;
         self.input.clear();
         self.asks.clear();
         self.dma.clear();
@@ -140,6 +144,7 @@ impl Vm {
         if let Some(session) = self.session {
             front.disconnect(session);
         }
+        self.closed = true;
         self.asks.clear();
         self.waiting = None;
         self.input.clear();
@@ -306,7 +311,7 @@ impl Vm {
         let id = self.next_id;
         self.next_id = self.next_id.wrapping_add(1).max(1);
         let bytes = message(id, command, flags, 0, body);
-        if let Some(client) = front.clients.get_mut(&session) {
+        if let Some(client) = front.clients.get_mut(&session).filter(|_| !self.closed) {
             client.inbox.push_back((bytes, fds));
         }
         id
@@ -314,7 +319,9 @@ impl Vm {
 
     /// Reads all that has come.
     pub fn read(&mut self, front: &mut Front) {
-        let Some(session) = self.session else { return };
+        let Some(session) = self.session.filter(|_| !self.closed) else {
+            return;
+        };
         if let Some(client) = front.clients.get_mut(&session) {
             self.input.append(&mut client.outbox);
         }

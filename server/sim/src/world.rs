@@ -322,7 +322,7 @@ impl World {
             Some(()) => {
                 let taken = self.steps.taken() - before;
                 if core.adopted {
-                    self.town.borrow_mut().core_serves();
+                    self.town.borrow_mut().core_serves(|vm| core.has_taken_up(vm));
                 }
                 self.core = Some(core);
                 if taken > 3 {

@@ -169,8 +169,10 @@ pub enum Input {
     /// What the host's page is to say from now on.
     HostPage(HostFacts),
     /// The turn is over: completions published in it are signalled now, once per ring. The shell ends each batch of inputs with
-    /// it. Whatever [`Output::Published`] was polled before it has been handled (and journaled) by the hub.
+    /// it. Whatever [`Output::Published`] or [`Output::Reset`] was polled before it has been handled (and journaled) by the hub.
     TurnEnd,
+    /// The session has ended, and every answer about its memory has come: what its guest had got by then is told. The last input.
+    End,
 }
 
 /// What one call achieved and what it waits for.

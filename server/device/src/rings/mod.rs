@@ -10,7 +10,7 @@
 //! rings.handle(now, &front, &core, &mut memory, input) -> Turn
 //!     Touched when the front's counter for this slot moved; Poll { budget } while there is work; Complete for each answer of the hub
 //! while let Some(output) = rings.poll_output() { .. }       after each handle: to the hub, eventfds, kicks
-//! rings.handle(.., Input::TurnEnd), poll_output again       once per batch: signals (Published handled by the hub before)
+//! rings.handle(.., Input::TurnEnd), poll_output again       once per batch: signals (Published and Reset handled by the hub before)
 //! rings.buffer(token) -> Option<Buffer>, rings.port_write(token, offset, &bytes) -> bool      for effects
 //! rings.poll_timeout() -> Option<Tick>, rings.handle_timeout(now, &front, &core, &mut memory) -> Turn
 //! rings.arm(&front, &mut memory) -> bool                    before sleeping, some 50 us after the last Turn::progressed(); true: there is work
@@ -20,6 +20,7 @@
 
 mod check;
 mod complete;
+mod farewell;
 mod fetch;
 mod host_page;
 mod interface;

@@ -53,6 +53,7 @@ impl<W: Words> Rings<W> {
     /// The device was reset: everything in flight is void.
     pub(super) fn reset(&mut self, generation: u64) {
         for n in 0..RINGS_MAX {
+            self.take_leave(n);
             self.desk.table.close_ring(n);
         }
         for ring in &mut self.rings {
@@ -60,11 +61,13 @@ impl<W: Words> Rings<W> {
         }
         self.port.reset(&self.desk);
         self.desk.generation = generation;
-        self.desk.table.set_generation(generation);
         self.failed = false;
-        self.desk.outputs.push_back(Output::Reset {
-            session: self.desk.settings.session,
-        });
+        // A second reset before the first was told says nothing new.
+        if self.farewells.generation.replace(generation).is_none() {
+            self.then_say(Output::Reset {
+                session: self.desk.settings.session,
+            });
+        }
     }
 
     /// The guest broke the contract on ring `n`: its device fails until it is reset. The port window goes on, so that a program without
@@ -76,6 +79,7 @@ impl<W: Words> Rings<W> {
         core.set_state(self.desk.generation, DeviceState::FAILED, cause);
         for place in 0..RINGS_MAX {
             let known = self.desk.table.ring_epoch(place).is_some();
+            self.take_leave(place);
             self.desk.table.close_ring(place);
             if known {
                 self.channel_closed(place);
@@ -91,7 +95,7 @@ impl<W: Words> Rings<W> {
     }
 
     pub(super) fn channel_closed(&mut self, n: usize) {
-        self.desk.outputs.push_back(Output::ChannelClosed {
+        self.then_say(Output::ChannelClosed {
             session: self.desk.settings.session,
             channel: Channel::Ring(n as u8),
         });
@@ -148,6 +152,10 @@ impl<W: Words> Rings<W> {
             return self.closed(n, setup, core);
         }
         let known = self.desk.table.ring_epoch(n).is_some();
+        self.take_leave(n);
+        let Some(ring) = self.rings.get_mut(n) else {
+            return;
+        };
         if self.failed {
             *ring = closed_under(*setup);
             answer_open(core, n, setup.epoch, RingState::REFUSED, Status::NOT_READY);
@@ -166,6 +174,7 @@ impl<W: Words> Rings<W> {
     /// Ring `n` is closed under a set-up, and nothing of it is left.
     pub(super) fn closed(&mut self, n: usize, setup: &RingSetup, core: &CorePage<W>) {
         let known = self.desk.table.ring_epoch(n).is_some();
+        self.take_leave(n);
         if let Some(ring) = self.rings.get_mut(n) {
             let doorbell = ring.doorbell;
             *ring = closed_under(*setup);

@@ -2,6 +2,7 @@
 
 use super::check;
 use super::complete;
+use super::farewell::Farewells;
 use super::fetch;
 use super::host_page::HostPageWriter;
 use super::interface::{
@@ -34,6 +35,7 @@ pub struct Rings<W: Words> {
     pub(super) port: Port,
     host_page: HostPageWriter,
     pub(super) failed: bool,
+    pub(super) farewells: Farewells,
     /// Reads by message that were asked for before a ring was set up anew are not to be believed.
     pub(super) stale_reads: bool,
     /// Interrupt set-up and descriptors as last seen: after a change every ring is signalled once.
@@ -84,6 +86,7 @@ impl<W: Words> Rings<W> {
             port: Port::default(),
             host_page: HostPageWriter::default(),
             failed: false,
+            farewells: Farewells::default(),
             stale_reads: false,
             interrupts: None,
         };
@@ -131,6 +134,7 @@ impl<W: Words> Rings<W> {
                 self.write_host_page(front, core, memory);
             }
             Input::TurnEnd => self.end_turn(front, core, memory),
+            Input::End => self.end(memory),
         }
         self.desk.turn
     }
@@ -141,6 +145,7 @@ impl<W: Words> Rings<W> {
         if matches!(output, Output::Published { .. }) {
             self.desk.told += 1;
         }
+        self.farewells.note_polled(&output);
         Some(output)
     }
 
@@ -224,6 +229,13 @@ impl<W: Words> Rings<W> {
             && self.port.write(offset, bytes)
     }
 
+    /// Whether all that an earlier core life left has been looked at, in guest memory too.
+    #[must_use]
+    pub fn is_taken_up(&self) -> bool {
+        let adopts = |ring: &Ring| ring.stage == Stage::Opening { adopt: true };
+        !(self.rings.iter()).any(|ring| adopts(ring) || !ring.recovering.is_empty())
+    }
+
     /// Submissions in flight of all rings: fetched, and their record not yet done with.
     #[must_use]
     pub fn in_flight(&self) -> usize {
@@ -277,6 +289,9 @@ impl<W: Words> Rings<W> {
         memory: &mut M,
         budget: u32,
     ) {
+        if !self.say_farewells(memory) {
+            return;
+        }
         if front.control() & (control::FROZEN | control::QUARANTINED | control::GONE) == 0 {
             self.port.look(&mut self.desk, front, core);
         }
@@ -284,12 +299,10 @@ impl<W: Words> Rings<W> {
             memory.forget_reads();
         }
         self.close_rings(front, core, memory);
-        if !dma_is_allowed(front) {
+        if !self.say_farewells(memory) || !dma_is_allowed(front) {
             return;
         }
-        let is_taken_up =
-            |ring: &Ring| ring.recovering.is_empty() && ring.stage != Stage::Opening { adopt: true };
-        if self.desk.maps_before.is_some() && self.rings.iter().all(is_taken_up) {
+        if self.desk.maps_before.is_some() && self.is_taken_up() {
             self.desk.maps_before = None;
         }
         self.desk.note_maps(memory);
@@ -316,11 +329,13 @@ impl<W: Words> Rings<W> {
                 break;
             }
         }
-        self.desk.turn.more = self
+        self.desk.turn.more |= self
             .rings
             .iter()
             .enumerate()
             .any(|(n, ring)| stopped & 1 << n == 0 && ring_has_work(ring));
+        // Of a device that has failed just now.
+        self.say_farewells(memory);
     }
 
     /// Ends rings that the guest closed, when nothing of theirs is on its way any more.
@@ -360,6 +375,11 @@ impl<W: Words> Rings<W> {
         };
         match ring.stage {
             Stage::Closed | Stage::Refused | Stage::Closing { .. } => return Ok(0),
+            Stage::Opening { adopt: false } if self.farewells.holds_openings_up() => {
+                // Once the end of this turn has come.
+                self.desk.turn.more = true;
+                return Ok(0);
+            }
             Stage::Opening { adopt } => match open::open(&mut self.desk, ring, n, memory) {
                 Ok(()) => {
                     core.set_state(self.desk.generation, DeviceState::ACTIVE, Status::OK);
@@ -472,6 +492,7 @@ impl<W: Words> Rings<W> {
 
     fn end_turn<M: GuestMemory>(&mut self, front: &FrontPage<W>, core: &CorePage<W>, memory: &mut M) {
         self.free_told();
+        self.note_told();
         if self.failed || !dma_is_allowed(front) {
             return;
         }

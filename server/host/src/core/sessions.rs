@@ -114,7 +114,7 @@ impl Session {
         })
     }
 
-    /// Hands an input to the rings. The session must be open.
+    /// Hands an input to the rings. The session must be open (but for its last).
     pub fn handle(&mut self, now: Tick, input: Input) -> Turn {
         self.rings
             .handle(now, &self.front, &self.core, &mut self.memory, input)

@@ -148,6 +148,8 @@ pub struct FlatMemory {
     /// Writes by message to these addresses (buffers) are refused by the VM's process.
     refusing: Range<u64>,
     refused: Vec<u64>,
+    /// Writes by message that were given up.
+    given_up: Vec<u64>,
     /// Accesses so far, of any kind.
     accesses: u64,
 }
@@ -171,6 +173,7 @@ impl FlatMemory {
             queued: VecDeque::new(),
             refusing: 0..0,
             refused: Vec::new(),
+            given_up: Vec::new(),
             accesses: 0,
         }
     }
@@ -213,6 +216,19 @@ impl FlatMemory {
             }
         }
         done
+    }
+
+    /// As [`FlatMemory::deliver`], of so many writes only, in their order.
+    pub fn deliver_writes(&mut self, count: usize) {
+        for (address, bytes) in self.queued.drain(..count.min(self.queued.len())) {
+            self.guest.write(address, &bytes);
+        }
+    }
+
+    /// The device was reset, or its process ended: writes that wait are void.
+    pub fn give_up(&mut self) {
+        self.given_up
+            .extend(self.queued.drain(..).map(|(address, _)| address));
     }
 
     #[must_use]
@@ -288,8 +304,26 @@ impl GuestMemory for FlatMemory {
 
     fn drop_writes(&mut self, iova: u64, bytes: u64) {
         let end = iova.saturating_add(bytes);
-        self.queued
-            .retain(|(at, data)| *at >= end || at + data.len() as u64 <= iova);
+        let given_up = &mut self.given_up;
+        self.queued.retain(|(at, data)| {
+            let stays = *at >= end || at + data.len() as u64 <= iova;
+            if !stays {
+                given_up.push(*at);
+            }
+            stays
+        });
+    }
+
+    fn arrived(&mut self, iova: u64, bytes: u64) -> Result<bool, MemoryError> {
+        let range = iova..iova + bytes;
+        if self.queued.iter().any(|(at, _)| range.contains(at)) {
+            return Err(MemoryError::Pending);
+        }
+        Ok(!self.given_up.iter().any(|at| range.contains(at)))
+    }
+
+    fn forget_given_up(&mut self) {
+        self.given_up.clear();
     }
 
     fn load_u32(&mut self, iova: u64) -> Result<u32, MemoryError> {

@@ -198,9 +198,13 @@ impl EventLoop {
         session.ended = true;
         self.watched.insert(number);
         session.memory.cancel_leases();
+        // What the guest got, it got: the hub is to know before it hears of the end.
+        let now = now();
+        session.handle(now, Input::End);
         self.bulk.void_channel(number, None);
+        self.route(number, now);
         self.hub
-            .handle(now(), interface::Input::SessionClosed { session: number });
+            .handle(now, interface::Input::SessionClosed { session: number });
     }
 
     pub(super) fn memory_limits(&self) -> MemoryLimits {

@@ -91,6 +91,14 @@ impl GuestMemory for SessionMemory {
         self.messages.drop_writes(iova, bytes);
     }
 
+    fn arrived(&mut self, iova: u64, bytes: u64) -> Result<bool, MemoryError> {
+        self.messages.arrived(iova, bytes).ok_or(MemoryError::Pending)
+    }
+
+    fn forget_given_up(&mut self) {
+        self.messages.forget_given_up();
+    }
+
     fn load_u32(&mut self, iova: u64) -> Result<u32, MemoryError> {
         if let Some((extent, offset)) = self.hit(iova, 4, rights::READ) {
             return extent.mapping.load_u32(offset).map_err(|fault| gone(fault, iova));

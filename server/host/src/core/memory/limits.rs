@@ -1,6 +1,7 @@
 //! CORE, memory: the numbers, each with its derivation.
 
 use crate::messages::{MESSAGE_DMA_BYTES_MAX, MESSAGE_DMA_OUTSTANDING_MAX};
+use vmgmt_abi::registers::ENTRIES_MAX;
 use vmgmt_abi::ring::TRANSFER_BYTES_MAX;
 
 /// How long a fence waits for leases, in all: a piece of 1 MiB takes below 1 ms, QEMU's guest waits for us meanwhile, and its
@@ -21,6 +22,9 @@ pub const PAGE_BYTES: u64 = 4096;
 pub const READS_MAX: usize = 1024;
 /// Refused writes into buffers that are remembered for those who ask; above, a refusal fails the device: one for each piece of two of the largest transfers.
 pub const REFUSED_MAX: usize = 2 * TRANSFER_BYTES_MAX as usize / MESSAGE_DMA_BYTES_MAX as usize + 64;
+/// Writes into rings that were given up and are remembered until their rings have ended; above, all count as not done: each is a
+/// word or a completion of at most 32 bytes, for a ring of the largest size twice.
+pub const GIVEN_UP_MAX: usize = 4 * ENTRIES_MAX as usize;
 /// Bytes of writes by message that wait at most: two of the largest transfers, so that one fills while the other is sent.
 pub const QUEUED_BYTES_MAX: usize = 2 * TRANSFER_BYTES_MAX as usize;
 /// A read or write by message is given up after this: twice the time after which QEMU gives up on us.

@@ -7,7 +7,7 @@
 //! *barrier* write (a word that publishes) is given out only when all writes before it are answered, so that a guest never sees
 //! a completion whose payload failed. Writes to shared memory that come while writes by message wait are queued too ([`Write::local`]).
 
-use super::limits::{MESSAGE_WAIT_NS, QUEUED_BYTES_MAX, READ_IDLE_NS, READS_MAX, REFUSED_MAX};
+use super::limits::{GIVEN_UP_MAX, MESSAGE_WAIT_NS, QUEUED_BYTES_MAX, READ_IDLE_NS, READS_MAX, REFUSED_MAX};
 use crate::messages::{CoreToFront, MESSAGE_DMA_OUTSTANDING_MAX};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use vmgmt_device::Tick;
@@ -86,6 +86,71 @@ pub struct MessageQueue {
     refused: Vec<(u64, u64)>,
     /// Requests given out that are not to be asked again.
     dropped: BTreeSet<u64>,
+    /// What was given up: whether it is there is asked once more when its ring or its device ends.
+    given_up: GivenUp,
+}
+
+/// Writes that nobody waits for any more.
+#[derive(Debug, Default)]
+struct GivenUp {
+    /// Given out and not answered: address, bytes, and until when. An answer may still be in the channel.
+    outstanding: BTreeMap<u64, (u64, u64, Tick)>,
+    /// Not done, as far as is known.
+    lost: Vec<(u64, u64)>,
+    /// More than [`GIVEN_UP_MAX`] were: all count as lost.
+    too_many: bool,
+}
+
+impl GivenUp {
+    fn lose(&mut self, iova: u64, bytes: u64) {
+        if self.lost.len() < GIVEN_UP_MAX {
+            self.lost.push((iova, bytes));
+        } else {
+            self.too_many = true;
+        }
+    }
+
+    fn lose_write(&mut self, write: &Write) {
+        if !write.buffer {
+            self.lose(write.iova, write.data.len() as u64);
+        }
+    }
+
+    /// An answer: true, if it is about one of these.
+    fn answered(&mut self, request: u64, done: bool) -> bool {
+        let Some((iova, bytes, _)) = self.outstanding.remove(&request) else {
+            return false;
+        };
+        if !done {
+            self.lose(iova, bytes);
+        }
+        true
+    }
+
+    fn time_out(&mut self, now: Tick) {
+        let due = self.outstanding.iter();
+        let due: Vec<u64> = due
+            .filter(|(_, (.., until))| *until <= now)
+            .map(|(request, _)| *request)
+            .collect();
+        for request in due {
+            self.answered(request, false);
+        }
+    }
+
+    /// What is written anew is not asked about as what it was.
+    fn forget(&mut self, iova: u64, bytes: u64) {
+        if !self.lost.is_empty() || !self.outstanding.is_empty() {
+            self.lost
+                .retain(|(start, length)| !overlap(iova, bytes, *start, *length));
+            self.outstanding
+                .retain(|_, (start, length, _)| !overlap(iova, bytes, *start, *length));
+        }
+    }
+}
+
+const fn overlap(one: u64, one_bytes: u64, other: u64, other_bytes: u64) -> bool {
+    one < other.saturating_add(other_bytes) && other < one.saturating_add(one_bytes)
 }
 
 /// errno of an answer that says: dropped at a fence, ask again if it still holds. It may have been sent all the same; doing it twice
@@ -179,11 +244,13 @@ impl MessageQueue {
     /// Queues a write; false when there is no room. After a failure writes are dropped until it was told.
     pub fn write(&mut self, write: Write) -> bool {
         if self.failed.is_some() {
+            self.given_up.lose_write(&write);
             return true;
         }
         if write.data.len() > self.write_room() {
             return false;
         }
+        self.given_up.forget(write.iova, write.data.len() as u64);
         self.queued_bytes += write.data.len();
         if write.buffer && !self.refused.is_empty() {
             // What failed there before was another submission's, that nobody asks about any more.
@@ -275,6 +342,9 @@ impl MessageQueue {
 
     /// An answer came. Unknown requests (given up, or of before a reset) are ignored: false.
     pub fn handle_answer(&mut self, request: u64, error: u32, payload: Vec<u8>) -> bool {
+        if self.given_up.answered(request, error == 0) {
+            return true;
+        }
         if !self.outstanding.contains_key(&request) {
             return false;
         }
@@ -286,6 +356,7 @@ impl MessageQueue {
                     self.queue.push_front(operation);
                 } else if let Operation::Write(write) = operation {
                     self.queued_bytes = self.queued_bytes.saturating_sub(write.data.len());
+                    self.given_up.lose_write(&write);
                 }
             }
             return true;
@@ -299,11 +370,14 @@ impl MessageQueue {
 
     /// When the oldest outstanding request is given up.
     pub fn poll_timeout(&self) -> Option<Tick> {
-        self.outstanding.values().map(|(_, until)| *until).min()
+        let given_up = self.given_up.outstanding.values().map(|(.., until)| *until);
+        let outstanding = self.outstanding.values().map(|(_, until)| *until);
+        outstanding.chain(given_up).min()
     }
 
     /// Gives up what is due.
     pub fn handle_timeout(&mut self, now: Tick) {
+        self.given_up.time_out(now);
         let due: Vec<u64> = self
             .outstanding
             .iter()
@@ -317,20 +391,51 @@ impl MessageQueue {
         }
     }
 
-    /// Everything is void: a reset, a quarantine, the session's end. Late answers find nothing.
+    /// Everything is void: a reset, a quarantine, the session's end. Late answers only say whether a write was done all the same.
     pub fn clear(&mut self) {
-        let Self {
-            requests,
-            tickets,
-            now,
-            ..
-        } = *self;
-        *self = Self {
-            requests,
-            tickets,
-            now,
-            ..Self::default()
-        };
+        let before = std::mem::take(self);
+        (self.requests, self.tickets, self.now) = (before.requests, before.tickets, before.now);
+        self.given_up = before.given_up;
+        for operation in before.queue {
+            if let Operation::Write(write) = operation {
+                self.given_up.lose_write(&write);
+            }
+        }
+        for (request, (operation, until)) in before.outstanding {
+            if let Operation::Write(write) = operation
+                && !write.buffer
+            {
+                let place = (write.iova, write.data.len() as u64, until);
+                self.given_up.outstanding.insert(request, place);
+            }
+        }
+    }
+
+    /// Whether what was written into a range (not into a buffer) is there; `None`: that is not known yet.
+    pub fn arrived(&self, iova: u64, bytes: u64) -> Option<bool> {
+        let meets = |start: u64, length: u64| overlap(iova, bytes, start, length);
+        let waits = |operation: &Operation| matches!(operation, Operation::Write(write) if meets(write.iova, write.data.len() as u64));
+        let outstanding = self.outstanding.values();
+        let given_up = self.given_up.outstanding.values();
+        if self.queue.iter().any(waits)
+            || outstanding.map(|(operation, _)| operation).any(waits)
+            || given_up
+                .map(|(start, length, _)| (*start, *length))
+                .any(|(start, length)| meets(start, length))
+        {
+            return None;
+        }
+        let lost = self
+            .given_up
+            .lost
+            .iter()
+            .any(|(start, length)| meets(*start, *length));
+        Some(!lost && !self.given_up.too_many)
+    }
+
+    /// Nobody asks any more about what was given up so far.
+    pub fn forget_given_up(&mut self) {
+        self.given_up = GivenUp::default();
     }
 
     /// Maps went away: what was not yet given out for one that `is_mapped` no longer knows fails.
@@ -341,6 +446,7 @@ impl MessageQueue {
                 Operation::Write(write) if self.failed.is_some() || !is_mapped(write.number) => {
                     // The writes before it still go; none after it, unless it was a buffer.
                     self.queued_bytes = self.queued_bytes.saturating_sub(write.data.len());
+                    self.given_up.lose_write(&write);
                     if self.failed.is_some() || !self.refuse(&write) {
                         self.failed.get_or_insert(write.iova);
                     }
@@ -352,17 +458,15 @@ impl MessageQueue {
 
     /// Writes that overlap a range are not wanted any more. Those that were given out and not answered are not asked again.
     pub fn drop_writes(&mut self, iova: u64, bytes: u64) {
-        let overlaps = |operation: &Operation| {
-            matches!(operation, Operation::Write(write)
-                if write.iova < iova.saturating_add(bytes) && iova < write.iova.saturating_add(write.data.len() as u64))
-        };
-        let queued_bytes = &mut self.queued_bytes;
+        let overlaps = |operation: &Operation| matches!(operation, Operation::Write(write) if overlap(write.iova, write.data.len() as u64, iova, bytes));
+        let (queued_bytes, given_up) = (&mut self.queued_bytes, &mut self.given_up);
         self.queue.retain(|operation| {
             let drops = overlaps(operation);
             if let Operation::Write(write) = operation
                 && drops
             {
                 *queued_bytes = queued_bytes.saturating_sub(write.data.len());
+                given_up.lose_write(write);
             }
             !drops
         });
@@ -425,11 +529,13 @@ impl MessageQueue {
         if self.refuse(write) {
             return;
         }
+        self.given_up.lose_write(write);
         self.failed.get_or_insert(write.iova);
         self.queue.retain(|operation| match operation {
             Operation::Read { .. } => true,
             Operation::Write(write) => {
                 self.queued_bytes = self.queued_bytes.saturating_sub(write.data.len());
+                self.given_up.lose_write(write);
                 false
             }
         });

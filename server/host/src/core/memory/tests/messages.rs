@@ -442,3 +442,44 @@ fn stores_to_shared_memory_wait_behind_writes_by_message() {
     assert_eq!((seen(8), seen(16)), (2, 3));
     assert!(session.memory.take_late_stores() && !session.memory.take_late_stores());
 }
+
+#[test]
+fn of_what_a_reset_makes_void_an_answer_still_says_whether_it_is_there() {
+    let (mut session, mut ram) = unshared();
+    session
+        .turn(|memory| {
+            memory.write(0x1000, b"done")?;
+            memory.write(0x1100, b"dropped")?;
+            memory.write(0x1200, b"refused")?;
+            memory.store_u64(0x1300, 1)
+        })
+        .unwrap();
+    let arrived = |session: &mut Session, iova| session.turn(|memory| memory.arrived(iova, 8));
+    let requests = session.requests();
+    assert_eq!(requests.len(), 3, "the word waits for what it publishes");
+    session.front.set_generation(1);
+    session.front.move_fence();
+    session.memory.poll_fences(session.now);
+    assert!(!session.memory.core().busy(), "nobody waits for these answers");
+    assert_eq!(arrived(&mut session, 0x1000), Err(MemoryError::Pending));
+    assert_eq!(arrived(&mut session, 0x1300), Ok(false));
+    session.serve(&requests[0], &mut ram);
+    answer(&mut session, &requests[1], 11, &[]);
+    answer(&mut session, &requests[2], 14, &[]);
+    let places = [0x1000, 0x1100, 0x1200].map(|iova| arrived(&mut session, iova));
+    assert_eq!(places, [Ok(true), Ok(false), Ok(false)]);
+    assert_eq!(
+        (
+            session.memory.counters().late_answers,
+            session.memory.poll_timeout()
+        ),
+        (0, None)
+    );
+
+    // What is written there anew is another matter; and so is what was asked about.
+    session.turn(|memory| memory.write(0x1100, b"again")).unwrap();
+    let (settled, _) = session.until_done(&mut ram, SessionMemory::settled);
+    assert_eq!((settled, arrived(&mut session, 0x1100)), (Ok(()), Ok(true)));
+    session.memory.forget_given_up();
+    assert_eq!(arrived(&mut session, 0x1200), Ok(true));
+}
