@@ -97,6 +97,20 @@ impl Ram {
         self.write(offset, from);
     }
 
+    /// A worker reads it for a file: never behind a fence. (One that outlives its core in disk sleep may.)
+    pub fn judge_read(&self, offset: u64, bytes: u64) {
+        let within = |(start, end): &(u64, u64)| *start <= offset && offset + bytes <= *end;
+        let why = match self.quiet.get() {
+            Some(reason) => reason,
+            None if self.mapped.borrow().values().any(within) => return,
+            None => "it is not mapped for the device any more",
+        };
+        self.complaints.add(format!(
+            "a worker read {bytes} bytes at {offset:#x} of memory {} of VM {}: {why}",
+            self.key, self.vm
+        ));
+    }
+
     fn judge(&self, offset: u64, bytes: u64, map: u64) {
         let complain = |why: &str| {
             self.complaints.add(format!(

@@ -199,6 +199,14 @@ impl Spindle {
                 break;
             }
             let job = entry.remove();
+            if let Work::WritePiece { lease, .. } = &job.work
+                && !job.undead
+                && !lease.revoked.get()
+            {
+                for (ram, at, bytes) in &lease.parts {
+                    ram.judge_read(*at, *bytes);
+                }
+            }
             let done = self.disk.perform(&job.work, job.error);
             if !job.undead {
                 job.wires.finished.borrow_mut().push_back((job.effect, done));
