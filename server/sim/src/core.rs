@@ -23,7 +23,7 @@ use vmgmt_core::{Hub, Saved};
 use vmgmt_device::Tick;
 use vmgmt_device::page::{CorePage, FrontPage, LifePage, TouchedPage};
 use vmgmt_device::rings::{Buffer, Input, Modes, Output, Rings, Segment, Settings, Token, Turn};
-use vmgmt_host::core::journal::{Journal, JournalError};
+use vmgmt_host::core::journal::{Fill, Journal, JournalError};
 use vmgmt_host::messages::CoreToFront;
 
 /// Submissions fetched per session and turn.
@@ -88,6 +88,9 @@ pub struct Core {
     pub sessions: Sessions,
     pub hub: Hub,
     journal: Journal<SimWords>,
+    snapshot_bytes: usize,
+    /// The hub was told that its memory is nearly full.
+    state_full: bool,
     files: BTreeMap<u32, OpenFile>,
     next_file: u32,
     bulk: Bulk,
@@ -168,6 +171,8 @@ impl Core {
             sessions: Sessions::default(),
             hub,
             journal,
+            snapshot_bytes: 0,
+            state_full: false,
             files: BTreeMap::new(),
             next_file: 0,
             bulk: Bulk::default(),
@@ -778,11 +783,26 @@ impl Core {
         if let Err(error) = ciborium::into_writer(record, &mut bytes) {
             panic!("a record of the hub: {error}");
         }
-        let long = self.journal.journal_bytes() > JOURNAL_BYTES_MAX;
+        let fill = self.fill();
+        let long = fill.compact || self.journal.journal_bytes() > JOURNAL_BYTES_MAX;
         match self.journal.append(&bytes) {
-            Ok(()) if !long => {}
+            Ok(()) if !long => self.tell_fill(fill),
             Ok(()) | Err(JournalError::Full { .. }) => self.take_snapshot(),
             Err(error) => panic!("the journal: {error}"),
+        }
+    }
+
+    fn fill(&self) -> Fill {
+        let journal = &self.journal;
+        Fill::of(journal.room_bytes(), self.snapshot_bytes, journal.journal_bytes())
+    }
+
+    /// As the real core does: the hub refuses what would make its state larger than its memory.
+    fn tell_fill(&mut self, fill: Fill) {
+        if fill.full != self.state_full {
+            self.state_full = fill.full;
+            let now = self.outside.clock.now();
+            self.hub.handle(now, interface::Input::StateFull(fill.full));
         }
     }
 
@@ -796,6 +816,8 @@ impl Core {
         if let Err(error) = self.journal.snapshot(&snapshot) {
             panic!("the hub's state ({} bytes): {error}", snapshot.len());
         }
+        self.snapshot_bytes = snapshot.len();
+        self.tell_fill(self.fill());
     }
 }
 

@@ -449,7 +449,10 @@ impl World {
     }
 
     fn operate(&mut self) {
-        let Some(core) = &mut self.core else { return };
+        // As the real one, it listens to operators when it has taken over, and not before.
+        let Some(core) = self.core.as_mut().filter(|core| core.adopted) else {
+            return;
+        };
         let mut town = self.town.borrow_mut();
         self.next_request += 1;
         let request = if town.chance.permille(500) {
