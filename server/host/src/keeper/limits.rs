@@ -22,8 +22,9 @@ pub(super) const SUSPECT_DEATHS_MAX: usize = 4;
 pub(super) const FIRST_DEATHS_MAX: usize = 5;
 /// How long a core may take from its start to READY: it adopts in slices and only reads its state before.
 pub(super) const START_DEADLINE: Duration = Duration::from_secs(30);
-/// How long a program that is asked whether it could be the core may take (survival.md, "Upgrade").
-pub(super) const CHECK_DEADLINE: Duration = Duration::from_secs(2);
+/// How long a program that is asked whether it could take over may take. No VM waits for its answer, which takes a tenth of a second; a host that is
+/// busy with other things must not be refused an upgrade for that.
+pub(super) const CHECK_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a core may take to stand still, so that its state can be copied: its loop never waits, but for a processor.
 pub(super) const FREEZE_DEADLINE: Duration = Duration::from_millis(500);
 /// How long a draining core may take beyond its deadline to write its snapshot and end.
