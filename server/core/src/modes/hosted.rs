@@ -13,7 +13,6 @@ use crate::interface::ControlReply;
 use crate::kept::{Change, HostResult, HostStage, KeptHost, KeptHostStream};
 use crate::limits::OPERATOR_RETURNS_NS_MAX;
 use crate::office::Office;
-use std::collections::VecDeque;
 use vmgmt_abi::Status;
 use vmgmt_device::Tick;
 
@@ -81,12 +80,8 @@ impl Transfers {
             answer(office, vm.unwrap_or(0), file, result);
             return true;
         }
-        let kept = office.ledger.kept.host.iter();
-        let Some((id, kept)) = kept
-            .filter(|(_, kept)| kept.key == file.key)
-            .map(|(id, kept)| (*id, kept))
-            .next()
-        else {
+        let mut kept = office.ledger.kept.host.iter();
+        let Some((&id, kept)) = kept.find(|(_, kept)| kept.key == file.key) else {
             return false;
         };
         let push = matches!(source, OfferSource::Push(_));
@@ -97,7 +92,7 @@ impl Transfers {
             return true;
         }
         if let Some(offer) = self.offers.get_mut(&id) {
-            if offer.source.host().is_some_and(|old| old.is_attached()) {
+            if !offer.source.awaits_operator() {
                 refuse(office, file, Status::BUSY, BUSY);
                 return true;
             }
@@ -107,7 +102,7 @@ impl Transfers {
             office.timers.arm(deadline, timer);
             (offer.source, offer.deadline) = (source, deadline);
         } else if let Some(stream) = self.streams.get_mut(&id) {
-            if stream.host().is_some_and(|old| old.is_attached()) {
+            if !stream.awaits_operator() {
                 refuse(office, file, Status::BUSY, BUSY);
                 return true;
             }
@@ -180,12 +175,7 @@ impl Transfers {
             failure,
         } = kept;
         let (mine, side) = (Party::from(end), if push { Side::Target } else { Side::Source });
-        if end.open {
-            self.ends.insert(end.handle, (id, side));
-            if let Some(entry) = office.vm_mut(end.vm) {
-                entry.open_files += 1;
-            }
-        }
+        self.furnish_end(office, id, side, end);
         let host = Party::Host(file);
         let (source, target) = if push { (host, mine) } else { (mine, host) };
         let finish = crc32.filter(|_| push).map(|crc32| Finish {
@@ -194,20 +184,13 @@ impl Transfers {
             crc32: Some(crc32),
         });
         let stream = Stream {
-            source,
-            target,
-            size,
-            writes: VecDeque::new(),
-            reads: VecDeque::new(),
-            moving: false,
-            half: None,
             moved,
             taken: if push { 0 } else { moved },
             finish,
             end_read,
             failure,
             crc32: if push { 0 } else { crc32.unwrap_or(0) },
-            progress: office.now,
+            ..Stream::new(source, target, size, office.now)
         };
         self.streams.insert(id, stream);
     }
@@ -216,7 +199,7 @@ impl Transfers {
     pub fn await_operators(&mut self, office: &mut Office) {
         let until = office.now.after_ns(OPERATOR_RETURNS_NS_MAX);
         for (id, offer) in &mut self.offers {
-            if offer.source.host().is_some_and(|file| !file.is_attached()) {
+            if offer.source.awaits_operator() {
                 let timer = Timer::ControlOffer { offer: *id };
                 office.timers.disarm(offer.deadline, timer);
                 office.timers.arm(until, timer);
@@ -224,7 +207,7 @@ impl Transfers {
             }
         }
         for (id, stream) in &self.streams {
-            if stream.host().is_some_and(|file| !file.is_attached()) {
+            if stream.awaits_operator() {
                 office.timers.arm(until, Timer::ControlStream { stream: *id });
             }
         }
@@ -232,8 +215,7 @@ impl Transfers {
 
     /// The time is over.
     pub fn nobody_came(&mut self, office: &mut Office, id: u64) {
-        let waits = |stream: &Stream| stream.host().is_some_and(|file| !file.is_attached());
-        if self.streams.get(&id).is_some_and(waits) {
+        if self.streams.get(&id).is_some_and(Stream::awaits_operator) {
             let gone = Status::PEER_ABSENT.0;
             let failure = Failure {
                 source: gone,

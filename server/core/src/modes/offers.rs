@@ -69,6 +69,12 @@ impl OfferSource {
             Self::Push(file) | Self::Pull(file) => Some(*file),
         }
     }
+
+    /// Whether the operator has not asked again yet.
+    #[must_use]
+    pub fn awaits_operator(&self) -> bool {
+        self.host().is_some_and(|file| !file.is_attached())
+    }
 }
 
 /// How far an offer is.

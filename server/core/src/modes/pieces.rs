@@ -29,7 +29,7 @@ impl Transfers {
             self.at_end(office, id);
             return;
         }
-        if stream.host().is_some_and(|file| !file.is_attached()) {
+        if stream.awaits_operator() {
             return;
         }
         let (write, read) = (stream.writes.front().copied(), stream.reads.front().copied());

@@ -111,6 +111,25 @@ pub struct Stream {
 }
 
 impl Stream {
+    /// One of which nothing is moved.
+    pub(super) fn new(source: Party, target: Party, size: u64, now: Tick) -> Self {
+        Self {
+            source,
+            target,
+            size,
+            writes: VecDeque::new(),
+            reads: VecDeque::new(),
+            moving: false,
+            half: None,
+            moved: 0,
+            taken: 0,
+            finish: None,
+            end_read: false,
+            failure: None,
+            crc32: 0,
+            progress: now,
+        }
+    }
     pub(super) fn vm(&self) -> u64 {
         match (self.source, self.target) {
             (Party::Vm { vm, .. }, _) | (_, Party::Vm { vm, .. }) => vm,
@@ -157,6 +176,10 @@ impl Stream {
             Party::Vm { .. } => None,
         }
     }
+    /// Whether its operator has not asked again yet.
+    pub(super) fn awaits_operator(&self) -> bool {
+        self.host().is_some_and(|file| !file.is_attached())
+    }
     pub(super) fn host(&self) -> Option<HostFile> {
         match (self.source, self.target) {
             (Party::Host(file), _) | (_, Party::Host(file)) => Some(file),
@@ -177,22 +200,7 @@ impl Transfers {
                 }
             }
         }
-        let stream = Stream {
-            source,
-            target,
-            size,
-            writes: VecDeque::new(),
-            reads: VecDeque::new(),
-            moving: false,
-            half: None,
-            moved: 0,
-            taken: 0,
-            finish: None,
-            end_read: false,
-            failure: None,
-            crc32: 0,
-            progress: office.now,
-        };
+        let stream = Stream::new(source, target, size, office.now);
         ask_checksum(office, id, &stream);
         self.streams.insert(id, stream);
         id
@@ -214,13 +222,7 @@ impl Transfers {
                 failure,
             } = kept;
             for (side, end) in [(Side::Source, source), (Side::Target, target)] {
-                if !end.open {
-                    continue;
-                }
-                self.ends.insert(end.handle, (id, side));
-                if let Some(entry) = office.vm_mut(end.vm) {
-                    entry.open_files += 1;
-                }
+                self.furnish_end(office, id, side, end);
             }
             let half = match written.cmp(&read) {
                 Ordering::Less => Some((Side::Source, from, read - written)),
@@ -228,22 +230,25 @@ impl Transfers {
                 Ordering::Greater => Some((Side::Target, into, written - read)),
             };
             let stream = Stream {
-                source: source.into(),
-                target: target.into(),
-                size,
-                writes: VecDeque::new(),
-                reads: VecDeque::new(),
-                moving: false,
                 half: half.map(|(side, token, done)| Half { side, token, done }),
                 moved: written.max(read),
                 taken: written,
-                finish: None,
                 end_read,
                 failure,
-                crc32: 0,
-                progress: office.now,
+                ..Stream::new(source.into(), target.into(), size, office.now)
             };
             self.streams.insert(id, stream);
+        }
+    }
+
+    /// The handle of an end that is open, in a new core life.
+    pub(super) fn furnish_end(&mut self, office: &mut Office, id: u64, side: Side, end: KeptEnd) {
+        if !end.open {
+            return;
+        }
+        self.ends.insert(end.handle, (id, side));
+        if let Some(entry) = office.vm_mut(end.vm) {
+            entry.open_files += 1;
         }
     }
 
