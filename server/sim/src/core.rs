@@ -22,8 +22,9 @@ use vmgmt_core::policy::VmConfig;
 use vmgmt_core::{Hub, Saved};
 use vmgmt_device::Tick;
 use vmgmt_device::page::{CorePage, FrontPage, LifePage, TouchedPage};
-use vmgmt_device::rings::{Buffer, Input, Modes, Output, Rings, Segment, Settings, Token, Turn};
+use vmgmt_device::rings::{Buffer, Input, Modes, Output, Rings, Settings, Token, Turn};
 use vmgmt_host::core::journal::{Fill, Journal, JournalError};
+use vmgmt_host::core::sessions::part_of;
 use vmgmt_host::messages::CoreToFront;
 
 /// Submissions fetched per session and turn.
@@ -833,23 +834,4 @@ fn recover(journal: &Journal<SimWords>, life: u64) -> Hub {
         ciborium::from_reader(bytes.as_slice()).unwrap_or_else(|error| panic!("a record: {error}"))
     });
     Hub::replay(life, saved, records).unwrap_or_else(|error| panic!("the hub's records: {error}"))
-}
-
-/// The segments of part of a buffer.
-fn part_of(segments: &[Segment], mut skip: u64, mut bytes: u64) -> Vec<(u64, u64)> {
-    let mut part = Vec::with_capacity(segments.len());
-    for segment in segments {
-        if bytes == 0 {
-            break;
-        }
-        if skip >= segment.bytes {
-            skip -= segment.bytes;
-            continue;
-        }
-        let take = (segment.bytes - skip).min(bytes);
-        part.push((segment.iova + skip, take));
-        bytes -= take;
-        skip = 0;
-    }
-    part
 }

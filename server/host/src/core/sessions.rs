@@ -269,8 +269,9 @@ impl Sessions {
     }
 }
 
-/// The segments of part of a buffer.
-fn part_of(segments: &[Segment], mut skip: u64, mut bytes: u64) -> Vec<(u64, u64)> {
+/// The segments of part of a buffer, as addresses and bytes: `bytes` of it from its byte `skip` on.
+#[must_use]
+pub fn part_of(segments: &[Segment], mut skip: u64, mut bytes: u64) -> Vec<(u64, u64)> {
     let mut part = Vec::with_capacity(segments.len());
     for segment in segments {
         if bytes == 0 {

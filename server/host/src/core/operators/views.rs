@@ -8,15 +8,13 @@ use vmgmt_core::interface::VmStatus;
 use vmgmt_device::Tick;
 
 pub(super) fn grant_text(grant: &ShareGrant) -> String {
-    format!(
-        "{}:{}",
-        grant.share,
-        if grant.access == Access::ReadOnly {
-            "ro"
-        } else {
-            "rw"
-        }
-    )
+    granted(&grant.share, grant.access)
+}
+
+/// A share of a VM, or a VM of a share, and what it may do there.
+fn granted(name: &str, access: Access) -> String {
+    let may = if access == Access::ReadOnly { "ro" } else { "rw" };
+    format!("{name}:{may}")
 }
 
 pub(super) fn shares(books: &Books<'_>) -> Shares {
@@ -34,17 +32,7 @@ pub(super) fn shares(books: &Books<'_>) -> Shares {
                     .find(|grant| grant.share == share.name)
                     .map(|grant| (vm, grant))
             })
-            .map(|(vm, grant)| {
-                format!(
-                    "{}:{}",
-                    vm.name,
-                    if grant.access == Access::ReadOnly {
-                        "ro"
-                    } else {
-                        "rw"
-                    }
-                )
-            })
+            .map(|(vm, grant)| granted(&vm.name, grant.access))
             .collect(),
     });
     Shares {
