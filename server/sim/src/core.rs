@@ -10,6 +10,7 @@ use crate::clockwork::{Clock, SimWords, Steps};
 use crate::disk::{Done, Work};
 use crate::faults::Fault;
 use crate::limits::JOURNAL_BYTES_MAX;
+use crate::ram::Complaints;
 use crate::reach::Reach;
 use crate::wires::{Eventfd, Spindle, ToCore, Wires};
 use std::cell::{Cell, RefCell};
@@ -74,6 +75,7 @@ pub struct Outside {
     /// What the operator gets.
     pub replies: Rc<RefCell<VecDeque<(u64, ControlReply)>>>,
     pub fault: Rc<Cell<Fault>>,
+    pub complaints: Complaints,
     /// How long a core polls after its last work.
     pub poll_ns: u64,
 }
@@ -105,6 +107,9 @@ pub struct Core {
     pub due: Option<Tick>,
     /// All sessions of before have been told.
     pub adopted: bool,
+    /// How often it has done something that its rooms wanted, and what it was.
+    pub done: u64,
+    pub last_done: &'static str,
 }
 
 impl Sessions {
@@ -184,6 +189,8 @@ impl Core {
             asleep: false,
             due: None,
             adopted: false,
+            done: 0,
+            last_done: "",
             outside,
         };
         core.take_snapshot();
@@ -248,6 +255,33 @@ impl Core {
         }
         // The channel's descriptor would wake it as an eventfd does.
         self.asleep = self.outside.wires.to_core.borrow().is_empty();
+        self.look_into_hands();
+    }
+
+    /// Nobody sleeps on what it has in hand: whoever would wake it next may take for ever.
+    fn look_into_hands(&self) {
+        let complain = |what: &str| self.outside.complaints.add(format!("the core sleeps on {what}"));
+        if self.asleep && self.hub.has_output() {
+            complain("outputs of the hub");
+        }
+        if self.asleep && self.bulk.is_ready() {
+            complain("bulk work that could go on");
+        }
+    }
+
+    /// A wake-up without a cause: it looks at everything of these sessions as if they had been touched.
+    pub fn wake_for_nothing(&mut self, sessions: &[u64]) {
+        for number in sessions {
+            if let Some(session) = self.sessions.map.get_mut(number) {
+                session.look = true;
+            }
+        }
+        self.outside.wires.wake_core.set(true);
+    }
+
+    fn did(&mut self, what: &'static str) {
+        self.done += 1;
+        self.last_done = what;
     }
 
     /// An ordered end.
@@ -421,16 +455,21 @@ impl Core {
             self.hub.handle_timeout(now);
         }
         worked |= self.carry(now);
+        let sleeps_on_answers = self.outside.fault.get() == Fault::SleepsOnAnswers;
         if self.bulk.is_ready() {
-            worked = true;
+            worked |= !sleeps_on_answers;
             for session in self.bulk.sessions() {
                 self.sessions.open(session, now);
             }
             self.step_bulk(now);
-            self.carry(now);
+            if sleeps_on_answers {
+                worked |= self.bulk.is_ready();
+            } else {
+                self.carry(now);
+            }
         }
         self.close_sessions(now);
-        worked |= self.hub.has_output() && self.outside.fault.get() != Fault::SleepsOnAnswers;
+        worked |= self.hub.has_output() && !sleeps_on_answers;
         self.run_fences(now);
         if std::mem::take(&mut self.kicked) && self.touched.front_asleep() {
             self.outside.steps.step();
@@ -511,6 +550,7 @@ impl Core {
             let Some(output) = session.rings.poll_output() else {
                 return;
             };
+            (self.done, self.last_done) = (self.done + 1, "an output of the rings");
             let input = match output {
                 Output::Submission(fetched) => interface::Input::Submission(fetched),
                 Output::Cancel(token) => {
@@ -564,6 +604,7 @@ impl Core {
         let mut unwritten = VecDeque::new();
         while let Some(output) = self.hub.poll_output() {
             worked = true;
+            self.did("an output of the hub");
             match output {
                 interface::Output::Complete {
                     token,
@@ -685,6 +726,7 @@ impl Core {
 
     fn step_bulk(&mut self, now: Tick) {
         for _ in 0..self.bulk.ready() {
+            self.did("bulk work");
             match self.bulk.step(&mut self.sessions) {
                 Step::Nothing => {}
                 Step::Work(id, work) => {

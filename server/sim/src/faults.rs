@@ -21,7 +21,7 @@ pub enum Fault {
     SleepsUnarmed,
     /// The core sleeps without looking whether it was touched meanwhile.
     SleepsWithoutLooking,
-    /// The core sleeps on answers that the hub gave at the end of a turn.
+    /// The core does not look at the hub again before it sleeps: it sleeps on answers to what bulk work and the ends of turns told the hub.
     SleepsOnAnswers,
     /// Fences are answered although leases are held or messages are under way.
     FencesTooEarly,

@@ -198,6 +198,12 @@ impl Front {
         !self.asleep || woken || waiting || flows || self.adopting.is_some() && self.queue.is_empty()
     }
 
+    /// Bytes for clients that they have not read.
+    #[must_use]
+    pub fn bytes_out(&self) -> usize {
+        self.clients.values().map(|client| client.outbox.len()).sum()
+    }
+
     /// When it wants to be woken.
     #[must_use]
     pub fn due(&self) -> Option<Tick> {

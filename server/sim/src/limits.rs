@@ -23,6 +23,15 @@ pub const DEATH_SEEN_NS_MAX: u64 = 50_000_000;
 /// Actions kept for a failure's report.
 pub const ACTIONS_KEPT: usize = 40;
 
+/// Turns in which everybody must have come to rest, or nothing is concluded.
+pub const REST_TURNS: u32 = 400;
+/// Virtual time between two of them: a core that polls for its longest time has stopped long before the last.
+pub const REST_STEP_NS: u64 = 2_000;
+/// Turns in a row in which nobody did anything: then all sleep.
+pub const REST_TURNS_CALM: u32 = 3;
+
+const _: () = assert!(POLL_NS[0] < REST_STEP_NS * REST_TURNS as u64 / 4);
+
 /// Entries of a guest's rings.
 pub const RING_ENTRIES: u32 = 16;
 /// First byte of the arena of buffers in a guest's memory; below it are the rings and the host's page.

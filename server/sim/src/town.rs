@@ -40,6 +40,8 @@ pub struct Town {
     pub trace: Trace,
     /// For each VM: a core serves that has taken over what the one before left, and has looked at all of it.
     served: Vec<bool>,
+    /// VMs whose process stands still: it reads and answers nothing.
+    pub still: Vec<bool>,
 }
 
 impl Town {
@@ -77,6 +79,7 @@ impl Town {
             shadow,
             trace: Trace::default(),
             served: vec![false; plan_vms],
+            still: vec![false; plan_vms],
         }
     }
 
@@ -125,6 +128,9 @@ impl Town {
     /// A turn of some VM.
     pub fn guest_turn(&mut self) {
         let index = self.chance.below(self.vms.len() as u64) as usize;
+        if self.still[index] {
+            return;
+        }
         let number = self.vms[index].number;
         if self.hostile[index] {
             let what = self.hostile_turn(index);
@@ -161,6 +167,20 @@ impl Town {
                 self.shadow.blur_what_comes(number);
             }
             self.note(format!("VM {number}: {what}"));
+        }
+    }
+
+    /// What follows from what is there already: processes read and answer, honest drivers ring and set up. Nobody begins anything.
+    pub fn react(&mut self) {
+        for index in 0..self.vms.len() {
+            if self.still[index] {
+                continue;
+            }
+            if self.hostile[index] {
+                self.vms[index].step(&mut self.front);
+            } else {
+                self.with(index, |guest, site| guest.settle(site));
+            }
         }
     }
 

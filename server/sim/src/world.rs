@@ -2,6 +2,8 @@
 //!
 //! In: chance. Out: complaints. The order of the keeper's words is the real one: a core is dead for guest memory before the next begins.
 
+mod rest;
+
 use crate::chance::Chance;
 use crate::clockwork::{Clock, Death, SimWords, Steps};
 use crate::core::{Core, Outside};
@@ -37,11 +39,12 @@ pub enum Next {
     Disk,
     Freeze,
     Operator,
+    Rest,
 }
 
 impl Next {
     /// All of them, and how often.
-    pub const BASE: [(Self, u32); 12] = [
+    pub const BASE: [(Self, u32); 13] = [
         (Self::Core, 200),
         (Self::Front, 150),
         (Self::Guest, 500),
@@ -54,6 +57,7 @@ impl Next {
         (Self::Disk, 4),
         (Self::Freeze, 2),
         (Self::Operator, 10),
+        (Self::Rest, 12),
     ];
 }
 
@@ -208,6 +212,7 @@ impl World {
             Next::Disk => self.disk(),
             Next::Freeze => self.freeze(),
             Next::Operator => self.operate(),
+            Next::Rest => self.rest(),
         }
         self.look();
     }
@@ -239,6 +244,7 @@ impl World {
             hub_words: self.hub_words.clone(),
             replies: Rc::clone(&self.replies),
             fault: Rc::clone(&self.fault),
+            complaints: self.complaints.clone(),
             poll_ns: self.poll_ns,
         }
     }

@@ -1,0 +1,156 @@
+//! GARDEN, rest: nobody begins anything new until all sleep; at that moment nobody may find anything to do.
+//!
+//! In: the world between two steps. Out: complaints about wake-ups that never came. A lost wake-up hides behind the next one: behind a
+//! neighbour's doorbell, a timer, a guest that asks again. So it is looked for at the instant of sleep, by waking everybody for no reason: who
+//! then does anything was not woken when it should have been.
+
+use super::World;
+use crate::core::Core;
+use crate::limits::{REST_STEP_NS, REST_TURNS, REST_TURNS_CALM};
+use vmgmt_device::page::TouchedPage;
+
+impl World {
+    /// Lets everybody end what is to be done now, until all sleep, and looks at the sleepers. Now and then something still happens while the
+    /// core goes to sleep. A process may stand still meanwhile: what it does not answer wakes nobody.
+    pub(super) fn rest(&mut self) {
+        let overtaken_in = {
+            let mut town = self.town.borrow_mut();
+            let town = &mut *town;
+            for still in &mut town.still {
+                *still = town.chance.permille(200);
+            }
+            town.note(format!(
+                "nobody begins anything; who stands still: {:?}",
+                town.still
+            ));
+            let reach = town.chance.between(2, 9);
+            let accesses = town.chance.below(1 << reach);
+            town.chance.permille(800).then_some(accesses)
+        };
+        self.steps.overtake_in(overtaken_in);
+        let rests = self.come_to_rest();
+        self.steps.overtake_in(None);
+        if rests && self.core.as_ref().is_some_and(|core| core.adopted) {
+            self.town.borrow_mut().note("all sleep".into());
+            self.look_at_guests();
+            self.look_at_front();
+            self.look_at_core();
+        }
+        self.town.borrow_mut().still.fill(false);
+    }
+
+    /// True: nobody has anything to do, but when time passes or a disk ends its work.
+    fn come_to_rest(&mut self) -> bool {
+        let mut calm = 0;
+        for _ in 0..REST_TURNS {
+            self.clock.advance_to(self.clock.now().after_ns(REST_STEP_NS));
+            self.spin();
+            self.keep();
+            let mut worked = self.run_all();
+            self.town.borrow_mut().react();
+            worked |= self.is_awake();
+            calm = if worked { 0 } else { calm + 1 };
+            if calm == REST_TURNS_CALM {
+                return true;
+            }
+        }
+        false
+    }
+
+    fn is_awake(&self) -> bool {
+        self.town.borrow().front.is_runnable() || self.core.as_ref().is_some_and(Core::is_runnable)
+    }
+
+    /// Honest guests whose processes run and which a core serves that has taken over all that the one before left.
+    fn served(&self) -> Vec<usize> {
+        let town = self.town.borrow();
+        let Some(core) = &self.core else { return Vec::new() };
+        let is_served = |index: &usize| {
+            let vm = &town.vms[*index];
+            !town.hostile[*index] && !town.still[*index] && vm.is_free() && core.has_taken_up(vm.number)
+        };
+        (0..town.vms.len()).filter(is_served).collect()
+    }
+
+    /// A guest that waits for its interrupt has nothing to take.
+    fn look_at_guests(&self) {
+        let town = self.town.borrow();
+        for index in self.served() {
+            let (vm, guest) = (&town.vms[index], &town.guests[index]);
+            // While there is no DMA there is no message interrupt either: it comes when there is DMA again.
+            if !guest.bus_master || vm.session.is_some_and(|session| self.frozen.contains(&session)) {
+                continue;
+            }
+            for ring in guest.rings.iter().filter(|ring| ring.sleeping && ring.enabled) {
+                let interrupts = vm.eventfds.get(ring.n).map_or(0, |fd| fd.get());
+                if interrupts == ring.interrupts_seen && ring.has_completion(&vm.ram) {
+                    self.complaints.add(format!(
+                        "all sleep, and VM {} ring {} waits for an interrupt while a completion is there",
+                        vm.number, ring.n
+                    ));
+                }
+            }
+        }
+    }
+
+    /// The front finds nothing in a turn that nobody woke it for.
+    fn look_at_front(&self) {
+        let mut town = self.town.borrow_mut();
+        let Some(wires) = town.front.core.clone() else {
+            return;
+        };
+        let touched = TouchedPage::new(wires.touched.clone());
+        let before = (
+            touched.total(),
+            wires.to_core.borrow().len(),
+            town.front.bytes_out(),
+        );
+        town.front.turn(usize::MAX);
+        let after = (
+            touched.total(),
+            wires.to_core.borrow().len(),
+            town.front.bytes_out(),
+        );
+        if before != after {
+            self.complaints.add(format!(
+                "all sleep, and the front, woken for nothing, finds something (touched, packets, bytes): {before:?}, then {after:?}"
+            ));
+        }
+    }
+
+    /// The core finds nothing, in no ring of an honest guest that has rung, nor anywhere in itself.
+    fn look_at_core(&mut self) {
+        let sessions: Vec<u64> = {
+            let town = self.town.borrow();
+            let rung = |index: &usize| town.guests[*index].rings.iter().all(|ring| !ring.doorbell_due);
+            let served = self.served().into_iter();
+            served
+                .filter(rung)
+                .filter_map(|index| town.vms[index].session)
+                .collect()
+        };
+        let Some(core) = &mut self.core else { return };
+        let before = core.done;
+        core.wake_for_nothing(&sessions);
+        // Who reaches a guest's memory by message needs some turns to look. What becomes due meanwhile is no finding.
+        let due = self.next_due();
+        for _ in 0..REST_TURNS {
+            self.core_round();
+            let Some(core) = &self.core else { return };
+            if core.done != before {
+                let what = core.last_done;
+                self.complaints.add(format!(
+                    "all sleep, and the core, woken for nothing, finds something to do: {what}"
+                ));
+                return;
+            }
+            let now = self.clock.now().after_ns(REST_STEP_NS);
+            if due.is_some_and(|due| due <= now) || !self.is_awake() {
+                return;
+            }
+            self.clock.advance_to(now);
+            self.run_all();
+            self.town.borrow_mut().react();
+        }
+    }
+}
