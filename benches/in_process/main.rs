@@ -1,6 +1,6 @@
 //! What vmgmtd costs by itself: the real daemon, the real driver, shared memory, no QEMU.
 //!
-//! `cargo bench --bench in_process` prints for a person; `-- --json` one JSON object; further words choose parts (`latency`, `rate`,
+//! `cargo bench --bench in_process` prints for a person; `-- --json` one JSON object; further words choose parts (`rate`, `messages`, `latency`,
 //! `bulk`, `bulk-64k`, `stream`, `footprint`). Every figure is taken in this run, and what it is compared with as well; all of it takes about a
 //! minute.
 
@@ -67,8 +67,9 @@ fn median(mut values: Vec<f64>) -> f64 {
 /// A part of the run: its name, and what it does.
 type Part = (&'static str, fn(&mut Figures) -> Result<()>);
 
-const PARTS: [Part; 6] = [
-    ("rate", rate::run),
+const PARTS: [Part; 7] = [
+    ("rate", rate::no_ops),
+    ("messages", rate::messages),
     ("latency", latency::run),
     ("bulk", bulk::files),
     ("bulk-64k", bulk::files_in_small_pieces),

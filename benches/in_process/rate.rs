@@ -22,13 +22,8 @@ pub fn spinning(vm: &SimulatedVm, mode: Mode, entries: u32) -> Result<Client> {
     vm.ring_with(options)
 }
 
-pub fn run(figures: &mut Figures) -> Result<()> {
+pub fn no_ops(figures: &mut Figures) -> Result<()> {
     figures.title("Rates (guest and core poll; one ring)");
-    no_ops(figures)?;
-    messages(figures)
-}
-
-fn no_ops(figures: &mut Figures) -> Result<()> {
     let site = site(1)?;
     let vm = site.vm_with(0, GuestOptions::spinning())?;
     for depth in [1_u32, 32, 256] {
@@ -72,7 +67,8 @@ fn no_ops(figures: &mut Figures) -> Result<()> {
     Ok(())
 }
 
-fn messages(figures: &mut Figures) -> Result<()> {
+pub fn messages(figures: &mut Figures) -> Result<()> {
+    figures.title("Rate of messages (guests and core poll)");
     const BYTES: usize = 64;
     const IN_FLIGHT: usize = 128;
     let site = site(2)?;

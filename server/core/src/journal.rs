@@ -8,9 +8,13 @@
 //! connection ends with the core, and it asks again by the key). Not covered, and so gone with a crash: rates, and an operator's
 //! transfers without a key.
 
+mod form;
+
+pub use form::Unreadable;
+
 use crate::kept::{Change, Settled};
 use crate::policy::VmConfig;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use std::sync::Arc;
 use vmgmt_device::rings::{Channel, Token};
 
@@ -28,7 +32,13 @@ pub struct Message {
     /// Time of the mailbox clock (wall time clamped against jumps), nanoseconds.
     pub stamp_ns: u64,
     pub to_all: bool,
+    /// Written as a byte string, which is read as the array of numbers that it was in earlier versions, and by them.
+    #[serde(serialize_with = "as_bytes")]
     pub body: Vec<u8>,
+}
+
+fn as_bytes<S: Serializer>(body: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_bytes(body)
 }
 
 /// Who gets a message.

@@ -31,6 +31,6 @@ mod table;
 pub use effect::{BufferRange, Effect, EffectId, FailedAt, FileSlot, Identity, Outcome};
 pub use hub::Hub;
 pub use interface::{ControlReply, ControlRequest, Input, Output};
-pub use journal::{Message, Record};
+pub use journal::{Message, Record, Unreadable};
 pub use kept::{Change, Settled};
 pub use state::{RestoreError, Saved};

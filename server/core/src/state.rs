@@ -132,6 +132,11 @@ impl Saved {
     }
 }
 
+fn features(ledger: &SavedLedger) -> BTreeSet<String> {
+    let operators = ledger.has_operators().then(|| OPERATOR_TRANSFERS.to_owned());
+    operators.into_iter().collect()
+}
+
 /// What version 1 wrote, as far as [`Hub::replay`] needs it: handles, offers and streams of its core did not survive. The rest is not read.
 #[derive(Deserialize)]
 struct SavedVersion1 {
@@ -160,14 +165,24 @@ impl From<SavedVersion1> for Saved {
 }
 
 impl Hub {
-    /// A snapshot that is to stand for all records so far. Those that were not polled yet are among them and are dropped: a record that is
-    /// written behind a snapshot that has its change already would be applied to it a second time.
+    /// A snapshot that is to stand for all records so far: what [`Hub::replay`] uses of a hub, and nothing of what is under way. Records that
+    /// were not polled yet are among them and are dropped: a record that is written behind a snapshot that has its change already would be
+    /// applied to it a second time.
     #[must_use]
     pub fn snapshot(&mut self) -> Saved {
-        self.office
+        let office = &mut self.office;
+        office
             .outputs
             .retain(|output| !matches!(output, Output::Journal(_)));
-        self.save()
+        let ledger = office.ledger.save();
+        Saved {
+            features: features(&ledger),
+            now: office.now,
+            wall: office.wall,
+            ledger,
+            next_handle: office.next_handle,
+            ..Self::new(0).save()
+        }
     }
 
     /// Packs everything.
@@ -212,10 +227,9 @@ impl Hub {
             given,
         } = chat;
         let ledger = ledger.save();
-        let features = ledger.has_operators().then(|| OPERATOR_TRANSFERS.to_owned());
         Saved {
             version: VERSION,
-            features: features.into_iter().collect(),
+            features: features(&ledger),
             now: *now,
             wall: *wall,
             ledger,

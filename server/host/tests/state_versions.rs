@@ -1,22 +1,34 @@
-//! The hub's state as version 1 wrote it is read by the code of today; what a later version wrote is refused by name.
+//! The hub's state as earlier versions wrote it is read by the code of today; what a later version wrote is refused by name.
 //!
-//! `UPDATE_GOLDEN=1 cargo test -p vmgmt-host --test state_versions` writes `tests/golden/hub-state-v1.bin` anew: once for each version,
-//! and never again once a release has that version.
+//! `UPDATE_GOLDEN=1 cargo test -p vmgmt-host --test state_versions` writes `tests/golden/hub-state-v2.bin` anew: once for each version,
+//! and never again once a release has that version. (Version 1 was written by a program of before.)
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::path::PathBuf;
+use vmgmt_abi::{Mode, Opcode};
 use vmgmt_core::interface::{ControlReply, ControlRequest, Input, Output};
 use vmgmt_core::policy::{VmConfig, VmLimits};
-use vmgmt_core::{Hub, Saved};
+use vmgmt_core::{Hub, Record, Saved};
 use vmgmt_device::Tick;
 use vmgmt_device::page::{PlainWords, Words};
+use vmgmt_device::rings::{Channel, Fetched, Token};
 use vmgmt_host::core::journal::Journal;
 
 /// Words of the golden state: enough for its snapshots.
 const WORDS: usize = 8 + 2 * 1020;
 
-fn golden() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/hub-state-v1.bin")
+const NEWEST: &str = "hub-state-v2.bin";
+
+fn golden(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("../../tests/golden")
+        .join(name)
+}
+
+fn words_of_golden(name: &str) -> PlainWords {
+    let bytes = std::fs::read(golden(name))
+        .unwrap_or_else(|error| panic!("{name}: {error}; UPDATE_GOLDEN=1 makes it"));
+    words_of(&bytes)
 }
 
 fn vm(vm: u64, name: &str) -> VmConfig {
@@ -48,8 +60,33 @@ fn ask(hub: &mut Hub, request: ControlRequest) -> (Vec<Output>, Option<ControlRe
     (outputs, reply)
 }
 
-/// Two VMs in a snapshot, and messages for one of them: the first in the snapshot, the second in a record.
-fn write() -> Vec<u8> {
+/// A message of the second VM to the first, as its ring gives it to the hub.
+fn from_db(text: &str) -> Input {
+    Input::Submission(Box::new(Fetched {
+        token: Token {
+            session: 7,
+            channel: Channel::Ring(3),
+            index: 2,
+            generation: 5,
+        },
+        mode: Mode::CHAT,
+        opcode: Opcode::SEND,
+        flags: 0,
+        tag: 11,
+        handle: 1,
+        offset: 0,
+        argument: 0,
+        deadline: Tick::NEVER,
+        meta: vec![],
+        data_bytes: text.len() as u64,
+        data: Some(text.into()),
+        again: false,
+    }))
+}
+
+/// Two VMs in a snapshot, and messages of the host for one of them: the first in the snapshot, the second in a record. Then records of
+/// what the last inputs do.
+fn write(last: impl IntoIterator<Item = Input>) -> Vec<u8> {
     let words = PlainWords::new(WORDS);
     let mut journal = Journal::open(words.clone()).unwrap();
     let mut hub = Hub::new(1);
@@ -67,17 +104,28 @@ fn write() -> Vec<u8> {
         message: text.into(),
     };
     ask(&mut hub, send("in the snapshot"));
-    journal.snapshot(&hub.save().to_bytes()).unwrap();
-    for output in ask(&mut hub, send("in a record")).0 {
+    journal.snapshot(&hub.snapshot().to_bytes()).unwrap();
+    let mut outputs = ask(&mut hub, send("in a record")).0;
+    for input in last {
+        hub.handle(Tick(6), input);
+        outputs.extend(std::iter::from_fn(|| hub.poll_output()));
+    }
+    for output in outputs {
         if let Output::Journal(record) = output {
             let mut bytes = Vec::new();
-            ciborium::into_writer(&record, &mut bytes).unwrap();
+            record.write(&mut bytes);
             journal.append(&bytes).unwrap();
         }
     }
     let mut bytes = vec![0; WORDS * 8];
     words.read_bytes(0, &mut bytes);
     bytes
+}
+
+/// What version 2 has in a fixed form is in it too.
+fn write_newest() -> Vec<u8> {
+    let session = Input::SessionOpened { session: 7, vm: 2 };
+    write([session, from_db("in a record of fixed form")])
 }
 
 fn words_of(bytes: &[u8]) -> PlainWords {
@@ -91,7 +139,7 @@ fn read(words: PlainWords) -> Hub {
     let saved = Saved::from_bytes(&recovered.snapshot.unwrap()).unwrap();
     assert!(!recovered.records.is_empty());
     let records = recovered.records.iter();
-    let records = records.map(|record| ciborium::from_reader(record.as_slice()).unwrap());
+    let records = records.map(|record| Record::read(record).unwrap());
     Hub::replay(2, Some(saved), records).unwrap()
 }
 
@@ -99,30 +147,38 @@ fn read(words: PlainWords) -> Hub {
 type Fields = Vec<(ciborium::Value, ciborium::Value)>;
 
 #[test]
-fn what_version_1_wrote_is_read() {
+fn what_each_version_wrote_is_read() {
     if std::env::var_os("UPDATE_GOLDEN").is_some() {
-        std::fs::write(golden(), write()).unwrap();
+        std::fs::write(golden(NEWEST), write_newest()).unwrap();
     }
-    let bytes =
-        std::fs::read(golden()).expect("tests/golden/hub-state-v1.bin is there; UPDATE_GOLDEN=1 makes it");
-    let mut hub = read(words_of(&bytes));
-    let Some(ControlReply::Vms(vms)) = ask(&mut hub, ControlRequest::Vms).1 else {
-        panic!("no answer")
-    };
-    let found: Vec<_> = vms
-        .iter()
-        .map(|vm| (vm.vm, vm.name.as_str(), vm.mailbox_messages))
-        .collect();
-    assert_eq!(found, [(1, "web", 2), (2, "db", 0)]);
+    for (name, messages) in [("hub-state-v1.bin", 2), (NEWEST, 3)] {
+        let mut hub = read(words_of_golden(name));
+        let Some(ControlReply::Vms(vms)) = ask(&mut hub, ControlRequest::Vms).1 else {
+            panic!("{name}: no answer")
+        };
+        let found: Vec<_> = vms
+            .iter()
+            .map(|vm| (vm.vm, vm.name.as_str(), vm.mailbox_messages))
+            .collect();
+        assert_eq!(found, [(1, "web", messages), (2, "db", 0)], "{name}");
+    }
 }
 
 #[test]
 fn what_is_written_today_is_what_version_1_wrote_in_effect() {
-    let (then, now) = (
-        read(words_of(&std::fs::read(golden()).unwrap())),
-        read(words_of(&write())),
+    let then = read(words_of_golden("hub-state-v1.bin"));
+    assert_eq!(then.surviving(), read(words_of(&write([]))).surviving());
+}
+
+/// Byte for byte: a change of the form is seen here, and asks for a new version.
+#[test]
+fn what_is_written_today_is_version_2() {
+    let mut bytes = vec![0; WORDS * 8];
+    words_of_golden(NEWEST).read_bytes(0, &mut bytes);
+    assert!(
+        bytes == write_newest(),
+        "the state is written in another form than {NEWEST} has: is it read by the program of before?"
     );
-    assert_eq!(then.surviving(), now.surviving());
 }
 
 #[test]

@@ -823,9 +823,7 @@ impl Core {
 
     fn write_record(&mut self, record: &vmgmt_core::Record) {
         let mut bytes = Vec::with_capacity(128);
-        if let Err(error) = ciborium::into_writer(record, &mut bytes) {
-            panic!("a record of the hub: {error}");
-        }
+        record.write(&mut bytes);
         let fill = self.fill();
         let long = fill.compact || self.journal.journal_bytes() > JOURNAL_BYTES_MAX;
         match self.journal.append(&bytes) {
@@ -872,8 +870,8 @@ fn recover(journal: &Journal<SimWords>, life: u64) -> Hub {
     let saved = recovered
         .snapshot
         .map(|bytes| Saved::from_bytes(&bytes).unwrap_or_else(|error| panic!("a snapshot: {error}")));
-    let records = recovered.records.iter().map(|bytes| {
-        ciborium::from_reader(bytes.as_slice()).unwrap_or_else(|error| panic!("a record: {error}"))
-    });
+    let records = recovered.records.iter();
+    let records =
+        records.map(|bytes| vmgmt_core::Record::read(bytes).unwrap_or_else(|error| panic!("{error}")));
     Hub::replay(life, saved, records).unwrap_or_else(|error| panic!("the hub's records: {error}"))
 }

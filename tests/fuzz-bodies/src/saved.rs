@@ -213,12 +213,13 @@ fn records(u: &mut Unstructured<'_>) -> Result<()> {
     let (_, records) = some_hub(u)?;
     let mut edited = Vec::new();
     for record in records {
-        let mut bytes = cbor(&record);
+        let mut bytes = Vec::new();
+        record.write(&mut bytes);
         if u.ratio(1, 2)? {
             edit(u, &mut bytes)?;
         }
         for _ in 0..u.int_in_range(0..=2u8)? {
-            edited.extend(ciborium::from_reader::<Record, _>(bytes.as_slice()));
+            edited.extend(Record::read(&bytes));
         }
     }
     if u.arbitrary()? {

@@ -255,14 +255,16 @@ impl EventLoop {
     }
 
     /// Writes a record of the hub before what depends on it goes out.
-    pub(super) fn write_record(&mut self, record: &vmgmt_core::journal::Record) -> anyhow::Result<()> {
-        if super::FORGETFUL {
+    pub(super) fn write_record(&mut self, record: &Record) -> anyhow::Result<()> {
+        if FORGETFUL {
             return Ok(());
         }
-        let mut bytes = Vec::with_capacity(128);
-        ciborium::into_writer(record, &mut bytes).context("a record of the hub")?;
+        self.record.clear();
+        self.record.shrink_to(RECORD_BYTES_KEPT_MAX);
+        record.write(&mut self.record);
+        let appended = self.journal.append(&self.record);
         let fill = self.fill();
-        match self.journal.append(&bytes) {
+        match appended {
             Ok(()) if !fill.compact => {
                 self.tell_fill(fill);
                 Ok(())

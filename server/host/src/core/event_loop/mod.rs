@@ -39,7 +39,7 @@ use std::time::{Duration, Instant};
 use vmgmt_abi::Status;
 use vmgmt_core::effect::{Effect, EffectId, FailedAt, Outcome};
 use vmgmt_core::interface::{self, ControlRequest};
-use vmgmt_core::{Hub, Saved};
+use vmgmt_core::{Hub, Record, Saved};
 use vmgmt_ctl::protocol::SandboxedRole;
 use vmgmt_device::Tick;
 use vmgmt_device::page::{LifePage, TouchedPage, Words};
@@ -63,6 +63,8 @@ const LOOK_NS: u64 = 50_000;
 const WALL_CLOCK_NS: u64 = 1_000_000;
 /// Descriptors of the keeper's Start, without those of the shares.
 pub(super) const START_FDS: usize = 7;
+/// A long record's memory is not kept.
+const RECORD_BYTES_KEPT_MAX: usize = 64 << 10;
 /// Packets taken from a channel in one turn, so that nobody's flood holds up the rings.
 const PACKETS_MAX: usize = 64;
 
@@ -87,6 +89,8 @@ pub struct EventLoop {
     hub: Hub,
     journal: Journal<MappedWords>,
     snapshot_bytes: usize,
+    /// The record that is being written; between two it only keeps its memory.
+    record: Vec<u8>,
     /// The hub was told that its state's memory is nearly full.
     state_full: bool,
     store: Store,
@@ -244,6 +248,7 @@ impl EventLoop {
             hub,
             journal,
             snapshot_bytes: 0,
+            record: Vec::new(),
             state_full: false,
             store,
             bulk: Bulk::default(),
@@ -522,7 +527,7 @@ pub(super) fn recover<W: Words>(journal: &Journal<W>, life: u64) -> anyhow::Resu
         .context("the hub's state")?;
     let mut records = Vec::with_capacity(recovered.records.len());
     for bytes in &recovered.records {
-        records.push(ciborium::from_reader(bytes.as_slice()).context("a record of the hub's state")?);
+        records.push(Record::read(bytes)?);
     }
     Hub::replay(life, saved, records).context("the hub's state")
 }
