@@ -11,6 +11,7 @@ mod adoption;
 mod budgets;
 mod control;
 mod deadlines;
+pub mod doors;
 pub mod effect;
 mod effects;
 mod hub;

@@ -17,13 +17,14 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 use vmgmt_abi::Status;
-use vmgmt_core::effect::{Effect, EffectId, FailedAt, FileSlot, Outcome};
+use vmgmt_core::doors::{self, EffectShell, RingShell};
+use vmgmt_core::effect::{BufferRange, Effect, EffectId, FailedAt, FileSlot, Outcome};
 use vmgmt_core::interface::{self, ControlReply, ControlRequest};
 use vmgmt_core::policy::VmConfig;
 use vmgmt_core::{Hub, Saved};
 use vmgmt_device::Tick;
 use vmgmt_device::page::{CorePage, FrontPage, LifePage, TouchedPage};
-use vmgmt_device::rings::{Buffer, Input, Modes, Output, Rings, Settings, Token, Turn};
+use vmgmt_device::rings::{Buffer, Channel, Input, Modes, Rings, Settings, Token, Turn};
 use vmgmt_host::core::journal::{Fill, Journal, JournalError};
 use vmgmt_host::core::sessions::part_of;
 use vmgmt_host::messages::CoreToFront;
@@ -551,46 +552,20 @@ impl Core {
                 return;
             };
             (self.done, self.last_done) = (self.done + 1, "an output of the rings");
-            let input = match output {
-                Output::Submission(fetched) => interface::Input::Submission(fetched),
-                Output::Cancel(token) => {
-                    session.memory.forget_reads();
-                    interface::Input::Cancel(token)
-                }
-                Output::Void(token) => {
-                    self.bulk.void(token);
-                    interface::Input::Void(token)
-                }
-                Output::ChannelClosed {
-                    session: number,
-                    channel,
-                } => {
-                    self.bulk.void_channel(number, Some(channel));
-                    session.memory.forget_reads();
-                    interface::Input::ChannelClosed {
-                        session: number,
-                        channel,
-                    }
-                }
-                Output::Reset { session: number } => {
-                    self.bulk.void_channel(number, None);
-                    session.memory.forget_reads();
-                    interface::Input::SessionReset { session: number }
-                }
-                Output::Published { token, published } => interface::Input::Published { token, published },
-                Output::Signal { vector } => {
-                    if self.outside.fault.get() != Fault::ForgetsSignals {
-                        session.signal(usize::from(vector), &self.outside.steps);
-                    }
-                    continue;
-                }
-                Output::Kick => {
-                    let slot = session.slot;
-                    self.kick(slot);
-                    continue;
-                }
+            let (slot, forgets) = (session.slot, self.outside.fault.get() == Fault::ForgetsSignals);
+            let mut beside = Beside {
+                session,
+                bulk: &mut self.bulk,
+                steps: (!forgets).then_some(&self.outside.steps),
+                kicked: false,
             };
-            self.hub.handle(now, input);
+            let input = doors::from_rings(output, &mut beside);
+            if beside.kicked {
+                self.kick(slot);
+            }
+            if let Some(input) = input {
+                self.hub.handle(now, input);
+            }
         }
     }
 
@@ -664,64 +639,14 @@ impl Core {
     }
 
     fn begin_effect(&mut self, id: EffectId, effect: Effect, now: Tick) -> Result<(), Outcome> {
-        let stale = Outcome::failed(Status::STALE, FailedAt::File);
-        let inode = |files: &BTreeMap<u32, OpenFile>, slot: FileSlot| {
-            files
-                .get(&slot.index)
-                .filter(|file| file.generation == slot.generation)
-                .map(|file| file.inode)
+        let mut workshop = Workshop {
+            sessions: &mut self.sessions,
+            bulk: &mut self.bulk,
+            files: &mut self.files,
+            outside: &self.outside,
+            now,
         };
-        let work = match effect {
-            Effect::Copy { from, into } => {
-                self.sessions.open(from.token.session, now);
-                self.sessions.open(into.token.session, now);
-                return self.bulk.copy(&mut self.sessions, id, from, into);
-            }
-            Effect::Fetch { from } => {
-                self.sessions.open(from.token.session, now);
-                return self.bulk.fetch(&mut self.sessions, id, from);
-            }
-            Effect::Read { slot, offset, into } => {
-                self.sessions.open(into.token.session, now);
-                let inode = inode(&self.files, slot).ok_or(stale)?;
-                return self.bulk.read(&mut self.sessions, id, inode, offset, into);
-            }
-            Effect::Write {
-                slot,
-                offset,
-                from,
-                checksum,
-            } => {
-                self.sessions.open(from.token.session, now);
-                let inode = inode(&self.files, slot).ok_or(stale)?;
-                return self
-                    .bulk
-                    .write(&mut self.sessions, id, inode, offset, from, checksum);
-            }
-            Effect::Close { slot } => {
-                self.files.remove(&slot.index);
-                return Err(Outcome::Done);
-            }
-            Effect::Checksum { slot, .. } | Effect::Truncate { slot, .. } | Effect::Sync { slot } => {
-                let inode = Some(inode(&self.files, slot).ok_or(stale)?);
-                Work::Effect { effect, inode }
-            }
-            Effect::Commit { slot, .. } => {
-                let inode = Some(inode(&self.files, slot).ok_or(stale)?);
-                Work::Effect { effect, inode }
-            }
-            Effect::Discard { slot, .. } => {
-                self.files.remove(&slot.index);
-                Work::Effect { effect, inode: None }
-            }
-            effect => Work::Effect { effect, inode: None },
-        };
-        self.outside.steps.step();
-        self.outside
-            .spindle
-            .borrow_mut()
-            .submit(&self.outside.wires, id, work);
-        Ok(())
+        doors::begin(id, effect, &mut workshop)
     }
 
     fn step_bulk(&mut self, now: Tick) {
@@ -859,6 +784,102 @@ impl Core {
         }
         self.snapshot_bytes = snapshot.len();
         self.tell_fill(self.fill());
+    }
+}
+
+/// The shell's part of what a session's rings say.
+struct Beside<'a> {
+    session: &'a mut Session,
+    bulk: &'a mut Bulk,
+    /// `None`: interrupts are forgotten.
+    steps: Option<&'a Rc<Steps>>,
+    kicked: bool,
+}
+
+impl RingShell for Beside<'_> {
+    fn void(&mut self, token: Token) {
+        self.bulk.void(token);
+    }
+    fn void_channel(&mut self, session: u64, channel: Option<Channel>) {
+        self.bulk.void_channel(session, channel);
+    }
+    fn forget_reads(&mut self) {
+        self.session.memory.forget_reads();
+    }
+    fn signal(&mut self, vector: u8) {
+        if let Some(steps) = self.steps {
+            self.session.signal(usize::from(vector), steps);
+        }
+    }
+    fn kick(&mut self) {
+        self.kicked = true;
+    }
+}
+
+/// Who carries effects out.
+struct Workshop<'a> {
+    sessions: &'a mut Sessions,
+    bulk: &'a mut Bulk,
+    files: &'a mut BTreeMap<u32, OpenFile>,
+    outside: &'a Outside,
+    now: Tick,
+}
+
+impl Workshop<'_> {
+    fn inode(&self, slot: FileSlot) -> Result<u64, Outcome> {
+        self.files
+            .get(&slot.index)
+            .filter(|file| file.generation == slot.generation)
+            .map(|file| file.inode)
+            .ok_or(Outcome::failed(Status::STALE, FailedAt::File))
+    }
+}
+
+impl EffectShell for Workshop<'_> {
+    fn open(&mut self, session: u64) {
+        self.sessions.open(session, self.now);
+    }
+    fn copy(&mut self, id: EffectId, from: BufferRange, into: BufferRange) -> Result<(), Outcome> {
+        self.bulk.copy(self.sessions, id, from, into)
+    }
+    fn fetch(&mut self, id: EffectId, from: BufferRange) -> Result<(), Outcome> {
+        self.bulk.fetch(self.sessions, id, from)
+    }
+    fn read(&mut self, id: EffectId, file: FileSlot, offset: u64, into: BufferRange) -> Result<(), Outcome> {
+        let inode = self.inode(file)?;
+        self.bulk.read(self.sessions, id, inode, offset, into)
+    }
+    fn write(
+        &mut self,
+        id: EffectId,
+        file: FileSlot,
+        offset: u64,
+        from: BufferRange,
+        checksum: bool,
+    ) -> Result<(), Outcome> {
+        let inode = self.inode(file)?;
+        self.bulk.write(self.sessions, id, inode, offset, from, checksum)
+    }
+    fn other(&mut self, id: EffectId, effect: Effect) -> Result<(), Outcome> {
+        let inode = match &effect {
+            Effect::Close { slot } => {
+                self.files.remove(&slot.index);
+                return Err(Outcome::Done);
+            }
+            Effect::Checksum { slot, .. }
+            | Effect::Truncate { slot, .. }
+            | Effect::Sync { slot }
+            | Effect::Commit { slot, .. } => Some(self.inode(*slot)?),
+            Effect::Discard { slot, .. } => {
+                self.files.remove(&slot.index);
+                None
+            }
+            _ => None,
+        };
+        self.outside.steps.step();
+        let mut spindle = self.outside.spindle.borrow_mut();
+        spindle.submit(&self.outside.wires, id, Work::Effect { effect, inode });
+        Ok(())
     }
 }
 

@@ -3,6 +3,84 @@
 //! In: the rooms' outputs. Out: inputs for other rooms, words, signals. A record of the hub is written before what depends on it.
 
 use super::*;
+use crate::store::OpenFile;
+use vmgmt_core::doors::{self, EffectShell, RingShell};
+use vmgmt_core::effect::{BufferRange, FileSlot};
+use vmgmt_device::rings::Channel as RingChannel;
+use vmgmt_device::rings::Token as Submission;
+
+/// The shell's part of what a session's rings say.
+struct Beside<'a> {
+    session: &'a mut Session,
+    bulk: &'a mut Bulk,
+    wake: &'a mut Wake,
+}
+
+impl RingShell for Beside<'_> {
+    fn void(&mut self, token: Submission) {
+        self.bulk.void(token);
+    }
+    fn void_channel(&mut self, session: u64, channel: Option<RingChannel>) {
+        self.bulk.void_channel(session, channel);
+    }
+    fn forget_reads(&mut self) {
+        self.session.memory.forget_reads();
+    }
+    fn signal(&mut self, vector: u8) {
+        self.session.signal(usize::from(vector));
+    }
+    fn kick(&mut self) {
+        self.wake.kick(self.session.slot);
+    }
+}
+
+/// Who carries effects out, for one of them.
+struct Workshop<'a> {
+    sessions: &'a mut Sessions,
+    bulk: &'a mut Bulk,
+    store: &'a mut Store,
+    /// The VM that the effect is for; 0: none.
+    owner: u64,
+    now: Tick,
+}
+
+impl Workshop<'_> {
+    fn file(&self, slot: FileSlot) -> Result<Arc<OpenFile>, Outcome> {
+        self.store
+            .file(slot)
+            .ok_or(Outcome::failed(Status::STALE, FailedAt::File))
+    }
+}
+
+impl EffectShell for Workshop<'_> {
+    fn open(&mut self, session: u64) {
+        self.sessions.open(session, self.now);
+    }
+    fn copy(&mut self, id: EffectId, from: BufferRange, into: BufferRange) -> Result<(), Outcome> {
+        self.bulk.copy(self.sessions, id, from, into)
+    }
+    fn fetch(&mut self, id: EffectId, from: BufferRange) -> Result<(), Outcome> {
+        self.bulk.fetch(self.sessions, id, from)
+    }
+    fn read(&mut self, id: EffectId, file: FileSlot, offset: u64, into: BufferRange) -> Result<(), Outcome> {
+        let file = self.file(file)?;
+        self.bulk.read(self.sessions, id, file, offset, into)
+    }
+    fn write(
+        &mut self,
+        id: EffectId,
+        file: FileSlot,
+        offset: u64,
+        from: BufferRange,
+        checksum: bool,
+    ) -> Result<(), Outcome> {
+        let file = self.file(file)?;
+        self.bulk.write(self.sessions, id, file, offset, from, checksum)
+    }
+    fn other(&mut self, id: EffectId, effect: Effect) -> Result<(), Outcome> {
+        self.store.submit(self.owner, id, effect)
+    }
+}
 
 impl EventLoop {
     /// Carries a session's outputs to the hub.
@@ -14,48 +92,18 @@ impl EventLoop {
             let Some(output) = session.rings.poll_output() else {
                 return;
             };
-            let input = match output {
-                Output::Submission(fetched) => {
-                    fault::on("submission", &fetched.meta);
-                    fault::on("submission", fetched.data.as_deref().unwrap_or_default());
-                    interface::Input::Submission(fetched)
-                }
-                Output::Cancel(token) => {
-                    session.memory.forget_reads();
-                    interface::Input::Cancel(token)
-                }
-                Output::Void(token) => {
-                    self.bulk.void(token);
-                    interface::Input::Void(token)
-                }
-                Output::ChannelClosed {
-                    session: number,
-                    channel,
-                } => {
-                    self.bulk.void_channel(number, Some(channel));
-                    session.memory.forget_reads();
-                    interface::Input::ChannelClosed {
-                        session: number,
-                        channel,
-                    }
-                }
-                Output::Reset { session: number } => {
-                    self.bulk.void_channel(number, None);
-                    session.memory.forget_reads();
-                    interface::Input::SessionReset { session: number }
-                }
-                Output::Published { token, published } => interface::Input::Published { token, published },
-                Output::Signal { vector } => {
-                    session.signal(vector as usize);
-                    continue;
-                }
-                Output::Kick => {
-                    let slot = session.slot;
-                    self.wake.kick(slot);
-                    continue;
-                }
+            if let Output::Submission(fetched) = &output {
+                fault::on("submission", &fetched.meta);
+                fault::on("submission", fetched.data.as_deref().unwrap_or_default());
+            }
+            let mut beside = Beside {
+                session,
+                bulk: &mut self.bulk,
+                wake: &mut self.wake,
             };
-            self.hub.handle(now, input);
+            if let Some(input) = doors::from_rings(output, &mut beside) {
+                self.hub.handle(now, input);
+            }
         }
     }
 
@@ -114,44 +162,14 @@ impl EventLoop {
 
     /// Starts an effect.
     pub(super) fn begin_effect(&mut self, id: EffectId, effect: Effect, now: Tick) -> Result<(), Outcome> {
-        let file = |store: &Store, slot| {
-            store
-                .file(slot)
-                .ok_or(Outcome::failed(Status::STALE, FailedAt::File))
+        let mut workshop = Workshop {
+            sessions: &mut self.sessions,
+            bulk: &mut self.bulk,
+            store: &mut self.store,
+            owner: self.hub.owner_of(id),
+            now,
         };
-        match effect {
-            Effect::Copy { from, into } => {
-                self.sessions.open(from.token.session, now);
-                self.sessions.open(into.token.session, now);
-                self.bulk.copy(&mut self.sessions, id, from, into)
-            }
-            Effect::Fetch { from } => {
-                self.sessions.open(from.token.session, now);
-                self.bulk.fetch(&mut self.sessions, id, from)
-            }
-            Effect::Read { slot, offset, into } => {
-                self.sessions.open(into.token.session, now);
-                self.bulk
-                    .read(&mut self.sessions, id, file(&self.store, slot)?, offset, into)
-            }
-            Effect::Write {
-                slot,
-                offset,
-                from,
-                checksum,
-            } => {
-                self.sessions.open(from.token.session, now);
-                self.bulk.write(
-                    &mut self.sessions,
-                    id,
-                    file(&self.store, slot)?,
-                    offset,
-                    from,
-                    checksum,
-                )
-            }
-            effect => self.store.submit(self.hub.owner_of(id), id, effect),
-        }
+        doors::begin(id, effect, &mut workshop)
     }
 
     /// Ends the turns of the sessions that were opened: signals, `busy`, requests by message.
