@@ -4,17 +4,17 @@
 //! Never trusted: anything read back from memory the device can write. Indexes are kept in private and only checked against it.
 //! Protocol and fences: `vmgmt_abi::ring`.
 
+mod lanes;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vmgmt_abi::registers::{self as registers, RING_STRIDE, RINGS, RingState};
-use vmgmt_abi::ring::{
-    COMPLETION_BYTES, LIST_ENTRY_BYTES, RING_EVENTS_BYTES, SUBMISSION_BYTES, completion_flag, event_offset,
-    flag, phase,
-};
-use vmgmt_abi::{Completion, Mode, Opcode, Status, Submission, feature};
+use vmgmt_abi::ring::{LIST_ENTRY_BYTES, SUBMISSION_BYTES, flag};
+use vmgmt_abi::{Mode, Opcode, Status, Submission, feature};
 use zerocopy::IntoBytes;
 
+use self::lanes::{Lanes, Pending, nonce};
 use crate::channel::{Channel, Counters, Finished, Request, Span, Tag};
 use crate::device::{Device, Woken, settle};
 use crate::error::{DriverError, Result};
@@ -25,7 +25,6 @@ use crate::limits::{
 use crate::list::{cover, cut};
 use crate::memory::{Buffer, DmaMemory};
 use crate::suppression;
-use crate::tags::TagTable;
 
 /// How a ring is opened.
 #[derive(Clone, Copy, Debug)]
@@ -52,30 +51,6 @@ impl RingOptions {
             spin: SPIN_DEFAULT,
         }
     }
-}
-
-/// What belongs to a submission in flight.
-struct Pending {
-    request: Request,
-    list: Option<DmaMemory>,
-}
-
-/// Memory and indexes of one opening.
-struct Lanes {
-    index: u32,
-    set_up: u64,
-    submissions: DmaMemory,
-    completions: DmaMemory,
-    events: DmaMemory,
-    submission_entries: u32,
-    completion_entries: u32,
-    /// Index after the last submission written.
-    tail: u32,
-    /// Index after the last submission the device has taken, as far as checked.
-    submission_head: u32,
-    /// Index after the last completion taken.
-    completion_head: u32,
-    pending: TagTable<Pending>,
 }
 
 /// A ring pair, open in one mode.
@@ -452,166 +427,6 @@ impl Drop for Ring {
     fn drop(&mut self) {
         self.close();
     }
-}
-
-impl Lanes {
-    fn open(device: &Arc<Device>, options: &RingOptions, index: u32, set_up: u64) -> Result<Self> {
-        let backing = device.backing();
-        let most = device.facts().ring_entries_max;
-        let (submissions, submission_entries) =
-            lane(device, options.submission_entries.min(most), SUBMISSION_BYTES)?;
-        let (completions, completion_entries) =
-            lane(device, options.completion_entries.min(most), COMPLETION_BYTES)?;
-        let events = backing.allocate(RING_EVENTS_BYTES)?;
-        let nonce = nonce();
-        events.store64(event_offset::NONCE as usize, nonce)?;
-
-        let block = RINGS + index * RING_STRIDE;
-        let address = |memory: &DmaMemory| memory.pieces().first().map_or(0, |piece| piece.address);
-        backing.write64(block + registers::RING_SUBMISSIONS_LOW, address(&submissions))?;
-        backing.write64(block + registers::RING_COMPLETIONS_LOW, address(&completions))?;
-        backing.write64(block + registers::RING_EVENTS_LOW, address(&events))?;
-        backing.write32(block + registers::RING_SUBMISSION_ENTRIES, submission_entries)?;
-        backing.write32(block + registers::RING_COMPLETION_ENTRIES, completion_entries)?;
-        backing.write32(block + registers::RING_MODE, options.mode.0)?;
-        backing.write32(block + registers::RING_VECTOR, options.vector)?;
-        backing.write64(block + registers::RING_NONCE_LOW, nonce)?;
-        backing.write32(block + registers::RING_ENABLE, 1)?;
-        let capacity = submission_entries.min(completion_entries) as usize;
-        let lanes = Self {
-            index,
-            set_up,
-            submissions,
-            completions,
-            events,
-            submission_entries,
-            completion_entries,
-            tail: 0,
-            submission_head: 0,
-            completion_head: 0,
-            pending: TagTable::new(capacity),
-        };
-        let opened = settle("opening a ring", || {
-            let status = backing.read32(block + registers::RING_STATUS)?;
-            match RingState(status & 0xff) {
-                _ if status == u32::MAX => Err(DriverError::DeviceAbsent),
-                RingState::OPEN => Ok(Some(())),
-                RingState::REFUSED => Err(DriverError::RingRefused(Status((status >> 16) as u16))),
-                RingState::OPENING => Ok(None),
-                // Not latched: the device is being reset or has failed.
-                RingState::CLOSED => device.check_health().map(|()| None),
-                other => Err(DriverError::contract(format!("unknown ring state {}", other.0))),
-            }
-        });
-        if let Err(error) = opened {
-            let undone = backing
-                .write32(block + registers::RING_ENABLE, 0)
-                .and_then(|()| device.reset());
-            if undone.is_err() {
-                lanes.leak();
-            }
-            return Err(error);
-        }
-        Ok(lanes)
-    }
-
-    /// Whether a submission slot is free. The device's head may only move forward, and not past the tail.
-    fn has_room(&mut self) -> Result<bool> {
-        let head = self.events.load32(event_offset::SUBMISSION_HEAD as usize)?;
-        let taken = head.wrapping_sub(self.submission_head);
-        let written = self.tail.wrapping_sub(self.submission_head);
-        if taken > written {
-            return Err(DriverError::contract(format!(
-                "submission head {head:#x} is outside of {:#x}..={:#x}",
-                self.submission_head, self.tail
-            )));
-        }
-        self.submission_head = head;
-        Ok(self.tail.wrapping_sub(head) < self.submission_entries
-            && self.pending.len() < self.pending.capacity())
-    }
-
-    fn completion_start(&self) -> usize {
-        (self.completion_head % self.completion_entries) as usize * COMPLETION_BYTES
-    }
-
-    /// The last word of the next completion, if it is published.
-    fn published(&self) -> Result<Option<u64>> {
-        let word = self.completions.load64(self.completion_start() + 24)?;
-        let bit = (word >> 48) as u16 & completion_flag::PHASE;
-        Ok((bit == phase(self.completion_head, self.completion_entries)).then_some(word))
-    }
-
-    fn has_completion(&self) -> Result<bool> {
-        Ok(self.published()?.is_some())
-    }
-
-    fn take_completion(&mut self) -> Result<Option<Completion>> {
-        let Some(word) = self.published()? else {
-            return Ok(None);
-        };
-        let start = self.completion_start();
-        let third = self.completions.load64(start + 16)?;
-        let completion = Completion {
-            result: self.completions.load64(start)?,
-            extra: self.completions.load64(start + 8)?,
-            detail: third as u32,
-            reserved: (third >> 32) as u32,
-            tag: word as u32,
-            status: (word >> 32) as u16,
-            flags: (word >> 48) as u16,
-        };
-        self.completion_head = self.completion_head.wrapping_add(1);
-        self.events
-            .store32(event_offset::COMPLETION_HEAD as usize, self.completion_head)?;
-        Ok(Some(completion))
-    }
-
-    /// Leaves everything where it is: the device may still write to it.
-    fn leak(mut self) {
-        let tags: Vec<Tag> = self.pending.tags().collect();
-        for pending in tags.into_iter().filter_map(|tag| self.pending.remove(tag)) {
-            std::mem::forget(pending.request.span);
-            pending.list.into_iter().for_each(DmaMemory::leak);
-        }
-        self.submissions.leak();
-        self.completions.leak();
-        self.events.leak();
-    }
-}
-
-/// Memory for a ring in one piece, with as many entries as that allows.
-fn lane(device: &Device, entries: u32, entry_bytes: usize) -> Result<(DmaMemory, u32)> {
-    if !entries.is_power_of_two() {
-        return Err(DriverError::BadArgument(format!(
-            "{entries} ring entries are no power of two"
-        )));
-    }
-    let mut entries = entries;
-    loop {
-        let bytes = entries as usize * entry_bytes;
-        let memory = device.backing().allocate(bytes)?;
-        if memory
-            .pieces()
-            .first()
-            .is_some_and(|piece| piece.length >= bytes as u64)
-        {
-            return Ok((memory, entries));
-        }
-        if bytes <= PAGE_BYTES {
-            return Err(DriverError::NotPossible("DMA", device.backing().name()));
-        }
-        entries /= 2;
-    }
-}
-
-/// A number that memory does not hold by chance. It proves a mapping, it keeps no secret.
-fn nonce() -> u64 {
-    use std::hash::{BuildHasher, Hasher};
-    // The standard library seeds each of these from the system.
-    let mut hasher = std::collections::hash_map::RandomState::new().build_hasher();
-    hasher.write_u64(0x766d_676d_7470_726f);
-    hasher.finish() | 1
 }
 
 /// Polls a descriptor of the program's own, and the cancel descriptor.

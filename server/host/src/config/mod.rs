@@ -4,13 +4,14 @@
 //! core. Every mistake is named with its place and a remedy before anything is started, all that can be found at once.
 
 mod check;
+mod fields;
 mod file;
 mod mistake;
 mod roles;
 mod sandbox;
 
 pub use check::added_vm;
-pub(crate) use check::group_id;
+pub(crate) use fields::group_id;
 pub use mistake::{Mistake, Mistakes};
 pub use roles::{
     Access, CoreConfig, DeviceConfig, Identity, ListenerConfig, ShareConfig, ShareGrant, VmConfig, VmLimits,
