@@ -14,6 +14,7 @@
 //! rings.buffer(token) -> Option<Buffer>, rings.port_write(token, offset, &bytes) -> bool      for effects
 //! rings.poll_timeout() -> Option<Tick>, rings.handle_timeout(now, &front, &core, &mut memory) -> Turn
 //! rings.arm(&front, &mut memory) -> bool                    before sleeping, some 50 us after the last Turn::progressed(); true: there is work
+//! rings.arm_but(&front, &mut memory, spared) -> bool        the same, but not for rings that are looked at again soon anyway
 //! rings.save() -> Saved, rings.restore(&Saved)              counters; what is in flight is in the table already
 //! ```
 //! The shell owns `busy` and `fenced` of the core page: it sets busy, fences and compares the front's fence around each call.

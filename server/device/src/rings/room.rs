@@ -172,6 +172,11 @@ impl<W: Words> Rings<W> {
 
     /// Asks every guest for its doorbell, before the core sleeps. True: there is work already, poll instead.
     pub fn arm<M: GuestMemory>(&mut self, front: &FrontPage<W>, memory: &mut M) -> bool {
+        self.arm_but(front, memory, 0)
+    }
+
+    /// As [`Rings::arm`], but not for the `spared` rings (a bit each): the core will look at them soon by itself.
+    pub fn arm_but<M: GuestMemory>(&mut self, front: &FrontPage<W>, memory: &mut M, spared: u32) -> bool {
         if self.failed || !dma_is_allowed(front) {
             return false;
         }
@@ -181,7 +186,7 @@ impl<W: Words> Rings<W> {
                 continue;
             }
             work |= front.doorbell(n) != ring.doorbell || ring_has_work(ring);
-            if !ring.shared {
+            if !ring.shared || spared >> n & 1 != 0 {
                 continue;
             }
             let event = ring.event_address(event_offset::SUBMISSION_EVENT);

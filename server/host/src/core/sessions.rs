@@ -42,6 +42,8 @@ pub struct Session {
     pub look: bool,
     /// It is to be polled until then.
     pub active_until: Tick,
+    /// Rings for which workers write are not armed until then.
+    pub spared_until: Tick,
     /// The `fence` word up to which the rings have looked at the page.
     fence_handled: u64,
     /// The `fenced` word that the front was last kicked for.
@@ -107,6 +109,7 @@ impl Session {
             touched: 0,
             look: true,
             active_until: Tick(0),
+            spared_until: Tick(0),
             fence_handled: 0,
             fenced_told: 0,
             is_open: false,

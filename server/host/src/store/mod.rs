@@ -118,11 +118,7 @@ impl Store {
                 let (counted, began) = (Arc::clone(&share), Quota::now());
                 pool.submit(0, share.index, move || {
                     counted.quota.count_tree(&counted.root, began);
-                    // No effect has this number: the loop drops the answer.
-                    Finished {
-                        effect: EffectId(u64::MAX),
-                        done: Done::Outcome(Outcome::Done),
-                    }
+                    Vec::new()
                 });
             }
             open.insert(config.name.clone(), share);
@@ -191,10 +187,7 @@ impl Store {
             let share = file.share_index();
             self.pool.submit(owner, share, move || {
                 drop(file);
-                Finished {
-                    effect: EffectId(u64::MAX),
-                    done: Done::Outcome(Outcome::Done),
-                }
+                Vec::new()
             });
         }
     }
@@ -207,28 +200,23 @@ impl Store {
         file: &OpenFile,
         work: impl FnOnce() -> Done + Send + 'static,
     ) {
-        self.pool.submit(owner, file.share_index(), move || Finished {
-            effect,
-            done: work(),
+        self.pool.submit(owner, file.share_index(), move || {
+            let done = work();
+            vec![Finished { effect, done }]
         });
     }
 
-    /// As [`Store::submit_work`], for a write: those to one file take turns, because the kernel lets in only one at a time and
-    /// the others would spin for it, on processors that the VMs could use.
+    /// A job that writes to an open file, for one effect, several, or none: those to one file take turns, because the kernel lets in
+    /// only one at a time and the others would spin for it, on processors that the VMs could use.
     pub fn submit_write(
         &self,
         owner: u64,
-        effect: EffectId,
         file: &Arc<OpenFile>,
-        work: impl FnOnce() -> Done + Send + 'static,
+        work: impl FnOnce() -> Vec<Finished> + Send + 'static,
     ) {
         // The work holds the file, so no other has its address meanwhile.
         let key = Some(Arc::as_ptr(file) as usize);
-        self.pool
-            .submit_keyed(owner, file.share_index(), key, move || Finished {
-                effect,
-                done: work(),
-            });
+        self.pool.submit_keyed(owner, file.share_index(), key, work);
     }
 
     /// Starts an effect that needs no guest memory. Its end comes out of [`Store::take_finished`].
@@ -245,18 +233,18 @@ impl Store {
             Effect::Checksum { slot, .. } | Effect::Truncate { slot, .. } | Effect::Sync { slot } => {
                 let file = self.file(slot).ok_or_else(stale)?;
                 let share = file.share_index();
-                self.pool.submit(owner, share, move || Finished {
-                    effect: id,
-                    done: Done::Outcome(contents::run(&file, &effect)),
+                self.pool.submit(owner, share, move || {
+                    let done = Done::Outcome(contents::run(&file, &effect));
+                    vec![Finished { effect: id, done }]
                 });
                 Ok(())
             }
             Effect::Commit { slot, ref share, .. } => {
                 let file = self.file(slot).ok_or_else(stale)?;
                 let share = self.share(share)?;
-                let work = move || Finished {
-                    effect: id,
-                    done: names::run(&share, Some(&file), &effect),
+                let work = move || {
+                    let done = names::run(&share, Some(&file), &effect);
+                    vec![Finished { effect: id, done }]
                 };
                 self.pool.submit(owner, self.shares_index(slot), work);
                 self.committing.insert(id, slot);
@@ -266,15 +254,16 @@ impl Store {
                 // No quota of a share that is gone: what asks next is refused anyway.
                 let left = |share: &String| self.bytes_left(share).unwrap_or(u64::MAX);
                 let done = Done::Outcome(Outcome::BytesLeft(shares.iter().map(left).collect()));
-                self.pool.submit(owner, 0, move || Finished { effect: id, done });
+                self.pool
+                    .submit(owner, 0, move || vec![Finished { effect: id, done }]);
                 Ok(())
             }
             Effect::Discard { slot, ref share, .. } => {
                 let share = self.share(share)?;
                 self.close(owner, slot);
-                self.pool.submit(owner, share.index, move || Finished {
-                    effect: id,
-                    done: names::run(&share, None, &effect),
+                self.pool.submit(owner, share.index, move || {
+                    let done = names::run(&share, None, &effect);
+                    vec![Finished { effect: id, done }]
                 });
                 Ok(())
             }
@@ -292,10 +281,8 @@ impl Store {
                 let share = self.share(share)?;
                 self.pool.submit(owner, share.index, move || {
                     crate::fault::on_any("worker", &effect);
-                    Finished {
-                        effect: id,
-                        done: names::run(&share, None, &effect),
-                    }
+                    let done = names::run(&share, None, &effect);
+                    vec![Finished { effect: id, done }]
                 });
                 Ok(())
             }
@@ -307,12 +294,7 @@ impl Store {
 
     /// Jobs that have ended.
     pub fn take_finished(&mut self) -> Vec<Finished> {
-        let finished: Vec<Finished> = self
-            .pool
-            .take_finished()
-            .into_iter()
-            .filter(|finished| finished.effect != EffectId(u64::MAX))
-            .collect();
+        let finished = self.pool.take_finished();
         for Finished { effect, done } in &finished {
             if let Some(slot) = self.committing.remove(effect)
                 && matches!(done, Done::Outcome(Outcome::Committed { .. }))

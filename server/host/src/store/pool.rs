@@ -3,13 +3,16 @@
 //! In: jobs, each with an owner (a VM) and a share. Out: their results, in any order, and a wake-up of the loop. Jobs of
 //! one owner start in order, but for those that must wait for another; owners take turns; one share may hold at most half the workers, so that one hung disk does
 //! not take them all.
+//!
+//! Nobody is woken in vain: a worker only for a job that may run now, the loop only when it has taken what there was before. On a host
+//! with few processors each such wake-up takes time from the one that works.
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 
-type Work<R> = Box<dyn FnOnce() -> R + Send>;
+type Work<R> = Box<dyn FnOnce() -> Vec<R> + Send>;
 type Blame = Box<dyn Fn(usize, u64) + Send + Sync>;
 
 struct Job<R> {
@@ -25,7 +28,10 @@ struct Queues<R> {
     last_owner: u64,
     running_of_share: BTreeMap<usize, usize>,
     running_keys: BTreeSet<usize>,
-    finished: VecDeque<R>,
+    finished: Vec<R>,
+    /// Workers that wait for a job, and those of them that were called and have not come yet.
+    idle: usize,
+    called: usize,
     stop: bool,
 }
 
@@ -61,14 +67,7 @@ impl<R: Send + 'static> Pool<R> {
     pub fn new(workers: usize) -> std::io::Result<Self> {
         let workers = workers.max(2);
         let shared = Arc::new(Shared {
-            queues: Mutex::new(Queues {
-                waiting: BTreeMap::new(),
-                last_owner: 0,
-                running_of_share: BTreeMap::new(),
-                running_keys: BTreeSet::new(),
-                finished: VecDeque::new(),
-                stop: false,
-            }),
+            queues: Mutex::new(Queues::new()),
             work_there: Condvar::new(),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             per_share_max: workers / 2,
@@ -99,8 +98,8 @@ impl<R: Send + 'static> Pool<R> {
         self.shared.wake.as_fd()
     }
 
-    /// Queues a job of `owner` on `share` (any number that tells disks apart).
-    pub fn submit(&self, owner: u64, share: usize, work: impl FnOnce() -> R + Send + 'static) {
+    /// Queues a job of `owner` on `share` (any number that tells disks apart). A job may have several results, or none.
+    pub fn submit(&self, owner: u64, share: usize, work: impl FnOnce() -> Vec<R> + Send + 'static) {
         self.submit_keyed(owner, share, None, work);
     }
 
@@ -110,18 +109,22 @@ impl<R: Send + 'static> Pool<R> {
         owner: u64,
         share: usize,
         key: Option<usize>,
-        work: impl FnOnce() -> R + Send + 'static,
+        work: impl FnOnce() -> Vec<R> + Send + 'static,
     ) {
-        lock(&self.shared.queues)
-            .waiting
-            .entry(owner)
-            .or_default()
-            .push_back(Job {
-                share,
-                key,
-                work: Box::new(work),
-            });
-        self.shared.work_there.notify_one();
+        let mut queues = lock(&self.shared.queues);
+        let queue = queues.waiting.entry(owner).or_default();
+        // Behind one with its key it has to wait: whoever ends that one looks for it.
+        let follows = key.is_some() && queue.iter().any(|job| job.key == key);
+        queue.push_back(Job {
+            share,
+            key,
+            work: Box::new(work),
+        });
+        let call = !follows && queues.call(self.shared.per_share_max);
+        drop(queues);
+        if call {
+            self.shared.work_there.notify_one();
+        }
     }
 
     /// Each worker calls this with its number and the owner of a job before it, and with 0 after it.
@@ -140,7 +143,8 @@ impl<R: Send + 'static> Pool<R> {
     }
 
     /// Results so far.
-    pub fn take_finished(&self) -> VecDeque<R> {
+    pub fn take_finished(&self) -> Vec<R> {
+        // Cleared before: what comes after this look wakes anew.
         let mut drained = [0u8; 8];
         let _ = rustix::io::read(&self.shared.wake, &mut drained);
         std::mem::take(&mut lock(&self.shared.queues).finished)
@@ -160,40 +164,69 @@ fn lock<R>(queues: &Mutex<Queues<R>>) -> MutexGuard<'_, Queues<R>> {
 }
 
 impl<R> Queues<R> {
-    /// The next job: owners in turn, from the one behind the last; first job of each whose share is not full.
-    fn next(&mut self, per_share_max: usize) -> Option<(u64, Job<R>)> {
-        let owners: Vec<u64> = self
-            .waiting
+    const fn new() -> Self {
+        Self {
+            waiting: BTreeMap::new(),
+            last_owner: 0,
+            running_of_share: BTreeMap::new(),
+            running_keys: BTreeSet::new(),
+            finished: Vec::new(),
+            idle: 0,
+            called: 0,
+            stop: false,
+        }
+    }
+
+    fn may_run(&self, job: &Job<R>, per_share_max: usize) -> bool {
+        self.running_of_share
+            .get(&job.share)
+            .is_none_or(|running| *running < per_share_max)
+            && job.key.is_none_or(|key| !self.running_keys.contains(&key))
+    }
+
+    /// Where the next job is: owners in turn, from the one behind the last; first job of each whose share is not full.
+    fn find(&self, per_share_max: usize) -> Option<(u64, usize)> {
+        self.waiting
             .range(self.last_owner.saturating_add(1)..)
             .chain(self.waiting.range(..=self.last_owner))
-            .map(|(owner, _)| *owner)
-            .collect();
-        for owner in owners {
-            let Some(queue) = self.waiting.get_mut(&owner) else {
-                continue;
-            };
-            let may_run = |job: &Job<R>| {
-                self.running_of_share
-                    .get(&job.share)
-                    .is_none_or(|running| *running < per_share_max)
-                    && job.key.is_none_or(|key| !self.running_keys.contains(&key))
-            };
-            let Some(job) = queue
-                .iter()
-                .position(may_run)
-                .and_then(|position| queue.remove(position))
-            else {
-                continue;
-            };
-            *self.running_of_share.entry(job.share).or_default() += 1;
-            self.running_keys.extend(job.key);
-            if queue.is_empty() {
-                self.waiting.remove(&owner);
-            }
-            self.last_owner = owner;
-            return Some((owner, job));
+            .find_map(|(owner, queue)| {
+                let position = queue.iter().position(|job| self.may_run(job, per_share_max))?;
+                Some((*owner, position))
+            })
+    }
+
+    /// Takes the next job.
+    fn next(&mut self, per_share_max: usize) -> Option<(u64, Job<R>)> {
+        let (owner, position) = self.find(per_share_max)?;
+        let queue = self.waiting.get_mut(&owner)?;
+        let job = queue.remove(position)?;
+        if queue.is_empty() {
+            self.waiting.remove(&owner);
         }
-        None
+        *self.running_of_share.entry(job.share).or_default() += 1;
+        self.running_keys.extend(job.key);
+        self.last_owner = owner;
+        Some((owner, job))
+    }
+
+    /// Whether one more worker is to be woken: there is a job that may run, and somebody who sleeps.
+    fn call(&mut self, per_share_max: usize) -> bool {
+        let call = self.idle > self.called && self.find(per_share_max).is_some();
+        self.called += usize::from(call);
+        call
+    }
+
+    /// A job of this share, with this key, has ended. True: the loop is to be woken, it has taken what there was before.
+    fn end(&mut self, share: usize, key: Option<usize>, results: Vec<R>) -> bool {
+        if let Some(running) = self.running_of_share.get_mut(&share) {
+            *running = running.saturating_sub(1);
+        }
+        if let Some(key) = key {
+            self.running_keys.remove(&key);
+        }
+        let wake = self.finished.is_empty() && !results.is_empty();
+        self.finished.extend(results);
+        wake
     }
 }
 
@@ -204,35 +237,55 @@ fn work<R>(shared: &Shared<R>, number: usize) {
             blame(number, owner);
         }
     };
-    let mut queues = lock(&shared.queues);
+    let mut ended = None;
     loop {
-        if queues.stop {
-            return;
+        let mut queues = lock(&shared.queues);
+        let wake = ended
+            .take()
+            .is_some_and(|(share, key, results)| queues.end(share, key, results));
+        let next = if queues.stop {
+            None
+        } else {
+            queues.next(shared.per_share_max)
+        };
+        // Also for what may run since a job has ended, or was passed over.
+        let call = next.is_some() && queues.call(shared.per_share_max);
+        drop(queues);
+        if wake {
+            let _ = rustix::io::write(&shared.wake, &1u64.to_ne_bytes());
         }
-        let Some((owner, job)) = queues.next(shared.per_share_max) else {
+        if call {
+            shared.work_there.notify_one();
+        }
+        match next {
+            Some((owner, job)) => {
+                blame(owner);
+                let results = (job.work)();
+                blame(0);
+                ended = Some((job.share, job.key, results));
+            }
+            None if rest(shared) => {}
+            None => return,
+        }
+    }
+}
+
+/// Sleeps until there may be a job; false: there will be none any more.
+fn rest<R>(shared: &Shared<R>) -> bool {
+    let mut queues = lock(&shared.queues);
+    // One may have come since this worker looked, which counted it as busy.
+    if !queues.stop && queues.find(shared.per_share_max).is_none() {
+        queues.idle += 1;
+        while queues.called == 0 && !queues.stop {
             queues = shared
                 .work_there
                 .wait(queues)
                 .unwrap_or_else(PoisonError::into_inner);
-            continue;
-        };
-        drop(queues);
-        let (share, key) = (job.share, job.key);
-        blame(owner);
-        let result = (job.work)();
-        blame(0);
-        queues = lock(&shared.queues);
-        if let Some(running) = queues.running_of_share.get_mut(&share) {
-            *running = running.saturating_sub(1);
         }
-        if let Some(key) = key {
-            queues.running_keys.remove(&key);
-        }
-        queues.finished.push_back(result);
-        let _ = rustix::io::write(&shared.wake, &1u64.to_ne_bytes());
-        // A place on this share is free again, for a job that another worker passed over.
-        shared.work_there.notify_one();
+        queues.called = queues.called.saturating_sub(1);
+        queues.idle -= 1;
     }
+    !queues.stop
 }
 
 #[cfg(test)]
@@ -261,11 +314,11 @@ mod tests {
             let hung = Arc::clone(&hung);
             pool.submit(1, 0, move || {
                 let _ = hung.lock().unwrap().recv();
-                "hung"
+                vec!["hung"]
             });
         }
         for _ in 0..8 {
-            pool.submit(2, 1, || "quick");
+            pool.submit(2, 1, || vec!["quick"]);
         }
         assert_eq!(wait_finished(&pool, 8), vec!["quick"; 8]);
         drop(release);
@@ -278,10 +331,10 @@ mod tests {
         let (release, hung) = mpsc::channel::<()>();
         pool.submit_keyed(1, 0, Some(7), move || {
             let _ = hung.recv();
-            "first"
+            vec!["first"]
         });
-        pool.submit_keyed(1, 0, Some(7), || "second");
-        pool.submit_keyed(1, 0, Some(8), || "other");
+        pool.submit_keyed(1, 0, Some(7), || vec!["second"]);
+        pool.submit_keyed(1, 0, Some(8), || vec!["other"]);
         assert_eq!(wait_finished(&pool, 1), ["other"]);
         drop(release);
         assert_eq!(wait_finished(&pool, 2), ["first", "second"]);
@@ -289,24 +342,67 @@ mod tests {
 
     #[test]
     fn owners_take_turns() {
-        let mut queues = Queues {
-            waiting: BTreeMap::new(),
-            last_owner: 0,
-            running_of_share: BTreeMap::new(),
-            running_keys: BTreeSet::new(),
-            finished: VecDeque::new(),
-            stop: false,
-        };
+        let mut queues = Queues::new();
         for (owner, name) in [(1, 'a'), (1, 'b'), (1, 'c'), (2, 'd'), (3, 'e')] {
             queues.waiting.entry(owner).or_default().push_back(Job {
                 share: 0,
                 key: None,
-                work: Box::new(move || name),
+                work: Box::new(move || vec![name]),
             });
         }
         let order: String = std::iter::from_fn(|| queues.next(99))
-            .map(|(_, job)| (job.work)())
+            .flat_map(|(_, job)| (job.work)())
             .collect();
         assert_eq!(order, "adebc");
+    }
+
+    #[test]
+    fn a_worker_is_called_only_for_what_may_run_and_the_loop_once_for_what_it_has_not_taken() {
+        const SHARE_MAX: usize = 2;
+        let mut queues = Queues::new();
+        queues.idle = 3;
+        let put = |queues: &mut Queues<u8>, key| {
+            queues.waiting.entry(1).or_default().push_back(Job {
+                share: 0,
+                key,
+                work: Box::new(Vec::new),
+            });
+            queues.call(SHARE_MAX)
+        };
+        assert!(!queues.call(SHARE_MAX), "nothing to do");
+        assert!(put(&mut queues, Some(7)));
+        queues.called -= 1;
+        queues.idle -= 1;
+        assert!(queues.next(SHARE_MAX).is_some());
+        assert!(!put(&mut queues, Some(7)), "its key is taken");
+        assert!(put(&mut queues, Some(8)));
+        assert!(queues.next(SHARE_MAX).is_some());
+        assert!(!put(&mut queues, None), "its share is full");
+        assert_eq!((queues.idle, queues.called), (2, 1));
+        // The end of the first makes room for two of which one is called for here, the other by whoever takes it.
+        assert!(!queues.end(0, Some(7), Vec::new()), "no result, nothing to tell");
+        assert!(queues.end(0, None, vec![1]) && !queues.end(0, None, vec![2, 3]));
+        assert!(
+            queues.call(SHARE_MAX) && !queues.call(SHARE_MAX),
+            "all are called"
+        );
+        assert_eq!(queues.finished, [1, 2, 3]);
+    }
+
+    #[test]
+    fn every_job_of_many_runs_although_nobody_is_woken_in_vain() {
+        const JOBS: usize = 3000;
+        let pool = Pool::new(4).unwrap();
+        for round in 0..3 {
+            for job in 0..JOBS {
+                let key = (job % 3 == 0).then_some(job % 7);
+                pool.submit_keyed((job % 5) as u64, job % 2, key, move || vec![job; job % 3]);
+            }
+            let count = (0..JOBS).map(|job| job % 3).sum();
+            let mut all = wait_finished(&pool, count);
+            all.sort_unstable();
+            let expected: Vec<usize> = (0..JOBS).flat_map(|job| vec![job; job % 3]).collect();
+            assert_eq!(all, expected, "round {round}");
+        }
     }
 }

@@ -4,19 +4,21 @@
 //!
 //! A piece is at most [`PIECE_BYTES_MAX`]; after each, the next one's turn comes. Reads go straight from the page cache into guest
 //! memory on the loop (never waiting for a disk); a range that is not cached is read on a worker first. Writes go straight from
-//! guest memory into the file, on a worker, under a lease. Memory that is not shared goes through scratch and messages.
+//! guest memory into the file, on a worker, under a lease, several that follow one another by one call. Memory that is not shared goes through scratch and messages.
 
 mod task;
+mod writes;
 
 use crate::core::memory::PIECE_BYTES_MAX;
 use crate::core::sessions::Sessions;
 use crate::store::{Done, OpenFile, Store};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use task::{End, Step, Task, Work};
 use vmgmt_core::effect::{BufferRange, EffectId, FailedAt, Outcome};
 use vmgmt_device::Direction;
 use vmgmt_device::rings::{Channel, Token};
+use writes::Writes;
 
 /// Bytes moved in one turn over all work, so that rings are looked at again within about a millisecond.
 const TURN_BYTES_MAX: usize = 4 * PIECE_BYTES_MAX;
@@ -29,6 +31,8 @@ pub struct Bulk {
     waiting_for_memory: Vec<EffectId>,
     /// They hold nothing, and go on when their VM is thawed.
     frozen: Vec<EffectId>,
+    /// What waits to be written, by file.
+    writes: BTreeMap<usize, Weak<Writes>>,
 }
 
 impl Bulk {
@@ -48,6 +52,20 @@ impl Bulk {
     #[must_use]
     pub fn is_on_workers(&self) -> bool {
         self.ready.is_empty() && self.tasks.len() > self.waiting_for_memory.len() + self.frozen.len()
+    }
+
+    /// The rings of a session (a bit each) from which a worker writes into a file just now.
+    #[must_use]
+    pub fn rings_that_write(&self, session: u64) -> u32 {
+        self.tasks
+            .values()
+            .filter(|task| matches!(task.work, Work::Write { .. }) && !task.void)
+            .flat_map(|task| task.work.tokens())
+            .filter(|token| token.session == session)
+            .fold(0, |rings, token| match token.channel {
+                Channel::Ring(n) => rings | 1 << n,
+                Channel::Port => rings,
+            })
     }
 
     /// Whether an effect is bulk work that has not ended.
@@ -157,12 +175,13 @@ impl Bulk {
         let from = End::new(sessions, from, Direction::FromGuest)
             .map_err(|status| Outcome::failed(status, FailedAt::From))?;
         let crc32 = checksum.then(crc32fast::Hasher::new);
+        let writes = self.writes_of(file);
         self.begin(
             id,
             owner,
             bytes,
             Work::Write {
-                file,
+                writes,
                 offset,
                 from,
                 crc32,
@@ -277,6 +296,19 @@ impl Bulk {
                 break;
             }
         }
+    }
+
+    /// The queue of a file; it is there as long as somebody writes.
+    fn writes_of(&mut self, file: Arc<OpenFile>) -> Arc<Writes> {
+        // A queue that is alive holds its file, so that no other has its address.
+        let address = Arc::as_ptr(&file) as usize;
+        if let Some(writes) = self.writes.get(&address).and_then(Weak::upgrade) {
+            return writes;
+        }
+        self.writes.retain(|_, writes| writes.strong_count() > 0);
+        let writes = Arc::new(Writes::new(file));
+        self.writes.insert(address, Arc::downgrade(&writes));
+        writes
     }
 
     fn begin(&mut self, id: EffectId, owner: u64, bytes: u64, work: Work) {

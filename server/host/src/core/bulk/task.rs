@@ -2,11 +2,11 @@
 //!
 //! In: a turn. Out: bytes moved, an outcome, or what it waits for. Must never know whose turn is next.
 
+use super::writes::{Range, Source, Writes};
 use crate::core::memory::{BulkError, PIECE_BYTES_MAX, Pieces, Side};
 use crate::core::sessions::Sessions;
 use crate::messages::MESSAGE_DMA_BYTES_MAX;
 use crate::store::{Done, OpenFile, Piecewise, Store, status_of};
-use rustix::io::Errno;
 use std::sync::Arc;
 use vmgmt_abi::Status;
 use vmgmt_core::effect::{BufferRange, EffectId, FailedAt, Outcome};
@@ -48,7 +48,7 @@ pub(super) enum Work {
         warm_tries: u32,
     },
     Write {
-        file: Arc<OpenFile>,
+        writes: Arc<Writes>,
         offset: u64,
         from: End,
         crc32: Option<crc32fast::Hasher>,
@@ -280,9 +280,9 @@ impl Task {
     }
 
     fn write_piece(&mut self, id: EffectId, sessions: &mut Sessions, store: &Store) -> Step {
-        let (done, piece) = (self.done, self.piece());
+        let (done, mut piece) = (self.done, self.piece());
         let Work::Write {
-            file,
+            writes,
             offset,
             from,
             crc32,
@@ -290,74 +290,33 @@ impl Task {
         else {
             return Step::OnWorker;
         };
-        let checksum = crc32.is_some();
         let Some(position) = offset.checked_add(done).filter(|at| {
             at.checked_add(piece as u64)
                 .is_some_and(|end| i64::try_from(end).is_ok())
         }) else {
             return Step::Finished(Outcome::failed(Status::TOO_LARGE, FailedAt::File));
         };
-        let writer = Arc::clone(file);
-        let work: Box<dyn FnOnce() -> Done + Send> = match &from.place {
-            Place::Guest(pieces) if !pieces.needs_messages() => {
-                let pieces = pieces.clone();
-                Box::new(move || {
-                    store_piece(&writer, position, piece, checksum, |at| {
-                        pieces.write_file(done + at as u64, piece - at, writer.fd(), position + at as u64)
-                    })
-                })
-            }
+        let source = match &from.place {
+            Place::Guest(pieces) if !pieces.needs_messages() => Source::Guest(pieces.clone(), done),
             _ => {
-                let mut data = vec![0; piece.min(MESSAGE_DMA_BYTES_MAX as usize)];
+                piece = piece.min(MESSAGE_DMA_BYTES_MAX as usize);
+                let mut data = vec![0; piece];
                 if let Err(fault) = from.read(sessions, done, &mut data) {
                     return self.after(Err(fault), sessions);
                 }
-                Box::new(move || {
-                    store_piece(&writer, position, data.len(), checksum, |at| {
-                        rustix::io::pwrite(writer.fd(), &data[at..], position + at as u64)
-                            .map_err(BulkError::File)
-                    })
-                })
+                Source::Here(data)
             }
         };
-        store.submit_write(self.owner, id, file, work);
+        writes.push(Range {
+            effect: id,
+            position,
+            bytes: piece,
+            source,
+            checksum: crc32.is_some(),
+        });
+        let writer = Arc::clone(writes);
+        store.submit_write(self.owner, writes.file(), move || writer.run());
         Step::OnWorker
-    }
-}
-
-/// Writes one piece whole, on a worker; `write` gives the bytes that one call wrote from that offset in the piece on.
-fn store_piece(
-    file: &OpenFile,
-    position: u64,
-    bytes: usize,
-    checksum: bool,
-    write: impl Fn(usize) -> Result<usize, BulkError>,
-) -> Done {
-    if let Err(outcome) = file.charge_growth(position + bytes as u64) {
-        return Done::Outcome(outcome);
-    }
-    let mut at = 0;
-    while at < bytes {
-        match write(at) {
-            Ok(0) => return Done::Outcome(Outcome::failed(Status::NO_SPACE, FailedAt::File)),
-            Ok(written) => at += written,
-            Err(BulkError::File(Errno::INTR)) => {}
-            Err(BulkError::Revoked) => return Done::Revoked,
-            Err(BulkError::File(errno)) => {
-                return Done::Outcome(Outcome::failed(status_of(errno), FailedAt::File));
-            }
-            Err(_) => return Done::Outcome(Outcome::failed(Status::BAD_ADDRESS, FailedAt::From)),
-        }
-    }
-    // Over what the file holds, not over guest memory, which may have changed since: end to end.
-    let crc32 = match checksum.then(|| file.checksum(position, bytes as u64)) {
-        Some(Ok((_, crc32))) => Some(crc32),
-        Some(Err(errno)) => return Done::Outcome(Outcome::failed(status_of(errno), FailedAt::File)),
-        None => None,
-    };
-    Done::Stored {
-        bytes: bytes as u64,
-        crc32,
     }
 }
 

@@ -57,6 +57,9 @@ const FORGETFUL: bool = cfg!(feature = "without-crash-consistency");
 
 /// Submissions fetched per session and turn: a batch of the rings, so that neighbours wait for no more than that.
 const POLL_BUDGET: u32 = 64;
+/// How long a ring's doorbell is spared while a worker writes for it: the worker comes back in some 100 µs, and then the loop looks at the
+/// ring anyway, while a doorbell would cost two wake-ups, of the front and of the core. A disk may take longer: hence an end.
+const SPARED_NS: u64 = 1_000_000;
 /// While rings are polled, descriptors are looked at no more often than this.
 const LOOK_NS: u64 = 50_000;
 /// The hub is told the wall time when it is older than this.
@@ -445,14 +448,24 @@ impl EventLoop {
         if turn.progressed() || look {
             session.active_until = now.after_ns(poll_ns);
         }
+        if turn.progressed() {
+            session.spared_until = now.after_ns(SPARED_NS);
+        }
         if turn.more || now < session.active_until {
             return true;
         }
+        // A ring for which a worker writes is looked at when the worker is back.
+        let spared = match now < session.spared_until {
+            true => self.bulk.rings_that_write(number),
+            false => 0,
+        };
         // The guest may have published just before it could see the event word armed: then once more.
-        if session.rings.arm(&session.front, &mut session.memory) {
+        if session.rings.arm_but(&session.front, &mut session.memory, spared) {
             return true;
         }
-        self.active.remove(&number);
+        if spared == 0 {
+            self.active.remove(&number);
+        }
         false
     }
 
@@ -496,8 +509,9 @@ impl EventLoop {
         .into_iter()
         .flatten()
         .min();
-        for (_, session) in self.sessions.iter_mut() {
-            due = [due, session.rings_due(), session.memory.poll_timeout()]
+        for (number, session) in self.sessions.iter_mut() {
+            let spared = self.active.contains(&number).then_some(session.spared_until);
+            due = [due, spared, session.rings_due(), session.memory.poll_timeout()]
                 .into_iter()
                 .flatten()
                 .min();

@@ -29,7 +29,7 @@ mod pieces;
 mod table;
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use crate::words::MappedWords;
 use fences::Fences;
@@ -45,7 +45,7 @@ use table::Table;
 use vmgmt_device::page::{CorePage, FrontPage};
 use vmgmt_device::{GuestMemory, MemoryError, Tick};
 
-pub use limits::PIECE_BYTES_MAX;
+pub use limits::{JOINED_BYTES_MAX, PIECE_BYTES_MAX};
 pub use message_dma::DmaRequest;
 pub use pieces::{BulkError, Pieces, Side};
 

@@ -116,6 +116,12 @@ impl Pieces {
         }
     }
 
+    /// Pieces without memory, for tests of what only orders them.
+    #[cfg(test)]
+    pub fn empty_for_test() -> Self {
+        Self::new(Vec::new(), Direction::FromGuest)
+    }
+
     pub(super) const fn lease(&self) -> &Arc<Lease> {
         &self.lease
     }
@@ -176,13 +182,32 @@ impl Pieces {
         file: BorrowedFd<'_>,
         offset: u64,
     ) -> Result<usize, BulkError> {
-        let slices = self.slices(at, bytes, Direction::FromGuest)?;
+        Self::write_file_of(&[(self, at, bytes)], file, offset)
+    }
+
+    /// As [`Pieces::write_file`], for ranges that follow one another in the file, each (pieces, from which byte, how many), by one call.
+    ///
+    /// # Errors
+    /// See [`BulkError`]; which of several ranges it was the kernel does not say.
+    pub fn write_file_of(
+        ranges: &[(&Self, u64, usize)],
+        file: BorrowedFd<'_>,
+        offset: u64,
+    ) -> Result<usize, BulkError> {
+        let mut slices = Vec::new();
+        for (pieces, at, bytes) in ranges {
+            for slice in pieces.slices(*at, *bytes, Direction::FromGuest)? {
+                push_joined(&mut slices, slice);
+            }
+        }
         let written = write_file(file, offset, &slices);
-        self.still_ours()?;
-        written.map_err(|errno| match errno {
+        for (pieces, ..) in ranges {
+            pieces.still_ours()?;
+        }
+        written.map_err(|errno| match (errno, ranges.first()) {
             // Memory of the pages type that files cannot be written from is as good as gone for this call.
-            Errno::FAULT => self.gone(Side::Source, at),
-            errno => BulkError::File(errno),
+            (Errno::FAULT, Some((pieces, at, _))) => pieces.gone(Side::Source, *at),
+            (errno, _) => BulkError::File(errno),
         })
     }
 
@@ -264,10 +289,7 @@ impl Pieces {
                 .mapping
                 .slice(offset, bytes)
                 .map_err(|_| BulkError::Misuse)?;
-            match slices.last_mut().and_then(|last| last.joined(&slice)) {
-                Some(joined) => *slices.last_mut().ok_or(BulkError::Misuse)? = joined,
-                None => slices.push(slice),
-            }
+            push_joined(&mut slices, slice);
             Ok(())
         })?;
         Ok(slices)
@@ -339,6 +361,17 @@ impl Pieces {
             side,
             iova: part.map_or(0, |part| part.iova + (at - part.at)),
         }
+    }
+}
+
+/// Adds a slice, to the last one where it follows it.
+fn push_joined<'a>(slices: &mut Vec<GuestSlice<'a>>, slice: GuestSlice<'a>) {
+    match slices
+        .last_mut()
+        .and_then(|last| last.joined(&slice).map(|joined| (last, joined)))
+    {
+        Some((last, joined)) => *last = joined,
+        None => slices.push(slice),
     }
 }
 

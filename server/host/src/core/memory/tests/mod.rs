@@ -2,7 +2,7 @@
 
 mod bulk;
 mod fences;
-mod fixture;
+pub mod fixture;
 mod messages;
 mod model;
 mod sharing;
