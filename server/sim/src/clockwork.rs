@@ -36,6 +36,7 @@ pub struct Steps {
     taken: Cell<u64>,
     die_in: Cell<Option<u64>>,
     overtaken_in: Cell<Option<u64>>,
+    overtakes: Cell<u64>,
     world: RefCell<Option<Box<dyn FnMut()>>>,
 }
 
@@ -62,6 +63,11 @@ impl Steps {
     pub fn overtake_in(&self, accesses: Option<u64>) {
         self.overtaken_in.set(accesses);
     }
+    /// How often the world has overtaken a core.
+    #[must_use]
+    pub fn overtakes(&self) -> u64 {
+        self.overtakes.get()
+    }
     /// Steps since the beginning.
     #[must_use]
     pub fn taken(&self) -> u64 {
@@ -77,6 +83,7 @@ impl Steps {
             None => {}
             Some(0) => {
                 self.overtaken_in.set(None);
+                self.overtakes.set(self.overtakes.get() + 1);
                 self.running.set(false);
                 if let Some(world) = self.world.borrow_mut().as_mut() {
                     world();
@@ -125,6 +132,14 @@ impl SimWords {
     pub fn new(count: usize) -> Self {
         Self {
             words: (0..count).map(|_| Cell::new(0)).collect(),
+            steps: None,
+        }
+    }
+    /// Other words that say the same.
+    #[must_use]
+    pub fn copy(&self) -> Self {
+        Self {
+            words: self.words.iter().map(|word| Cell::new(word.get())).collect(),
             steps: None,
         }
     }

@@ -9,10 +9,11 @@ use crate::bulk::{Bulk, Step};
 use crate::clockwork::{Clock, SimWords, Steps};
 use crate::disk::{Done, Work};
 use crate::faults::Fault;
-use crate::limits::JOURNAL_BYTES_MAX;
+use crate::limits::{JOURNAL_BYTES_MAX, REPLIES_MAX};
 use crate::ram::Complaints;
 use crate::reach::Reach;
 use crate::wires::{Eventfd, Spindle, ToCore, Wires};
+use crate::world::Replies;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
@@ -24,7 +25,7 @@ use vmgmt_core::policy::VmConfig;
 use vmgmt_core::{Hub, Saved};
 use vmgmt_device::Tick;
 use vmgmt_device::page::{CorePage, FrontPage, LifePage, TouchedPage};
-use vmgmt_device::rings::{Buffer, Channel, Input, Modes, Rings, Settings, Token, Turn};
+use vmgmt_device::rings::{Buffer, Channel, Input, Modes, Rings, Settings, Token, Turn, check_state};
 use vmgmt_host::core::journal::{Fill, Journal, JournalError};
 use vmgmt_host::core::sessions::part_of;
 use vmgmt_host::messages::CoreToFront;
@@ -74,7 +75,7 @@ pub struct Outside {
     pub spindle: Rc<RefCell<Spindle>>,
     pub hub_words: SimWords,
     /// What the operator gets.
-    pub replies: Rc<RefCell<VecDeque<(u64, ControlReply)>>>,
+    pub replies: Replies,
     pub fault: Rc<Cell<Fault>>,
     pub complaints: Complaints,
     /// How long a core polls after its last work.
@@ -98,6 +99,10 @@ pub struct Core {
     files: BTreeMap<u32, OpenFile>,
     next_file: u32,
     bulk: Bulk,
+    /// For the operator (connection, request), until its socket has room.
+    held: VecDeque<(u64, u64, ControlReply)>,
+    /// The operator's connection.
+    client: Option<u64>,
     wall_told: Tick,
     active: BTreeSet<u64>,
     watched: BTreeSet<u64>,
@@ -183,6 +188,8 @@ impl Core {
             files: BTreeMap::new(),
             next_file: 0,
             bulk: Bulk::default(),
+            held: VecDeque::new(),
+            client: None,
             wall_told: Tick(0),
             active: BTreeSet::new(),
             watched: BTreeSet::new(),
@@ -198,6 +205,22 @@ impl Core {
         core
     }
 
+    /// Whether another program could be the core on this state: what it would do first, on a copy of the hub's memory and with the sessions'
+    /// in-flight tables as they are, without writing anything.
+    pub fn check(
+        hub_words: &SimWords,
+        tables: impl Iterator<Item = SimWords>,
+        life: u64,
+    ) -> Result<(), String> {
+        let journal =
+            Journal::open(hub_words.copy()).map_err(|error| format!("the hub's memory: {error}"))?;
+        recover(&journal, life);
+        for table in tables {
+            check_state(table).map_err(|error| format!("an in-flight table: {error}"))?;
+        }
+        Ok(())
+    }
+
     /// The keeper tells of a VM.
     pub fn vm(&mut self, config: VmConfig) {
         self.hub
@@ -205,13 +228,41 @@ impl Core {
     }
 
     /// The operator asks.
-    pub fn control(&mut self, id: u64, request: ControlRequest) {
-        let input = interface::Input::Control {
-            client: 1,
-            id,
-            request,
-        };
+    pub fn control(&mut self, client: u64, id: u64, request: ControlRequest) {
+        self.client = Some(client);
+        let input = interface::Input::Control { client, id, request };
         self.hub.handle(self.outside.clock.now(), input);
+        self.outside.wires.wake_core.set(true);
+    }
+
+    /// The operator's connection is gone.
+    pub fn control_closed(&mut self, client: u64) {
+        self.client = self.client.filter(|open| *open != client);
+        self.held.retain(|(holder, ..)| *holder != client);
+        let input = interface::Input::ControlClosed { client };
+        self.hub.handle(self.outside.clock.now(), input);
+        self.outside.wires.wake_core.set(true);
+    }
+
+    /// The operator has read: its socket takes more.
+    pub fn operator_has_room(&mut self) {
+        self.outside.wires.wake_core.set(true);
+    }
+
+    /// Puts into the operator's socket what waits for it. A message's last byte is there, and stays there whatever becomes of this core:
+    /// so the hub hears of it behind that.
+    fn tell_operator(&mut self, now: Tick) {
+        while self.outside.replies.borrow().len() < REPLIES_MAX
+            && let Some((client, id, reply)) = self.held.pop_front()
+        {
+            let told = matches!(reply, ControlReply::Message { .. });
+            self.outside.steps.step();
+            self.outside.replies.borrow_mut().push_back((id, reply));
+            if told {
+                self.outside.steps.step();
+                self.hub.handle(now, interface::Input::Told { client, id });
+            }
+        }
     }
 
     /// Nothing of what an earlier life left with this VM is still to be looked at.
@@ -239,6 +290,7 @@ impl Core {
         self.scan = true;
         self.take_packets(now);
         self.take_finished(now);
+        self.tell_operator(now);
         self.life_page.move_beat();
         if self.turn(now) {
             return;
@@ -621,12 +673,10 @@ impl Core {
                 interface::Output::Control {
                     client, id, reply, ..
                 } => {
-                    let told = matches!(reply, ControlReply::Message { .. });
-                    self.outside.steps.step();
-                    self.outside.replies.borrow_mut().push_back((id, reply));
-                    if told {
-                        // It is in the operator's socket, and stays there whatever becomes of this core.
-                        self.hub.handle(now, interface::Input::Told { client, id });
+                    // (The connection may have ended before the answer.)
+                    if self.client == Some(client) {
+                        self.held.push_back((client, id, reply));
+                        self.tell_operator(now);
                     }
                 }
                 interface::Output::Log { .. } => {}

@@ -140,6 +140,34 @@ impl Disk {
         }
     }
 
+    /// A worker was killed in the middle: the first half of what it wrote is there. (Anything else is done or not.)
+    pub fn perform_half(&mut self, work: &Work) {
+        if let Work::WriteData {
+            inode, offset, data, ..
+        } = work
+        {
+            self.store(*inode, *offset, &data[..data.len() / 2], false);
+        } else if let Work::WritePiece {
+            inode,
+            offset,
+            lease,
+            skip,
+            bytes,
+            ..
+        } = work
+        {
+            let piece = Work::WritePiece {
+                inode: *inode,
+                offset: *offset,
+                lease: Rc::clone(lease),
+                skip: *skip,
+                bytes: *bytes / 2,
+                checksum: false,
+            };
+            self.perform(&piece, None);
+        }
+    }
+
     fn store(&mut self, inode: u64, offset: u64, data: &[u8], checksum: bool) -> Done {
         let Some(Inode::File(bytes)) = self.inodes.get_mut(&inode) else {
             return Done::Outcome(failed(Status::IO_ERROR));

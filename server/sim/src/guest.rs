@@ -567,8 +567,12 @@ impl Guest {
                 Some("reset register".into())
             }
             Act::FunctionReset => {
-                site.vm.device_reset();
                 self.state = State::FunctionReset;
+                if site.chance.permille(500) {
+                    site.vm.function_level_reset();
+                    return Some("function-level reset".into());
+                }
+                site.vm.device_reset();
                 Some("DEVICE_RESET".into())
             }
             Act::ToggleRing => {

@@ -20,6 +20,8 @@ pub const POLL_NS: [u64; 2] = [50_000, 0];
 pub const FENCE_NS_MAX: u64 = 1_000_000_000;
 /// From the death of a core until the keeper sees it.
 pub const DEATH_SEEN_NS_MAX: u64 = 50_000_000;
+/// Replies that an operator's socket holds: then the core waits until it reads.
+pub const REPLIES_MAX: usize = 3;
 /// Actions kept for a failure's report.
 pub const ACTIONS_KEPT: usize = 40;
 
@@ -27,6 +29,10 @@ pub const ACTIONS_KEPT: usize = 40;
 pub const REST_TURNS: u32 = 400;
 /// Virtual time between two of them: a core that polls for its longest time has stopped long before the last.
 pub const REST_STEP_NS: u64 = 2_000;
+/// How often the world still overtakes the core on its way to rest.
+pub const REST_OVERTAKES_MAX: u64 = 3;
+/// Before which of so many accesses of a round: the rounds before sleep have not many more.
+pub const REST_ACCESSES: u64 = 60;
 /// Turns in a row in which nobody did anything: then all sleep.
 pub const REST_TURNS_CALM: u32 = 3;
 

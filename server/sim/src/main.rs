@@ -49,6 +49,7 @@ fn main() -> ExitCode {
         (None, None) if arguments.seed.is_some() => 1,
         (None, None) => 100,
     };
+    println!("seeds from {first:#x}, each of {} steps", arguments.steps);
     let start = Instant::now();
     let limit = arguments.seconds.map(Duration::from_secs);
     let (mut done, mut failed) = (0u64, 0u64);

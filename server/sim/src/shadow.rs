@@ -36,6 +36,8 @@ struct Message {
     delivered: BTreeSet<u64>,
     /// To all: how many took it.
     takers: u64,
+    /// Asked for a second time, perhaps behind newer ones: it has no place in their order.
+    asked_again: bool,
 }
 
 /// A put.
@@ -69,6 +71,10 @@ pub struct Shadow {
     blurring: BTreeSet<u64>,
     /// Newest message per source and target when that happened.
     blurred: BTreeMap<(u64, u64), u64>,
+    /// What the host got of whom under which number.
+    host_numbers: BTreeMap<(u64, u64), u64>,
+    /// What the host got in the round of the core that runs, or that died in it.
+    host_unsure: Vec<(u64, u64)>,
     pub repeats: u64,
     pub delivered: u64,
     pub completions: u64,
@@ -90,6 +96,8 @@ impl Shadow {
             repeatable: BTreeSet::new(),
             blurring: BTreeSet::new(),
             blurred: BTreeMap::new(),
+            host_numbers: BTreeMap::new(),
+            host_unsure: Vec::new(),
             repeats: 0,
             delivered: 0,
             completions: 0,
@@ -109,9 +117,17 @@ impl Shadow {
             fate: Fate::Open,
             delivered: BTreeSet::new(),
             takers: 0,
+            asked_again: false,
         };
         self.messages.insert((source, number), message);
         (number, body(MESSAGE_MAGIC, source, number, bytes))
+    }
+
+    /// A send without an answer is asked for again, with its key.
+    pub fn ask_again(&mut self, source: u64, number: u64) {
+        if let Some(message) = self.messages.get_mut(&(source, number)) {
+            message.asked_again = true;
+        }
     }
 
     /// What became of a send.
@@ -173,6 +189,13 @@ impl Shadow {
             self.complaints
                 .add(format!("VM {target} got message {number} of VM {source} twice"));
         }
+        self.delivered += 1;
+        if message.asked_again {
+            if blurring {
+                self.repeatable.insert((target, source, number));
+            }
+            return;
+        }
         let newest = self.newest.entry((source, target)).or_default();
         let blurred = self.blurred.get(&(source, target)).copied().unwrap_or_default();
         if number < *newest && number > blurred {
@@ -185,7 +208,33 @@ impl Shadow {
             self.blurred.insert((source, target), *newest);
             self.repeatable.insert((target, source, number));
         }
-        self.delivered += 1;
+    }
+
+    /// A message is in the operator's hands, under the number that the core gave it. `unsure`: the core that gave it may not have noted that.
+    pub fn tell_host(&mut self, stamped: u64, sequence: u64, contents: &[u8], unsure: bool) {
+        if let Some((source, number)) = read(MESSAGE_MAGIC, contents)
+            && !self.hostile.contains(&stamped)
+        {
+            let known = *self.host_numbers.entry((stamped, sequence)).or_insert(number);
+            if known != number {
+                self.complaints.add(format!(
+                    "the host got message {number} of VM {source} under number {sequence}, as {known} before"
+                ));
+            }
+            if unsure {
+                self.host_unsure.push((source, number));
+            }
+        }
+        self.deliver(HOST, stamped, contents);
+    }
+
+    /// The core is dead. `may_repeat`: in the middle of a round, so what it gave the host in it may come again.
+    pub fn unsure_of_host(&mut self, may_repeat: bool) {
+        for (source, number) in std::mem::take(&mut self.host_unsure) {
+            if may_repeat {
+                self.repeatable.insert((HOST, source, number));
+            }
+        }
     }
 
     /// A core has taken over all that the one before left in this VM's memory.
@@ -224,7 +273,7 @@ impl Shadow {
     pub fn undelivered(&self) -> Vec<(u64, u64, u64)> {
         self.messages
             .iter()
-            .filter(|(_, message)| message.fate == Fate::Done && message.target < ALL)
+            .filter(|(_, message)| message.fate == Fate::Done && message.target != ALL)
             .filter(|(_, message)| !message.delivered.contains(&message.target))
             .map(|((source, number), message)| (*source, *number, message.target))
             .collect()

@@ -42,6 +42,8 @@ pub struct Town {
     served: Vec<bool>,
     /// VMs whose process stands still: it reads and answers nothing.
     pub still: Vec<bool>,
+    /// What happens between two accesses of a core is guests' work that the front tells of at once.
+    pub hurries: bool,
 }
 
 impl Town {
@@ -80,6 +82,7 @@ impl Town {
             trace: Trace::default(),
             served: vec![false; plan_vms],
             still: vec![false; plan_vms],
+            hurries: false,
         }
     }
 
@@ -105,6 +108,15 @@ impl Town {
 
     /// What happens between two accesses of a core.
     pub fn overtake(&mut self) {
+        if self.hurries {
+            for _ in 0..self.chance.between(1, 4) {
+                self.guest_turn();
+            }
+            for _ in 0..3 {
+                self.front_turn();
+            }
+            return;
+        }
         for _ in 0..self.chance.between(1, 4) {
             if self.chance.below(2) == 0 {
                 self.front_turn();

@@ -17,6 +17,9 @@ use vmgmt_wire::uapi::user;
 const BAR0: u32 = 0;
 const BAR2: u32 = 2;
 const CONFIG: u32 = 7;
+/// The PCI Express capability's device control register, and its bit that resets the function.
+const DEVICE_CONTROL: u64 = 0x78;
+const INITIATE_RESET: u16 = 0x8000;
 const CAPABILITIES: &str =
     r#"{"capabilities":{"max_msg_fds":16,"max_data_xfer_size":1048576,"write_multiple":true}}"#;
 
@@ -229,6 +232,17 @@ impl Vm {
             About::FunctionReset,
             user::VFIO_USER_DEVICE_RESET,
             Vec::new(),
+            Vec::new(),
+        );
+    }
+
+    /// The function-level reset, by configuration space.
+    pub fn function_level_reset(&mut self) {
+        let body = region(CONFIG, DEVICE_CONTROL, &INITIATE_RESET.to_le_bytes());
+        self.ask(
+            About::FunctionReset,
+            user::VFIO_USER_REGION_WRITE,
+            body,
             Vec::new(),
         );
     }

@@ -215,7 +215,7 @@ impl Spindle {
         }
     }
 
-    /// A core died. What its workers had begun lands later, or never; true: one of them is in disk sleep.
+    /// A core died. What its workers had begun lands in part, later, or never; true: one of them is in disk sleep.
     pub fn core_died(&mut self, life: u64, undead: bool) -> bool {
         let keys: Vec<_> = self
             .jobs
@@ -227,7 +227,10 @@ impl Spindle {
         for key in keys {
             let in_sleep = undead && self.chance(2) == 0;
             if !in_sleep {
-                self.jobs.remove(&key);
+                let half = self.chance(2) == 0;
+                if let Some(job) = self.jobs.remove(&key).filter(|_| half) {
+                    self.disk.perform_half(&job.work);
+                }
             } else if let Some(job) = self.jobs.get_mut(&key) {
                 job.undead = true;
                 any = true;

@@ -2,6 +2,7 @@
 //!
 //! In: chance. Out: complaints. The order of the keeper's words is the real one: a core is dead for guest memory before the next begins.
 
+mod operators;
 mod rest;
 
 use crate::chance::Chance;
@@ -11,14 +12,13 @@ use crate::faults::Fault;
 use crate::guest::{Act, CHAT, Kind, State};
 use crate::limits::{DEATH_SEEN_NS_MAX, HUB_WORDS, PLUGGED, RAM_BYTES};
 use crate::ram::Complaints;
-use crate::shadow::{Fate, HEAD_BYTES, HOST};
 use crate::town::{Plan, Town};
 use crate::wires::{Mood, Spindle, Wires};
+use operators::Operator;
+pub use operators::Replies;
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
-use vmgmt_core::interface::{ControlReply, ControlRequest};
 use vmgmt_core::policy::{Access, ShareGrant, VmConfig, VmLimits};
 use vmgmt_device::Tick;
 use vmgmt_device::registers::Input;
@@ -84,10 +84,7 @@ pub struct World {
     spindle: Rc<RefCell<Spindle>>,
     hub_words: SimWords,
     configs: Vec<VmConfig>,
-    replies: Rc<RefCell<VecDeque<(u64, ControlReply)>>>,
-    /// Messages of the operator that were asked for, by request.
-    asked: BTreeMap<u64, u64>,
-    next_request: u64,
+    operator: Operator,
     core: Option<Core>,
     life: u64,
     keeper: Keeper,
@@ -151,9 +148,7 @@ impl World {
             spindle,
             hub_words: SimWords::new(HUB_WORDS),
             configs,
-            replies: Rc::default(),
-            asked: BTreeMap::new(),
-            next_request: 0,
+            operator: Operator::default(),
             core: None,
             life: 0,
             fault: Rc::new(Cell::new(fault)),
@@ -242,7 +237,7 @@ impl World {
             wires,
             spindle: Rc::clone(&self.spindle),
             hub_words: self.hub_words.clone(),
-            replies: Rc::clone(&self.replies),
+            replies: Rc::clone(&self.operator.replies),
             fault: Rc::clone(&self.fault),
             complaints: self.complaints.clone(),
             poll_ns: self.poll_ns,
@@ -324,6 +319,7 @@ impl World {
             return;
         }
         let before = self.steps.taken();
+        self.note_replies();
         match self.alive(|| core.round()) {
             Some(()) => {
                 let taken = self.steps.taken() - before;
@@ -336,10 +332,11 @@ impl World {
                         .borrow_mut()
                         .note(format!("core life {}: {taken} steps", self.life));
                 }
-                self.take_replies();
+                self.operator_may_read();
             }
             None => {
                 drop(core);
+                self.operator_loses_core(true);
                 self.died("died");
             }
         }
@@ -361,18 +358,50 @@ impl World {
             "core life {} {how}, a worker in disk sleep: {undead}",
             self.life
         ));
-        for (_, number) in std::mem::take(&mut self.asked) {
-            town.shadow.sent(HOST, number, Fate::Unknown, 0);
-        }
-        self.replies.borrow_mut().clear();
+        drop(town);
+        self.operator_loses_core(false);
     }
 
+    /// Another program is asked whether it could be the core, on copies of the state as it is at this instant; then the old one ends in order,
+    /// and the next begins on a copy of the hub's memory, which becomes the memory; or, if it refuses, the old one on the old memory.
     fn upgrade(&mut self) {
+        if self.core.is_none() {
+            return;
+        }
+        self.ask_the_next();
+        let (denied, refused) = {
+            let mut town = self.town.borrow_mut();
+            (town.chance.permille(200), town.chance.permille(200))
+        };
+        if denied {
+            return self.town.borrow_mut().note("an upgrade is denied".into());
+        }
         let Some(core) = self.core.take() else { return };
         self.upgrades += 1;
         match self.alive(|| core.end()) {
             Some(()) => self.died("ends in order"),
             None => self.died("died while it ended"),
+        }
+        self.ask_the_next();
+        if !refused {
+            self.hub_words = self.hub_words.copy();
+        }
+        let word = if refused { "refuses, the old one" } else { "" };
+        self.town
+            .borrow_mut()
+            .note(format!("the next program {word} takes over"));
+    }
+
+    /// What lies in the state at any instant is readable.
+    fn ask_the_next(&self) {
+        let town = self.town.borrow();
+        let tables = town.front.clients.values().map(|client| client.state.copy());
+        let answer = catch_unwind(AssertUnwindSafe(|| {
+            Core::check(&self.hub_words, tables, self.life + 1)
+        }));
+        if !matches!(answer, Ok(Ok(()))) {
+            self.complaints
+                .add(format!("another program could not be the core: {answer:?}"));
         }
     }
 
@@ -454,59 +483,6 @@ impl World {
         }
     }
 
-    fn operate(&mut self) {
-        // As the real one, it listens to operators when it has taken over, and not before.
-        let Some(core) = self.core.as_mut().filter(|core| core.adopted) else {
-            return;
-        };
-        let mut town = self.town.borrow_mut();
-        self.next_request += 1;
-        let request = if town.chance.permille(500) {
-            let vms = town.vms.len() as u64;
-            let target = town.chance.between(1, vms);
-            let bytes = town.chance.between(HEAD_BYTES as u64, 400) as usize;
-            let (number, message) = town.shadow.send(HOST, target, bytes);
-            self.asked.insert(self.next_request, number);
-            town.note(format!("the operator sends number {number} to {target}"));
-            ControlRequest::Send {
-                key: 0,
-                target: format!("vm{target}"),
-                message,
-            }
-        } else {
-            town.note("the operator receives".into());
-            ControlRequest::Receive {
-                follow: false,
-                wait_ns: 1,
-            }
-        };
-        core.control(self.next_request, request);
-        core.asleep = false;
-    }
-
-    fn take_replies(&mut self) {
-        let mut town = self.town.borrow_mut();
-        while let Some((id, reply)) = self.replies.borrow_mut().pop_front() {
-            match reply {
-                ControlReply::Sent { .. } => {
-                    if let Some(number) = self.asked.remove(&id) {
-                        town.shadow.sent(HOST, number, Fate::Done, 1);
-                    }
-                }
-                ControlReply::Failed { .. } => {
-                    if let Some(number) = self.asked.remove(&id) {
-                        town.shadow.sent(HOST, number, Fate::Refused, 0);
-                    }
-                }
-                ControlReply::Message { source, message, .. } => {
-                    let stamped = source.strip_prefix("vm").and_then(|vm| vm.parse().ok());
-                    town.shadow.deliver(HOST, stamped.unwrap_or_default(), &message);
-                }
-                _ => {}
-            }
-        }
-    }
-
     // ---- the end
 
     /// Heals everything and lets all work come to its end; then the books must balance.
@@ -543,6 +519,7 @@ impl World {
             self.keep();
             let mut worked = self.run_all();
             worked |= self.wind_down();
+            worked |= self.operator_winds_down();
             worked |= self.town.borrow().front.is_runnable();
             self.look();
             idle = if worked { 0 } else { idle + 1 };
@@ -632,6 +609,7 @@ impl World {
     }
 
     fn balance(&mut self) {
+        self.operator_balance();
         let town = self.town.borrow();
         let complain = |text: String| self.complaints.add(text);
         for (vm, guest) in town.vms.iter().zip(&town.guests) {

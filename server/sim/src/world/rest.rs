@@ -6,14 +6,14 @@
 
 use super::World;
 use crate::core::Core;
-use crate::limits::{REST_STEP_NS, REST_TURNS, REST_TURNS_CALM};
+use crate::limits::{REST_ACCESSES, REST_OVERTAKES_MAX, REST_STEP_NS, REST_TURNS, REST_TURNS_CALM};
 use vmgmt_device::page::TouchedPage;
 
 impl World {
     /// Lets everybody end what is to be done now, until all sleep, and looks at the sleepers. Now and then something still happens while the
     /// core goes to sleep. A process may stand still meanwhile: what it does not answer wakes nobody.
     pub(super) fn rest(&mut self) {
-        let overtaken_in = {
+        let overtakes = {
             let mut town = self.town.borrow_mut();
             let town = &mut *town;
             for still in &mut town.still {
@@ -23,13 +23,12 @@ impl World {
                 "nobody begins anything; who stands still: {:?}",
                 town.still
             ));
-            let reach = town.chance.between(2, 9);
-            let accesses = town.chance.below(1 << reach);
-            town.chance.permille(800).then_some(accesses)
+            town.hurries = true;
+            town.chance.below(REST_OVERTAKES_MAX + 1)
         };
-        self.steps.overtake_in(overtaken_in);
-        let rests = self.come_to_rest();
+        let rests = self.come_to_rest(overtakes);
         self.steps.overtake_in(None);
+        self.town.borrow_mut().hurries = false;
         if rests && self.core.as_ref().is_some_and(|core| core.adopted) {
             self.town.borrow_mut().note("all sleep".into());
             self.look_at_guests();
@@ -40,15 +39,20 @@ impl World {
     }
 
     /// True: nobody has anything to do, but when time passes or a disk ends its work.
-    fn come_to_rest(&mut self) -> bool {
+    fn come_to_rest(&mut self, mut overtakes: u64) -> bool {
         let mut calm = 0;
         for _ in 0..REST_TURNS {
+            // The rounds before sleep are short.
+            let accesses = self.town.borrow_mut().chance.below(REST_ACCESSES);
+            let overtaken = self.steps.overtakes();
+            self.steps.overtake_in((overtakes > 0).then_some(accesses));
             self.clock.advance_to(self.clock.now().after_ns(REST_STEP_NS));
             self.spin();
             self.keep();
             let mut worked = self.run_all();
             self.town.borrow_mut().react();
             worked |= self.is_awake();
+            overtakes = overtakes.saturating_sub(self.steps.overtakes() - overtaken);
             calm = if worked { 0 } else { calm + 1 };
             if calm == REST_TURNS_CALM {
                 return true;
