@@ -9,6 +9,8 @@ mod memory;
 mod rings;
 #[path = "hostile_guest/slow_disk.rs"]
 mod slow_disk;
+#[path = "hostile_guest/undead.rs"]
+mod undead;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -4,7 +4,7 @@
 
 use crate::deadlines::Timer;
 use crate::effect::{Effect, FileSlot};
-use crate::effects::Continuation;
+use crate::effects::{Continuation, Effects};
 use crate::hub::Hub;
 use crate::journal::Record;
 use crate::kept::{KeptFile, KeptPut};
@@ -26,7 +26,22 @@ impl Hub {
         snapshot: Option<Saved>,
         records: impl IntoIterator<Item = Record>,
     ) -> Result<Self, RestoreError> {
+        Self::replay_beside(life, BTreeSet::new(), snapshot, records)
+    }
+
+    /// As [`Hub::replay`], while workers of killed cores sleep in a disk and may still do something for these VMs: what they may have begun
+    /// is done again only after `Input::Buried`.
+    ///
+    /// # Errors
+    /// As [`Hub::replay`].
+    pub fn replay_beside(
+        life: u64,
+        undead: BTreeSet<u64>,
+        snapshot: Option<Saved>,
+        records: impl IntoIterator<Item = Record>,
+    ) -> Result<Self, RestoreError> {
         let mut hub = Self::new(life);
+        hub.office.effects = Effects::beside(undead);
         if let Some(saved) = snapshot {
             hub.office.next_handle = hub.office.next_handle.max(saved.next_handle);
             hub.office.ledger = Ledger::restore(saved.ledger)?;
@@ -141,7 +156,13 @@ impl Hub {
             entry.open_files += 1;
         }
         self.files.reopening.insert(handle, Default::default());
-        self.office.effect(vm, effect, Continuation::Reopened { handle });
+        let then = Continuation::Reopened { handle };
+        // A file that is only read is nobody's to spoil.
+        if matches!(effect, Effect::Reopen { write: false, .. }) {
+            self.office.effect(vm, effect, then);
+        } else {
+            self.office.effect_again(vm, effect, then);
+        }
     }
 
     /// Completions of which the core before did not know whether they were published: after [`Hub::replay`] the shell looks into the

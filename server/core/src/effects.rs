@@ -2,13 +2,16 @@
 //!
 //! In: an effect with the note of what to do when it ends. Out: effects to give to the shell, VMs taking turns; the note, when its outcome comes.
 //! It never knows what an effect is for.
+//!
+//! A killed core may be *undead*: a worker of it sleeps in a disk, and the call that it is in will still come to its end, at any time. What
+//! that may be the first attempt of waits here until it is gone ([`Effects::add_after_burial`]), and only for the VMs whose work it may be.
 
 use crate::effect::{BufferRange, Effect, EffectId};
 use crate::limits::{EFFECTS_RUNNING_MAX, EFFECTS_RUNNING_PER_VM_MAX};
 use crate::modes::namely::NameOperation;
 use crate::refusal::Refusal;
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use vmgmt_device::rings::Token;
 
 /// What to do when an effect ends. Tokens and handles in here may be gone by then.
@@ -118,6 +121,10 @@ pub struct Effects {
     /// Derived: slow ones running, in all and for each VM.
     slow: u32,
     slow_of: BTreeMap<u64, u32>,
+    /// VMs for which an undead core's worker may still do something.
+    undead: BTreeSet<u64>,
+    /// What waits until it is gone, with its VM, in order.
+    held: Vec<(u64, Queued)>,
 }
 
 /// As saved.
@@ -127,20 +134,73 @@ pub struct SavedEffects {
     running: Vec<(EffectId, Running)>,
     queues: Vec<(u64, Vec<Queued>)>,
     turns: Vec<u64>,
+    /// Of no use to another core life, which is told anew.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    undead: BTreeSet<u64>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    held: Vec<(u64, Queued)>,
 }
 
 impl Effects {
+    /// Effects of a core life that begins while workers of a killed one may still do something for these VMs.
+    #[must_use]
+    pub fn beside(undead: BTreeSet<u64>) -> Self {
+        Self {
+            undead,
+            ..Self::default()
+        }
+    }
+
+    /// Whether an undead core's worker may still do something for this VM.
+    #[must_use]
+    pub fn is_haunted(&self, vm: u64) -> bool {
+        self.undead.contains(&vm)
+    }
+
+    /// VMs of which that is so.
+    pub fn haunted(&self) -> impl Iterator<Item = u64> + '_ {
+        self.undead.iter().copied()
+    }
+
+    /// As [`Effects::add`], for what an earlier core life may have begun: it waits until nothing of that can happen any more.
+    pub fn add_after_burial(
+        &mut self,
+        vm: u64,
+        effect: Effect,
+        then: Continuation,
+    ) -> (EffectId, Option<Effect>) {
+        if !self.is_haunted(vm) {
+            return self.add(vm, effect, then);
+        }
+        let id = EffectId(self.next_id);
+        self.next_id += 1;
+        self.held.push((vm, Queued { id, effect, then }));
+        (id, None)
+    }
+
+    /// The undead are gone: what waited for that has its turn ([`Effects::next`] gives it).
+    pub fn bury(&mut self) {
+        self.undead.clear();
+        for (vm, queued) in std::mem::take(&mut self.held) {
+            self.enqueue(vm, queued);
+        }
+    }
+
+    fn enqueue(&mut self, vm: u64, queued: Queued) {
+        let queue = self.queues.entry(vm).or_insert_with(|| {
+            self.turns.push_back(vm);
+            VecDeque::new()
+        });
+        queue.push_back(queued);
+    }
+
     /// Takes an effect of a VM in. Returns its id, and whether the shell is to have it now (else [`Effects::next`] gives it later).
     pub fn add(&mut self, vm: u64, effect: Effect, then: Continuation) -> (EffectId, Option<Effect>) {
         let id = EffectId(self.next_id);
         self.next_id += 1;
         let slow = !matches!(effect, Effect::Copy { .. } | Effect::Fetch { .. });
         if slow && (!self.may_run(vm) || self.queues.contains_key(&vm)) {
-            let queue = self.queues.entry(vm).or_insert_with(|| {
-                self.turns.push_back(vm);
-                VecDeque::new()
-            });
-            queue.push_back(Queued { id, effect, then });
+            self.enqueue(vm, Queued { id, effect, then });
             return (id, None);
         }
         self.start(id, vm, slow, then);
@@ -200,6 +260,9 @@ impl Effects {
 
     /// Takes a queued effect back: what would have been done. `None`: it is running (or gone), or tidies up and must run.
     pub fn withdraw(&mut self, vm: u64, id: EffectId) -> Option<Continuation> {
+        if let Some(place) = self.held.iter().position(|(_, queued)| queued.id == id) {
+            return Some(self.held.remove(place).1.then);
+        }
         let queue = self.queues.get_mut(&vm)?;
         let place = queue.iter().position(|queued| queued.id == id)?;
         if matches!(
@@ -219,7 +282,7 @@ impl Effects {
     /// Effects under way and waiting.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.running.len() + self.queues.values().map(VecDeque::len).sum::<usize>()
+        self.running.len() + self.queues.values().map(VecDeque::len).sum::<usize>() + self.held.len()
     }
 
     /// Those that the shell has and has not answered.
@@ -233,7 +296,13 @@ impl Effects {
 
     /// What is to be done when each ends.
     pub fn continuations(&self) -> impl Iterator<Item = &Continuation> {
-        let queued = self.queues.values().flatten().map(|queued| &queued.then);
+        let held = self.held.iter().map(|(_, queued)| queued);
+        let queued = self
+            .queues
+            .values()
+            .flatten()
+            .chain(held)
+            .map(|queued| &queued.then);
         self.running.values().map(|running| &running.then).chain(queued)
     }
 
@@ -246,6 +315,8 @@ impl Effects {
             turns,
             slow: _,
             slow_of: _,
+            undead,
+            held,
         } = self;
         SavedEffects {
             next_id: *next_id,
@@ -258,6 +329,8 @@ impl Effects {
                 .map(|(vm, queue)| (*vm, queue.iter().cloned().collect()))
                 .collect(),
             turns: turns.iter().copied().collect(),
+            undead: undead.clone(),
+            held: held.clone(),
         }
     }
 
@@ -269,9 +342,19 @@ impl Effects {
             running,
             queues,
             turns,
+            undead,
+            held,
         } = saved;
+        if held
+            .iter()
+            .any(|(vm, queued)| !undead.contains(vm) || queued.id.0 >= next_id)
+        {
+            return Err("an effect waits for the end of a core that is none of its VM's");
+        }
         let mut effects = Self {
             next_id,
+            undead,
+            held,
             ..Self::default()
         };
         for (id, entry) in running {

@@ -73,6 +73,10 @@ impl Hub {
             Input::Told { client, id } => self.chat.told(&mut self.office, client, id),
             Input::ControlClosed { client } => self.control_closed(client),
             Input::Adopted => self.adopted(),
+            Input::Buried => {
+                self.office.effects.bury();
+                self.transfers.pump_all(&mut self.office);
+            }
             Input::StateFull(full) => self.office.state_full = full,
             Input::WallClock { now_ns } => {
                 let floor_ns = if self.office.wall.known {
@@ -129,6 +133,12 @@ impl Hub {
     #[must_use]
     pub fn owner_of(&self, effect: crate::effect::EffectId) -> u64 {
         self.office.effects.vm_of(effect).unwrap_or(0)
+    }
+
+    /// VMs whose files an earlier core life's workers may still change: what that life may have begun waits for `Input::Buried`.
+    #[must_use]
+    pub fn haunted(&self) -> Vec<u64> {
+        self.office.effects.haunted().collect()
     }
 
     /// Effects that are under way or wait their turn.

@@ -43,6 +43,8 @@ pub enum Input {
     ControlClosed { client: u64 },
     /// After [`crate::Hub::replay`]: all sessions that are still there have been told.
     Adopted,
+    /// After [`crate::Hub::replay_beside`]: no worker of an earlier core life can do anything any more.
+    Buried,
     /// The memory for what survives is nearly full, or not any more: what would make it fuller is refused.
     StateFull(bool),
     /// Wall time, nanoseconds since 1970, told at start and when asked for with every submission batch (messages carry it).

@@ -422,6 +422,24 @@ impl Office {
         id
     }
 
+    /// As [`Office::effect`], for what an earlier core life may have begun: where a worker of that may still do it, it waits for its end.
+    pub fn effect_again(&mut self, vm: u64, effect: Effect, then: Continuation) -> EffectId {
+        let (id, now) = self.effects.add_after_burial(vm, effect, then);
+        if let Some(effect) = now {
+            self.outputs.push_back(Output::Effect { id, effect });
+        }
+        id
+    }
+
+    /// Opens a submission that waits for such an effect.
+    pub fn park_effect_again(&mut self, fetched: &Fetched, effect: Effect, then: Continuation) {
+        let Some(vm) = self.vm_of(fetched.token) else {
+            return;
+        };
+        let id = self.effect_again(vm, effect, then);
+        self.park(fetched, Wait::Effect { id, fills: false });
+    }
+
     /// Opens a submission that waits for an effect.
     pub fn park_effect(&mut self, fetched: &Fetched, effect: Effect, fills: bool, then: Continuation) {
         let Some(vm) = self.vm_of(fetched.token) else {

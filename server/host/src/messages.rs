@@ -7,11 +7,16 @@
 use crate::config::{CoreConfig, ListenerConfig, VmConfig};
 use crate::control::protocol::{Upgrade, UpgradeReport};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use vmgmt_ctl::protocol::SandboxedRole;
 use vmgmt_device::Tick;
 
 /// Version of what the roles say to each other. A program that is to take over a role refuses a keeper of another one.
 pub const CHANNEL_VERSION: u32 = 1;
+
+/// The number of a request that nobody makes: the keeper says [`KeeperToCore::Done`] to it when no killed core is left that slept in the
+/// kernel. (No message of its own: a core of the version before, which waits for nothing, takes this as nothing.)
+pub const BURIED: u64 = 0;
 
 /// Keeper to front.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -95,11 +100,15 @@ pub enum KeeperToCore {
     ///
     /// `trial`: it looks whether it could take over, writes nothing but the hub state that it was given, says
     /// [`CoreToKeeper::Able`], and begins when it hears [`KeeperToCore::Go`].
+    ///
+    /// `undead`: VMs for which workers of killed cores may still do something to files; until [`BURIED`].
     Start {
         life: u64,
         config: Box<CoreConfig>,
         channel: u32,
         trial: bool,
+        #[serde(default)]
+        undead: BTreeSet<u64>,
     },
     /// The only packet to a program that is asked whether it could take over. fds: one sealed memory with copies of the hub's
     /// state (so many bytes) and behind it of each session's (number, bytes), as after a crash.
@@ -117,7 +126,7 @@ pub enum KeeperToCore {
     Vm(VmConfig),
     /// It does not any more; its state is forgotten.
     VmGone { vm: u64 },
-    /// Answer to a request of the core.
+    /// Answer to a request of the core; or [`BURIED`].
     Done { request: u64, error: Option<String> },
     /// Answer to [`CoreToKeeper::Upgrade`], if it has begun ([`KeeperToCore::Done`] with an error, if not).
     Upgrading { request: u64, number: u64 },
@@ -218,3 +227,71 @@ pub enum CoreToFront {
 pub const MESSAGE_DMA_BYTES_MAX: u32 = 60 * 1024;
 /// Message-DMA requests outstanding per session.
 pub const MESSAGE_DMA_OUTSTANDING_MAX: usize = 4;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde::de::DeserializeOwned;
+
+    /// What the version before knew of [`KeeperToCore::Start`] and of answers.
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    enum Before {
+        Start { life: u64, channel: u32, trial: bool },
+        Done { request: u64, error: Option<String> },
+    }
+
+    /// As one end of a channel says it and the other understands it.
+    fn told<T: DeserializeOwned>(message: &impl Serialize) -> T {
+        let mut bytes = Vec::new();
+        ciborium::into_writer(message, &mut bytes).unwrap();
+        ciborium::from_reader(bytes.as_slice()).unwrap()
+    }
+
+    #[test]
+    fn a_core_of_the_version_before_understands_the_undead_as_nothing_and_its_keeper_knows_none() {
+        let config = CoreConfig {
+            shares: Vec::new(),
+            poll_ns: 0,
+            workers: 2,
+            sockets: Vec::new(),
+            device: crate::config::DeviceConfig::default(),
+            vm_limits: crate::config::VmLimits::default(),
+            sandbox: crate::sandbox::SandboxConfig {
+                enabled: false,
+                front: None,
+                core: None,
+            },
+        };
+        let start = KeeperToCore::Start {
+            life: 7,
+            config: Box::new(config),
+            channel: CHANNEL_VERSION,
+            trial: false,
+            undead: [3, 4].into(),
+        };
+        let KeeperToCore::Start { undead, .. } = told(&start) else {
+            panic!("another message");
+        };
+        assert_eq!(undead, [3, 4].into());
+        let before = Before::Start {
+            life: 7,
+            channel: CHANNEL_VERSION,
+            trial: false,
+        };
+        assert_eq!(told::<Before>(&start), before);
+        let buried = KeeperToCore::Done {
+            request: BURIED,
+            error: None,
+        };
+        let (request, error) = (BURIED, None);
+        assert_eq!(told::<Before>(&buried), Before::Done { request, error });
+        // And what an earlier keeper says, without the field.
+        let mut value: ciborium::Value = told(&start);
+        let fields = value.as_map_mut().unwrap()[0].1.as_map_mut().unwrap();
+        fields.retain(|(name, _)| name.as_text() != Some("undead"));
+        let KeeperToCore::Start { undead, .. } = told(&value) else {
+            panic!("another message");
+        };
+        assert!(undead.is_empty());
+    }
+}

@@ -82,6 +82,14 @@ pub struct Outside {
     pub poll_ns: u64,
 }
 
+impl Outside {
+    /// Gives work to the disk, in the name of a VM.
+    fn submit(&self, id: EffectId, vm: u64, work: Work) {
+        self.steps.step();
+        self.spindle.borrow_mut().submit(&self.wires, id, vm, work);
+    }
+}
+
 /// A core's process.
 pub struct Core {
     outside: Outside,
@@ -166,14 +174,14 @@ impl Session {
 }
 
 impl Core {
-    /// A core life begins on what the one before left.
-    pub fn new(outside: Outside) -> Self {
+    /// A core life begins on what the one before left. `undead`: VMs for which workers of dead cores may still do something.
+    pub fn new(outside: Outside, undead: BTreeSet<u64>) -> Self {
         let mortal = |words: &SimWords| words.mortal(&outside.steps);
         let journal = match Journal::open(mortal(&outside.hub_words)) {
             Ok(journal) => journal,
             Err(error) => panic!("the hub's memory: {error}"),
         };
-        let hub = recover(&journal, outside.wires.life);
+        let hub = recover(&journal, outside.wires.life, undead);
         let mut core = Self {
             touched: TouchedPage::new(mortal(&outside.wires.touched)),
             life_page: LifePage::new(mortal(&outside.wires.life_page)),
@@ -214,7 +222,7 @@ impl Core {
     ) -> Result<(), String> {
         let journal =
             Journal::open(hub_words.copy()).map_err(|error| format!("the hub's memory: {error}"))?;
-        recover(&journal, life);
+        recover(&journal, life, BTreeSet::new());
         for table in tables {
             check_state(table).map_err(|error| format!("an in-flight table: {error}"))?;
         }
@@ -225,6 +233,13 @@ impl Core {
     pub fn vm(&mut self, config: VmConfig) {
         self.hub
             .handle(self.outside.clock.now(), interface::Input::Vm(config));
+    }
+
+    /// The keeper tells that no dead core's worker is left.
+    pub fn buried(&mut self) {
+        self.hub
+            .handle(self.outside.clock.now(), interface::Input::Buried);
+        self.outside.wires.wake_core.set(true);
     }
 
     /// The operator asks.
@@ -694,6 +709,7 @@ impl Core {
             bulk: &mut self.bulk,
             files: &mut self.files,
             outside: &self.outside,
+            vm: self.hub.owner_of(id),
             now,
         };
         doors::begin(id, effect, &mut workshop)
@@ -704,13 +720,7 @@ impl Core {
             self.did("bulk work");
             match self.bulk.step(&mut self.sessions) {
                 Step::Nothing => {}
-                Step::Work(id, work) => {
-                    self.outside.steps.step();
-                    self.outside
-                        .spindle
-                        .borrow_mut()
-                        .submit(&self.outside.wires, id, work);
-                }
+                Step::Work(id, work) => self.outside.submit(id, self.hub.owner_of(id), work),
                 Step::Finished(effect, outcome) => {
                     self.hub
                         .handle(now, interface::Input::Outcome { effect, outcome });
@@ -872,6 +882,8 @@ struct Workshop<'a> {
     bulk: &'a mut Bulk,
     files: &'a mut BTreeMap<u32, OpenFile>,
     outside: &'a Outside,
+    /// In whose name it is done.
+    vm: u64,
     now: Tick,
 }
 
@@ -926,14 +938,12 @@ impl EffectShell for Workshop<'_> {
             }
             _ => None,
         };
-        self.outside.steps.step();
-        let mut spindle = self.outside.spindle.borrow_mut();
-        spindle.submit(&self.outside.wires, id, Work::Effect { effect, inode });
+        self.outside.submit(id, self.vm, Work::Effect { effect, inode });
         Ok(())
     }
 }
 
-fn recover(journal: &Journal<SimWords>, life: u64) -> Hub {
+fn recover(journal: &Journal<SimWords>, life: u64, undead: BTreeSet<u64>) -> Hub {
     let recovered = match journal.recover() {
         Ok(recovered) => recovered,
         Err(error) => panic!("the hub's memory after a death: {error}"),
@@ -944,5 +954,6 @@ fn recover(journal: &Journal<SimWords>, life: u64) -> Hub {
     let records = recovered.records.iter();
     let records =
         records.map(|bytes| vmgmt_core::Record::read(bytes).unwrap_or_else(|error| panic!("{error}")));
-    Hub::replay(life, saved, records).unwrap_or_else(|error| panic!("the hub's records: {error}"))
+    Hub::replay_beside(life, undead, saved, records)
+        .unwrap_or_else(|error| panic!("the hub's records: {error}"))
 }

@@ -29,11 +29,13 @@ pub enum Fault {
     LosesTables,
     /// A dead core's fences are never answered.
     DropsFences,
+    /// A core goes on with files that a dead one's worker, asleep in the disk, may still write.
+    ForgetsTheUndead,
 }
 
 impl Fault {
     /// All mistakes.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::ForgetsJournal,
         Self::JournalsTooLate,
         Self::SnapshotsTwice,
@@ -45,5 +47,6 @@ impl Fault {
         Self::FencesTooEarly,
         Self::LosesTables,
         Self::DropsFences,
+        Self::ForgetsTheUndead,
     ];
 }

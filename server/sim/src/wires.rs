@@ -7,7 +7,7 @@ use crate::disk::{Disk, Done, Work};
 use crate::limits::CHANNEL_PACKETS_MAX;
 use crate::ram::Ram;
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 use vmgmt_abi::Status;
 use vmgmt_core::EffectId;
@@ -107,6 +107,8 @@ pub struct Mood {
 struct Job {
     wires: Rc<Wires>,
     effect: EffectId,
+    /// In whose name; 0: nobody's.
+    vm: u64,
     work: Work,
     error: Option<Status>,
     /// Its core is dead and a worker in disk sleep still has it: it lands, and nobody hears of it.
@@ -149,7 +151,7 @@ impl Spindle {
     }
 
     /// A worker takes it on.
-    pub fn submit(&mut self, wires: &Rc<Wires>, effect: EffectId, work: Work) {
+    pub fn submit(&mut self, wires: &Rc<Wires>, effect: EffectId, vm: u64, work: Work) {
         let now = self.clock.now();
         let slow = self.mood.slow_ns;
         let mut due = now.after_ns(1_000 + self.chance(slow.max(2)));
@@ -175,6 +177,7 @@ impl Spindle {
         let job = Job {
             wires: Rc::clone(wires),
             effect,
+            vm,
             work,
             error,
             undead: false,
@@ -237,6 +240,13 @@ impl Spindle {
             }
         }
         any
+    }
+
+    /// VMs for which a dead core's workers, asleep in the disk, still do something.
+    #[must_use]
+    pub fn haunted(&self) -> BTreeSet<u64> {
+        let undead = self.jobs.values().filter(|job| job.undead && job.vm != 0);
+        undead.map(|job| job.vm).collect()
     }
 
     /// Work under way.

@@ -17,6 +17,7 @@ use crate::wires::{Mood, Spindle, Wires};
 use operators::Operator;
 pub use operators::Replies;
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use vmgmt_core::policy::{Access, ShareGrant, VmConfig, VmLimits};
@@ -86,6 +87,8 @@ pub struct World {
     configs: Vec<VmConfig>,
     operator: Operator,
     core: Option<Core>,
+    /// It was told of undead ones, and not yet of their end.
+    haunted: bool,
     life: u64,
     keeper: Keeper,
     fault: Rc<Cell<Fault>>,
@@ -150,6 +153,7 @@ impl World {
             configs,
             operator: Operator::default(),
             core: None,
+            haunted: false,
             life: 0,
             fault: Rc::new(Cell::new(fault)),
             frozen: Vec::new(),
@@ -247,6 +251,14 @@ impl World {
     /// The keeper's part.
     fn keep(&mut self) {
         let now = self.clock.now();
+        if self.haunted
+            && self.spindle.borrow().haunted().is_empty()
+            && let Some(core) = &mut self.core
+        {
+            self.haunted = false;
+            core.buried();
+            self.town.borrow_mut().note("the undead are buried".into());
+        }
         match self.keeper {
             Keeper::Serving => {}
             Keeper::Dead { seen } if seen <= now => {
@@ -279,8 +291,14 @@ impl World {
             town.front.core_begins(wires);
         }
         let configs = self.configs.clone();
+        let undead = if self.fault.get() == Fault::ForgetsTheUndead {
+            BTreeSet::new()
+        } else {
+            self.spindle.borrow().haunted()
+        };
+        self.haunted = !undead.is_empty();
         let born = self.alive(move || {
-            let mut core = Core::new(outside);
+            let mut core = Core::new(outside, undead);
             for config in configs {
                 core.vm(config);
             }

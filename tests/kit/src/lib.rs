@@ -4,6 +4,7 @@ pub mod client;
 pub mod deaths;
 pub mod guest;
 pub mod huge_pages;
+pub mod late_disk;
 pub mod process;
 pub mod setup;
 pub mod slow_disk;

@@ -434,6 +434,11 @@ fn open_file(office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {
         vm,
         open: Box::new(opening),
     };
-    office.park_effect(fetched, effect, false, then);
+    if fetched.again && has(open::TRUNCATE) {
+        // Its first life may still cut off what is written after this.
+        office.park_effect_again(fetched, effect, then);
+    } else {
+        office.park_effect(fetched, effect, false, then);
+    }
     Ok(Verdict::Open)
 }

@@ -164,8 +164,10 @@ fn begin(office: &mut Office, fetched: &Fetched, mut operation: NameOperation) -
             {
                 *temporary = before;
             }
+            // What the files show is judged when its first life can change nothing any more: else a rename that comes through later
+            // could take another file, which has the name by then.
             let effect = operation.second(Some(intent.identity));
-            office.park_effect(fetched, effect, false, Continuation::Named { token });
+            office.park_effect_again(fetched, effect, Continuation::Named { token });
         }
         // Whatever its first life looked at, it did nothing yet.
         None => {

@@ -32,6 +32,10 @@ impl Transfers {
         if stream.awaits_operator() {
             return;
         }
+        // Into the operator's file an undead core's worker may still write what the sender's buffer holds by then.
+        if matches!(stream.target, Party::Host(_)) && office.effects.is_haunted(stream.vm()) {
+            return;
+        }
         let (write, read) = (stream.writes.front().copied(), stream.reads.front().copied());
         let effect = match (stream.source, stream.target, write, read) {
             (Party::Vm { .. }, Party::Vm { .. }, Some(write), Some(read)) => {
@@ -67,6 +71,13 @@ impl Transfers {
         stream.moving = true;
         let vm = stream.vm();
         office.effect(vm, effect, Continuation::Piece { stream: id });
+    }
+
+    /// Moves what can be moved, of all streams.
+    pub fn pump_all(&mut self, office: &mut Office) {
+        for id in self.streams.keys().copied().collect::<Vec<_>>() {
+            self.pump(office, id);
+        }
     }
 
     fn at_end(&mut self, office: &mut Office, id: u64) {

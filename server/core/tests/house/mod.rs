@@ -151,6 +151,8 @@ pub struct House {
     pub repack: bool,
     /// After each input the journal is replayed on an empty hub.
     pub replay: bool,
+    /// VMs for which a worker of a core that crashed still sleeps in a disk.
+    pub undead: BTreeSet<u64>,
     /// A snapshot of a while ago, with the records there were then.
     snapshot: Option<(Saved, usize)>,
     inputs: u64,
@@ -198,6 +200,7 @@ impl House {
             failing: false,
             repack: true,
             replay: true,
+            undead: BTreeSet::new(),
             snapshot: None,
             inputs: 0,
         };
@@ -242,13 +245,19 @@ impl House {
         };
         let records = self.journal[since..].iter().cloned();
         let saved = saved.map(|saved| Saved::from_bytes(&saved.to_bytes()).unwrap());
-        self.hub = Hub::replay(self.life, saved, records).unwrap();
+        self.hub = Hub::replay_beside(self.life, self.undead.clone(), saved, records).unwrap();
         let manual = std::mem::replace(&mut self.manual, true);
         self.adopt();
         self.manual = manual;
         if !self.manual {
             self.settle();
         }
+    }
+
+    /// The workers that slept are gone.
+    pub fn bury(&mut self) {
+        self.undead.clear();
+        self.input(Input::Buried);
     }
 
     /// What a new core life is told, until it dies itself.
@@ -511,6 +520,15 @@ impl House {
         });
     }
 
+    pub fn cancel(&mut self, token: Token) {
+        self.input(Input::Cancel(token));
+    }
+
+    pub fn reset_session(&mut self, session: u64) {
+        self.void_session(session);
+        self.input(Input::SessionReset { session });
+    }
+
     pub fn void_session(&mut self, session: u64) {
         self.open.retain(|token| token.session != session);
         self.confirming.retain(|token| token.session != session);
@@ -677,6 +695,11 @@ impl House {
         self.files
             .get_mut(&(file.share.clone(), file.path.clone()))
             .expect("an open file is there")
+    }
+
+    /// Somebody does it of whom the hub does not hear.
+    pub fn perform(&mut self, effect: &Effect) {
+        self.carry_out(effect);
     }
 
     fn carry_out(&mut self, effect: &Effect) -> Outcome {

@@ -27,6 +27,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::Mode;
 use rustix::process::umask;
+use std::collections::BTreeSet;
 
 /// What the keeper says first. Nothing in it comes from a guest.
 #[derive(Debug)]
@@ -40,6 +41,8 @@ pub struct Start {
     umask: u32,
     /// It is only to look whether it could be the core, until the keeper says more.
     trial: bool,
+    /// VMs for which workers of killed cores may still do something.
+    undead: BTreeSet<u64>,
 }
 
 impl Start {
@@ -59,6 +62,7 @@ impl Start {
                     config,
                     channel,
                     trial,
+                    undead,
                 },
             mut fds,
             ..
@@ -86,6 +90,7 @@ impl Start {
             // From here on files get the mode that is asked for: nothing in the sandbox can change it afterwards.
             umask: umask(Mode::empty()).as_raw_mode(),
             trial,
+            undead,
         }))
     }
 

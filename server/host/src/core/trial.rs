@@ -15,6 +15,7 @@ use anyhow::{Context, anyhow, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
+use std::collections::BTreeSet;
 use vmgmt_device::page::{FrontPage, LifePage, Words};
 use vmgmt_device::rings::check_state;
 
@@ -113,7 +114,7 @@ fn look_at_copies(question: &Question) -> anyhow::Result<()> {
         length: usize::try_from(bytes / 8).unwrap_or(usize::MAX),
     };
     let hub_bytes = question.hub_bytes;
-    recover(&Journal::open(part(0, hub_bytes))?, 0)?;
+    recover(&Journal::open(part(0, hub_bytes))?, 0, BTreeSet::new())?;
     let mut begin = hub_bytes;
     for (session, bytes) in &question.sessions {
         check_state(part(begin, *bytes)).with_context(|| format!("session {session}"))?;
@@ -214,7 +215,11 @@ fn look_at_everything(keeper: &Channel, life: u64, seen: &Seen) -> anyhow::Resul
     if !life_page.is_valid() {
         bail!("the pages of this core life are not of this version");
     }
-    recover(&Journal::open(MappedWords::read_only(&seen.hub_state)?)?, life)?;
+    recover(
+        &Journal::open(MappedWords::read_only(&seen.hub_state)?)?,
+        life,
+        BTreeSet::new(),
+    )?;
     let mut held = Held::default();
     loop {
         life_page.move_beat();

@@ -7,7 +7,7 @@ use super::restart::Death;
 use super::upgrade::Step;
 use super::{Keeper, watch};
 use crate::channel::Channel;
-use crate::messages::{CHANNEL_VERSION, KeeperToCore, KeeperToFront};
+use crate::messages::{BURIED, CHANNEL_VERSION, KeeperToCore, KeeperToFront};
 use crate::words::{MappedWords, create_page};
 use anyhow::bail;
 use rustix::event::{EventfdFlags, eventfd};
@@ -96,7 +96,7 @@ impl Keeper {
             self.core_end = core.refusal.unwrap_or_else(|| text.to_owned());
             self.restart_at = now;
             if exit.is_none() {
-                self.undead.push(core.child);
+                self.lay_out(core.child, &core.page);
             }
             return Ok(());
         }
@@ -137,13 +137,24 @@ impl Keeper {
         }
         self.restart_at = now + wait;
         if exit.is_none() {
-            self.undead.push(core.child);
+            self.lay_out(core.child, &core.page);
         }
         Ok(())
     }
 
+    /// A killed core sleeps in the kernel: what its workers were in the middle of may still happen to files.
+    fn lay_out(&mut self, child: Child<KeeperToCore>, page: &LifePage<MappedWords>) {
+        self.undead_vms.extend(page.blamed_vms());
+        self.undead.push(child);
+    }
+
+    /// When the last is gone, files are only the core's.
     pub(super) fn bury_undead(&mut self) {
         self.undead.retain_mut(|child| child.ended().is_none());
+        if self.undead.is_empty() && !std::mem::take(&mut self.undead_vms).is_empty() {
+            let (request, error) = (BURIED, None);
+            self.tell_core(KeeperToCore::Done { request, error }, Vec::new());
+        }
     }
 
     pub(super) fn restart_core(&mut self) -> anyhow::Result<()> {
@@ -195,6 +206,7 @@ impl Keeper {
                 config: Box::new(self.core_config.clone()),
                 channel: CHANNEL_VERSION,
                 trial: trial.is_some(),
+                undead: self.undead_vms.clone(),
             },
             fds,
         );

@@ -54,7 +54,7 @@ use restart::Restarts;
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use signals::Signals;
 use sockets::{Socket, listen_on};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use upgrade::{Step, Upgrades};
@@ -100,6 +100,8 @@ struct Keeper {
     core_end: String,
     /// Killed cores that still sleep in the kernel.
     undead: Vec<Child<KeeperToCore>>,
+    /// VMs for which their workers were doing something.
+    undead_vms: BTreeSet<u64>,
     restarts: Restarts,
     /// When the next core is due, while there is none.
     restart_at: Instant,
@@ -224,6 +226,7 @@ impl Keeper {
             last_life: 0,
             core_end: String::new(),
             undead: Vec::new(),
+            undead_vms: BTreeSet::new(),
             restarts: Restarts::default(),
             restart_at: now,
             begin: now,

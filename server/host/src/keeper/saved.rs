@@ -23,6 +23,7 @@ use crate::words::MappedWords;
 use mio::Poll;
 use rustix::fd::{BorrowedFd, OwnedFd};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use vmgmt_device::page::LifePage;
@@ -50,6 +51,8 @@ pub(super) struct SavedKeeper {
     front_ready: bool,
     core: Option<SavedCore>,
     undead: Vec<SavedChild<KeeperToCore>>,
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    undead_vms: BTreeSet<u64>,
     last_life: u64,
     restarts: Restarts,
     restart_in: Duration,
@@ -128,6 +131,7 @@ impl Keeper {
             last_life,
             core_end,
             undead,
+            undead_vms,
             restarts,
             restart_at,
             begin,
@@ -203,6 +207,7 @@ impl Keeper {
                 .iter()
                 .map(|child| save_child(child, &mut packer))
                 .collect::<Result<_, _>>()?,
+            undead_vms: undead_vms.clone(),
             last_life: *last_life,
             restarts: restarts.clone(),
             restart_in: restart_at.saturating_duration_since(now),
@@ -297,6 +302,7 @@ impl Keeper {
                 .into_iter()
                 .map(|child| restore_child(child, &mut take))
                 .collect::<Result<_, Refusal>>()?,
+            undead_vms: saved.undead_vms,
             restarts: saved.restarts,
             restart_at: now + saved.restart_in,
             begin: before(saved.begun_ago),

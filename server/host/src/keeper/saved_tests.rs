@@ -7,6 +7,7 @@ use super::saved::{SavedKeeper, VERSION, VERSION_OLDEST};
 use super::*;
 use crate::config::{Access, Identity, ShareConfig, ShareGrant, VmConfig, VmLimits};
 use crate::control::protocol::UpgradeReport;
+use crate::messages::BURIED;
 use crate::packed::{self, Refusal};
 use crate::sandbox::SandboxConfig;
 use crate::words::MappedWords;
@@ -214,6 +215,8 @@ fn scene() -> Keeper {
         last_life: 4,
         core_end: "signal 9".into(),
         undead: vec![child(98, vec![], Some("killed: it stood still"))],
+        // A keeper of the first days had none.
+        undead_vms: BTreeSet::new(),
         restarts,
         restart_at: now,
         begin: now,
@@ -279,6 +282,48 @@ fn a_state_of_version_1_is_read_and_this_version_writes_it_as_it_was() {
         VERSION > 1 || at_rest(&bytes, fds.len()) == golden,
         "it is not all kept"
     );
+}
+
+#[test]
+fn whose_files_sleeping_workers_may_still_write_is_kept() {
+    let mut scene = scene();
+    scene.undead_vms = [1, 7].into();
+    let (bytes, fds) = saved(&scene);
+    let keeper = Keeper::restore(&bytes, fds, signals(), Box::new(|| ())).unwrap();
+    assert_eq!(keeper.undead_vms, [1, 7].into());
+}
+
+// The keeper waits for the process.
+#[allow(clippy::zombie_processes)]
+#[test]
+fn when_the_last_sleeper_is_gone_the_core_is_told_once() {
+    let mut keeper = scene();
+    keeper.undead_vms = [1].into();
+    let told = |keeper: &mut Keeper| {
+        let waiting = keeper.core.as_mut().unwrap().child.waiting.drain(..);
+        let told = waiting.filter(
+            |(message, _)| matches!(message, KeeperToCore::Done { request, .. } if *request == BURIED),
+        );
+        told.count()
+    };
+    let mut sleeper = child(97, vec![], None);
+    // (A process that is this one's child and does not end: its pidfd says so.)
+    let mut process = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+    sleeper.pidfd = rustix::process::pidfd_open(
+        rustix::process::Pid::from_child(&process),
+        rustix::process::PidfdFlags::empty(),
+    )
+    .unwrap();
+    keeper.undead = vec![sleeper];
+    keeper.bury_undead();
+    assert_eq!((told(&mut keeper), keeper.undead_vms.len()), (0, 1));
+    process.kill().unwrap();
+    while !keeper.undead.is_empty() {
+        keeper.bury_undead();
+    }
+    assert_eq!((told(&mut keeper), keeper.undead_vms.len()), (1, 0));
+    keeper.bury_undead();
+    assert_eq!(told(&mut keeper), 0);
 }
 
 #[test]

@@ -4,6 +4,7 @@
 
 use super::slices::Slice;
 use super::*;
+use crate::messages::BURIED;
 use vmgmt_device::page::control;
 
 impl EventLoop {
@@ -91,6 +92,15 @@ impl EventLoop {
                 self.vms.remove(&vm);
                 self.thaw_unknown();
                 self.hub.handle(now(), interface::Input::VmGone { vm });
+            }
+            KeeperToCore::Done { request: BURIED, .. } => {
+                for vm in self.hub.haunted() {
+                    self.log(
+                        Some(vm),
+                        "the worker that slept in a disk is gone: what waited for it goes on".into(),
+                    );
+                }
+                self.hub.handle(now(), interface::Input::Buried);
             }
             KeeperToCore::Done { request, error } => {
                 let added = self.adding.remove(&request).filter(|_| error.is_none());
@@ -182,6 +192,10 @@ impl EventLoop {
         self.adopted = true;
         self.thaw_unknown();
         self.hub.handle(now(), interface::Input::Adopted);
+        for vm in self.hub.haunted() {
+            let text = "a worker of the core that was killed sleeps in a disk: puts that were under way, files open for writing and pulls wait until it is gone";
+            self.log(Some(vm), text.to_owned());
+        }
     }
 
     pub(super) fn look_again(&mut self, session: u64) {

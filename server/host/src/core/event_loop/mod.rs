@@ -135,6 +135,8 @@ pub struct Hands {
     store: Store,
     poll: Poll,
     operators: Operators,
+    /// VMs for which workers of killed cores may still do something.
+    undead: BTreeSet<u64>,
 }
 
 impl Hands {
@@ -156,6 +158,7 @@ impl Hands {
             shares,
             umask,
             trial: _,
+            undead,
         } = start;
         let Ok(
             [
@@ -201,6 +204,7 @@ impl Hands {
             store,
             poll,
             operators,
+            undead,
         })
     }
 
@@ -231,10 +235,11 @@ impl EventLoop {
             store,
             poll,
             operators,
+            undead,
         } = hands;
         let sandbox = vec![sandbox];
         let journal = Journal::open(MappedWords::writable(&hub_state).context("the hub's state")?)?;
-        let hub = recover(&journal, life)?;
+        let hub = recover(&journal, life, undead)?;
         let mut this = Self {
             poll,
             keeper,
@@ -532,7 +537,12 @@ impl EventLoop {
 }
 
 /// The hub as an earlier life left it.
-pub(super) fn recover<W: Words>(journal: &Journal<W>, life: u64) -> anyhow::Result<Hub> {
+/// `undead`: VMs for which workers of killed cores may still do something.
+pub(super) fn recover<W: Words>(
+    journal: &Journal<W>,
+    life: u64,
+    undead: BTreeSet<u64>,
+) -> anyhow::Result<Hub> {
     let recovered = journal.recover().context("the hub's state")?;
     let saved = recovered
         .snapshot
@@ -543,7 +553,7 @@ pub(super) fn recover<W: Words>(journal: &Journal<W>, life: u64) -> anyhow::Resu
     for bytes in &recovered.records {
         records.push(Record::read(bytes)?);
     }
-    Hub::replay(life, saved, records).context("the hub's state")
+    Hub::replay_beside(life, undead, saved, records).context("the hub's state")
 }
 
 /// Time since boot, suspended time included: the same clock in every process and life.
