@@ -9,12 +9,12 @@ use vmgmt_testkit::guest::{GuestInterrupts, GuestOptions};
 
 use super::{Figures, percentiles, rate, site, vm_again};
 
-const SAMPLES: usize = 2000;
+pub const SAMPLES: usize = 2000;
 /// Longer than the core polls after its last work (50 µs): it sleeps when the next submission comes.
-const CORE_FALLS_ASLEEP: Duration = Duration::from_micros(500);
+pub const CORE_FALLS_ASLEEP: Duration = Duration::from_micros(500);
 
 /// Times `once`, with a pause before each; the pause does not count.
-fn samples(count: usize, pause: Duration, mut once: impl FnMut() -> Result<()>) -> Result<Vec<Duration>> {
+pub fn samples(count: usize, pause: Duration, mut once: impl FnMut() -> Result<()>) -> Result<Vec<Duration>> {
     for _ in 0..count / 10 {
         once()?;
     }

@@ -1,12 +1,13 @@
 //! What vmgmtd costs by itself: the real daemon, the real driver, shared memory, no QEMU.
 //!
-//! `cargo bench --bench in_process` prints for a person; `-- --json` one JSON object; further words choose parts (`rate`, `messages`, `latency`,
+//! `cargo bench --bench in_process` prints for a person; `-- --json` one JSON object; further words choose parts (`rate`, `messages`, `latency`, `host`,
 //! `bulk`, `bulk-64k`, `stream`, `footprint`). Every figure is taken in this run, and what it is compared with as well; all of it takes about a
 //! minute.
 
 mod bulk;
 mod facts;
 mod footprint;
+mod host;
 mod latency;
 mod rate;
 
@@ -67,10 +68,11 @@ fn median(mut values: Vec<f64>) -> f64 {
 /// A part of the run: its name, and what it does.
 type Part = (&'static str, fn(&mut Figures) -> Result<()>);
 
-const PARTS: [Part; 7] = [
+const PARTS: [Part; 8] = [
     ("rate", rate::no_ops),
     ("messages", rate::messages),
     ("latency", latency::run),
+    ("host", host::run),
     ("bulk", bulk::files),
     ("bulk-64k", bulk::files_in_small_pieces),
     ("stream", bulk::streams),

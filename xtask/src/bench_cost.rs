@@ -21,7 +21,9 @@ const FEATURE: &str = "without-crash-consistency";
 /// One run of the benchmark without VMs.
 const DEADLINE_S: u32 = 180;
 /// Parts of it that say something about this.
-const PARTS: [&str; 6] = ["rate", "messages", "latency", "bulk", "bulk-64k", "stream"];
+const PARTS: [&str; 7] = [
+    "rate", "messages", "latency", "host", "bulk", "bulk-64k", "stream",
+];
 const WITHOUT: &str = "without";
 
 /// A figure, both ways.

@@ -86,7 +86,11 @@ impl Hub {
             return;
         }
         match self.chat.host_send(&mut self.office, target, message, key) {
-            Ok(number) => reply(&mut self.office, client, id, ControlReply::Sent { number }, true),
+            Ok(number) => {
+                // The guest first: who waits for the answer is often not the operator.
+                self.chat.dispatch_after(&mut self.office);
+                reply(&mut self.office, client, id, ControlReply::Sent { number }, true);
+            }
             Err(refusal) => {
                 let (status, text) = host_refusal(refusal, target);
                 reply_failed(&mut self.office, client, id, status, text);

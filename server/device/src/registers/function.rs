@@ -360,7 +360,10 @@ impl<W: Words> Function<W> {
                 return Err(errno);
             }
         };
-        self.page.set_interrupts(self.interrupts.kind());
+        let kind = self.interrupts.kind();
+        // Masks and signals are the front's own affair: QEMU unmasks INTx after each interrupt.
+        self.touched |= self.page.interrupts() != kind;
+        self.page.set_interrupts(kind);
         let IrqEffects {
             close,
             signal,
@@ -372,6 +375,7 @@ impl<W: Words> Function<W> {
             let (present, eventfds) = self.interrupts.vectors();
             self.output.push_back(Output::Vectors { present, eventfds });
             self.page.move_vectors_changed();
+            self.touched = true;
         }
         if unmask_changed {
             self.output
@@ -379,7 +383,6 @@ impl<W: Words> Function<W> {
         }
         // Last, so that nobody is handed a descriptor that was closed.
         self.output.extend(close.into_iter().map(Output::Close));
-        self.touched = true;
         Ok(())
     }
 

@@ -70,7 +70,9 @@ impl<W: Words> Function<W> {
             return;
         }
         self.page.set_control(bits);
-        self.touched = true;
+        // The INTx disable bit is the front's own affair: a guest's kernel moves it twice at each interrupt, and a core that is woken for it
+        // finds nothing and polls a while.
+        self.touched |= (bits ^ before) & !control::INTX_DISABLE != 0;
         let ending = control::FROZEN | control::QUARANTINED | control::GONE;
         if before & !bits & control::BUS_MASTER != 0 || bits & !before & ending != 0 {
             self.page.move_fence();

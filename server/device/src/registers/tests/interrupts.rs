@@ -235,3 +235,32 @@ fn infos_name_what_there_is() {
         Some(Reply::Error(Errno::EINVAL))
     );
 }
+
+/// What a guest's kernel and QEMU do at each INTx interrupt.
+#[test]
+fn an_interrupt_does_not_wake_the_core() {
+    // Command register: memory and bus master are 6.
+    const INTX_DISABLE: u16 = 1 << 10;
+    let (mut bench, core) = intx();
+    bench.command_register(6);
+    let touched = |bench: &mut Bench| {
+        let touched = bench.outputs.contains(&Output::Touched);
+        bench.outputs.retain(|output| !matches!(output, Output::Touched));
+        touched
+    };
+    assert!(touched(&mut bench), "bus mastering is the core's affair");
+    core.set_raise(2, 1);
+    bench.input(Input::Kicked);
+    assert_eq!(bench.signals(), [FdSlot(9)]);
+    bench.command_register(6 | INTX_DISABLE);
+    set(&mut bench, VFIO_PCI_INTX_IRQ_INDEX, act(IrqAction::Unmask));
+    bench.set(0, abi::INTERRUPT_ACK, 4);
+    bench.get(0, abi::INTERRUPT_PENDING);
+    bench.command_register(6);
+    assert!(!touched(&mut bench));
+    core.set_raise(2, 2);
+    bench.input(Input::Kicked);
+    assert_eq!(bench.signals(), [FdSlot(9)], "the next one comes all the same");
+    set(&mut bench, VFIO_PCI_MSI_IRQ_INDEX, assign(0, 4..6));
+    assert!(touched(&mut bench), "vectors are the core's affair");
+}

@@ -60,8 +60,11 @@ const POLL_BUDGET: u32 = 64;
 /// How long a ring's doorbell is spared while a worker writes for it: the worker comes back in some 100 µs, and then the loop looks at the
 /// ring anyway, while a doorbell would cost two wake-ups, of the front and of the core. A disk may take longer: hence an end.
 const SPARED_NS: u64 = 1_000_000;
-/// While rings are polled, descriptors are looked at no more often than this.
+/// While the rings give work, descriptors are looked at no more often than this.
 const LOOK_NS: u64 = 50_000;
+/// While they are polled and give none: what comes next may well come by a descriptor, as a program's answer to a guest. (A look at nothing
+/// costs half a microsecond.)
+const LOOK_IDLE_NS: u64 = 5_000;
 /// The hub is told the wall time when it is older than this.
 const WALL_CLOCK_NS: u64 = 1_000_000;
 /// Descriptors of the keeper's Start, without those of the shares.
@@ -114,6 +117,10 @@ pub struct EventLoop {
     draining: Option<Tick>,
     wall_told: Tick,
     looked: Tick,
+    /// Something was done in this turn, beside polling.
+    progressed: bool,
+    /// When all sessions were last to be looked at for something due.
+    scanned: Tick,
     /// Sessions whose rings are polled.
     active: BTreeSet<u64>,
     rota: Rota,
@@ -272,6 +279,8 @@ impl EventLoop {
             draining: None,
             wall_told: Tick(0),
             looked: Tick(0),
+            progressed: false,
+            scanned: Tick(0),
             active: BTreeSet::new(),
             rota: Rota::default(),
             watched: BTreeSet::new(),
@@ -295,9 +304,10 @@ impl EventLoop {
         while !self.stopping {
             let now = now();
             self.wake.beat();
+            self.progressed = false;
             let worked = self.turn(now)?;
-            let look = now.since_ns(self.looked) >= LOOK_NS;
-            if worked && !look {
+            let patience_ns = if self.progressed { LOOK_NS } else { LOOK_IDLE_NS };
+            if worked && now.since_ns(self.looked) < patience_ns {
                 continue;
             }
             let timeout = if worked {
@@ -315,8 +325,11 @@ impl EventLoop {
                 self.wake.wake_up();
             }
             self.looked = self::now();
-            self.scan = true;
-            self.handle_events(&events)?;
+            if !worked || !events.is_empty() || self.looked.since_ns(self.scanned) >= LOOK_NS {
+                self.scanned = self.looked;
+                self.scan = true;
+                self.handle_events(&events)?;
+            }
         }
         self.end()
     }
@@ -336,9 +349,12 @@ impl EventLoop {
         if self.hub.poll_timeout().is_some_and(|due| due <= now) {
             self.hub.handle_timeout(now);
         }
-        worked |= self.carry(now)?;
+        let carried = self.carry(now)?;
+        worked |= carried;
+        self.progressed |= carried;
         if self.bulk.is_ready() {
             worked = true;
+            self.progressed = true;
             for session in self.bulk.sessions() {
                 self.sessions.open(session, now);
             }
@@ -450,6 +466,7 @@ impl EventLoop {
             return false;
         }
         let turn = session.handle(now, Input::Poll { budget: POLL_BUDGET });
+        self.progressed |= turn.progressed();
         if turn.progressed() || look {
             session.active_until = now.after_ns(poll_ns);
         }
