@@ -2,6 +2,7 @@
 //! long. No file that a put has made holds it, and nobody but that put waits for it.
 
 use super::*;
+use vmgmt_ctl::protocol::{Call, Part, Upgrade, UpgradeState};
 use vmgmt_driver::abi::file::SIZE_UNKNOWN;
 use vmgmt_driver::abi::{Opcode, Status};
 use vmgmt_driver::channel::Request;
@@ -107,6 +108,11 @@ fn a_guest_that_leaves_a_put_which_waits_does_not_wait_and_comes_back_to_it() ->
     on_late_disk(leaves_and_comes_back)
 }
 
+#[test]
+fn an_upgrade_does_not_wait_for_what_waits_and_the_next_core_goes_on_with_it() -> Result<()> {
+    on_late_disk(upgraded_meanwhile)
+}
+
 fn lands_late(disk: &LateDisk, site: &Site) -> Result<()> {
     let (vm, neighbour) = (site.vm(0)?, site.vm(1)?);
     let mut files = vm.ring(Mode::FILE)?;
@@ -165,4 +171,41 @@ fn leaves_and_comes_back(disk: &LateDisk, site: &Site) -> Result<()> {
         || Ok(disk.names().is_empty().then_some(())),
     )?;
     moves_a_file(&mut files, "mine")
+}
+
+fn upgraded_meanwhile(disk: &LateDisk, site: &Site) -> Result<()> {
+    let vm = site.vm(0)?;
+    let mut files = vm.ring(Mode::FILE)?;
+    let (handle, dead) = killed_in_a_write(disk, site, &mut files)?;
+    let buffer = files.allocate(PIECE)?;
+    buffer.write(0, &vec![b'2'; PIECE])?;
+    let written = files.start(write(handle, 0, &buffer))?;
+    moves_a_file(&mut vm.ring(Mode::FILE)?, "other")?;
+    let wish = Call::Upgrade(Upgrade {
+        to: Some(env!("CARGO_BIN_EXE_vmgmtd").into()),
+        parts: vec![Part::Core],
+    });
+    let asked = |call: &Call| -> Result<serde_json::Value> {
+        let mut client = vmgmt_ctl::Client::connect(&site.control())?;
+        Ok(client.call(call, &[], Some(PATIENCE), &mut |_| true)?)
+    };
+    asked(&wish)?;
+    let report = wait_until("the end of the upgrade", PATIENCE, || {
+        let status: vmgmt_ctl::protocol::Status = serde_json::from_value(asked(&Call::Status)?)?;
+        Ok(status.upgrade.filter(|report| report.is_over()))
+    })?;
+    ensure!(report.state == UpgradeState::Done, "{report:?}");
+    moves_a_file(&mut vm.ring(Mode::FILE)?, "other")?;
+    ensure!(is_there(dead), "the killed core was to sleep all the time");
+    disk.release();
+    let deadline = std::time::Instant::now() + PATIENCE;
+    let finished = files.finish(written, Some(deadline))?.context("it hangs")?;
+    ensure!(finished.status == Status::OK, "{:?}", finished.status);
+    let wanted = [vec![b'2'; PIECE], vec![b'0'; PIECE]].concat();
+    files.commit(handle, wanted.len() as u64, Some(crc32fast::hash(&wanted)), false)?;
+    ensure!(
+        disk.contents("mine") == Some(wanted),
+        "what a dead core wrote is in the file"
+    );
+    Ok(())
 }
