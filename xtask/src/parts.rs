@@ -14,12 +14,14 @@ use std::{
 };
 use vmgmt_testkit::setup::{self, Image, Wanted, repository};
 
+/// How long fresh seeds are simulated.
+const SIM_SECONDS: u64 = 60;
 /// QEMU tests that run at once, each with a VM or two: more than this on a small machine only wait for each other.
 const QEMU_TESTS_AT_ONCE_MAX: usize = 3;
 
 #[derive(Args)]
 pub struct Options {
-    /// Only these parts (setup, format, lint, unit, integration, uapi, fuzz, qemu, soak, stress).
+    /// Only these parts (setup, format, lint, unit, sim, integration, uapi, fuzz, qemu, soak, stress).
     parts: Vec<String>,
 }
 
@@ -30,7 +32,7 @@ struct Part {
     run: fn(&mut Counts) -> Result<()>,
 }
 
-const PARTS: [Part; 10] = [
+const PARTS: [Part; 11] = [
     Part {
         name: "setup",
         what: "QEMU and guest images",
@@ -50,6 +52,11 @@ const PARTS: [Part; 10] = [
         name: "unit",
         what: "unit, property and simulation tests of the crates",
         run: unit_part,
+    },
+    Part {
+        name: "sim",
+        what: "fresh seeds of the simulator",
+        run: sim_part,
     },
     Part {
         name: "integration",
@@ -223,6 +230,14 @@ fn unit_part(counts: &mut Counts) -> Result<()> {
         counts,
     );
     crates.and(kit)
+}
+
+/// Seeds that nobody has seen before, as many as fit the time; those that have been seen are the crate's own tests. A failure prints the command
+/// that shows it again.
+fn sim_part(counts: &mut Counts) -> Result<()> {
+    let seconds = SIM_SECONDS.to_string();
+    let limits = ["--seconds", &seconds, "--steps", crate::sim::STEPS];
+    run(cargo().args(crate::sim::COMMAND).args(limits), counts)
 }
 
 /// The root package's tests that need neither a VM nor the kernel's headers.

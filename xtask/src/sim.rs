@@ -9,6 +9,9 @@ use clap::Args;
 /// Cargo's words that start it.
 pub const COMMAND: [&str; 5] = ["run", "--quiet", "--package", "vmgmt-sim", "--"];
 
+/// Steps of each seed in a sweep: as many as the committed seeds have.
+pub const STEPS: &str = "1500";
+
 #[derive(Args)]
 pub struct Options {
     /// --seed, --seeds, --steps, --seconds, --aloud, --keep-going: see --help of the simulator itself (`cargo xtask sim -- --help`).

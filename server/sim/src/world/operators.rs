@@ -37,6 +37,8 @@ pub struct Operator {
     unanswered: VecDeque<Letter>,
     /// Replies in the socket when the core's round began: what came after was perhaps not noted when it dies in that round.
     noted: usize,
+    /// It does not read: where all others sleep, its reading would wake the core.
+    pub(super) still: bool,
 }
 
 impl World {
@@ -156,7 +158,8 @@ impl World {
 
     /// Now and then it reads.
     pub(super) fn operator_may_read(&mut self) {
-        let reads = !self.operator.replies.borrow().is_empty() && self.town.borrow_mut().chance.permille(600);
+        let there = !self.operator.still && !self.operator.replies.borrow().is_empty();
+        let reads = there && self.town.borrow_mut().chance.permille(600);
         if reads {
             self.operator_reads();
         }

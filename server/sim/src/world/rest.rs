@@ -33,7 +33,9 @@ impl World {
             self.town.borrow_mut().note("all sleep".into());
             self.look_at_guests();
             self.look_at_front();
+            self.operator.still = true;
             self.look_at_core();
+            self.operator.still = false;
         }
         self.town.borrow_mut().still.fill(false);
     }
