@@ -35,6 +35,8 @@ enum Wish {
         give_up: Tick,
     },
     Thaw,
+    /// A freeze that failed: said when the front has taken it back, so that what the operator sees next agrees with it.
+    TakeBack(Failure),
 }
 
 impl Freezes {
@@ -45,7 +47,7 @@ impl Freezes {
     pub(super) fn poll_timeout(&self) -> Option<Tick> {
         let times = self.asked.values().filter_map(|asked| match asked.wish {
             Wish::Freeze { give_up, .. } => Some(give_up),
-            Wish::Thaw => None,
+            Wish::Thaw | Wish::TakeBack(_) => None,
         });
         times.min()
     }
@@ -93,29 +95,25 @@ impl EventLoop {
                 "thawed: the time that it was to be frozen is over".into(),
             );
         }
-        let done = match self.freezes.asked.get_mut(&request).map(|asked| &mut asked.wish) {
-            Some(Wish::Freeze { told, .. }) => {
-                *told = true;
-                false
-            }
-            Some(Wish::Thaw) => true,
-            None => false,
-        };
-        if done && let Some(Asked { client, id, vm, .. }) = self.freezes.asked.remove(&request) {
-            let name = self.name_of(vm);
-            match before {
-                Some(_) => self.operators.answer(client, id, &Done {}),
-                None => self.operators.refuse(
-                    client,
-                    id,
-                    Failure::new(
-                        ErrorCode::Stale,
-                        format!("VM {name:?} is not frozen, or not any more"),
-                        "what was saved meanwhile may be torn: freeze it with a longer --timeout, or none, and save it again",
-                    ),
-                ),
-            }
+        if let Some(Wish::Freeze { told, .. }) =
+            self.freezes.asked.get_mut(&request).map(|asked| &mut asked.wish)
+        {
+            *told = true;
+            return;
         }
+        let Some(Asked { client, id, vm, wish }) = self.freezes.asked.remove(&request) else {
+            return;
+        };
+        let failure = match wish {
+            Wish::TakeBack(failure) => failure,
+            _ if before.is_some() => return self.operators.answer(client, id, &Done {}),
+            _ => Failure::new(
+                ErrorCode::Stale,
+                format!("VM {:?} is not frozen, or not any more", self.name_of(vm)),
+                "what was saved meanwhile may be torn: freeze it with a longer --timeout, or none, and save it again",
+            ),
+        };
+        self.operators.refuse(client, id, failure);
     }
 
     /// Answers those whose VM is quiet, and those who have waited too long.
@@ -158,15 +156,18 @@ impl EventLoop {
             match verdict {
                 Ok(frozen) => self.operators.answer(client, id, &frozen),
                 Err(busy) => {
-                    if !before {
-                        self.ask_front(vm, None);
-                    }
                     let failure = Failure::new(
                         ErrorCode::Busy,
                         format!("VM {:?} does not become quiet: {busy}", self.name_of(vm)),
                         "the freeze is taken back unless it was frozen before; try again",
                     );
-                    self.operators.refuse(client, id, failure);
+                    if before {
+                        self.operators.refuse(client, id, failure);
+                        continue;
+                    }
+                    let request = self.ask_front(vm, None);
+                    let wish = Wish::TakeBack(failure);
+                    self.freezes.asked.insert(request, Asked { client, id, vm, wish });
                 }
             }
         }

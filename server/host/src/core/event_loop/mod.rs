@@ -375,6 +375,8 @@ impl EventLoop {
         worked |= self.hub.has_output();
         self.run_fences(now);
         self.run_freezes(now);
+        // A freeze that is taken back goes to the front now, not after the next sleep: the VM would stay frozen until something else happens.
+        self.send_to_front()?;
         self.wake.tell();
         if (self.draining).is_some_and(|due| due <= now || (self.bulk.is_idle() && self.store.is_idle())) {
             self.stopping = true;
