@@ -193,13 +193,17 @@ fn what_is_mapped_anew_while_there_is_no_core_is_not_written() -> Result<()> {
     at.noop()?;
     // No core lives before the keeper goes on.
     let keeper = Pid::from_raw(site.daemon.pid().cast_signed()).context("a pid")?;
+    let core = site.daemon.role("core")?;
+    let core_is = |states: &[char]| {
+        let stat = std::fs::read_to_string(format!("/proc/{core}/stat")).unwrap_or_default();
+        let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+        Ok(state.is_none_or(|state| states.contains(&state)).then_some(()))
+    };
+    // One that dies in the middle of its DMA owes the unmap until the keeper, which is to stand still, has seen it dead.
+    wait_until("the core's sleep", PATIENCE, || core_is(&['S']))?;
     kill_process(keeper, Signal::STOP)?;
     let old = site.daemon.kill_role("core")?;
-    wait_until("the core's death", PATIENCE, || {
-        let stat = std::fs::read_to_string(format!("/proc/{old}/stat")).unwrap_or_default();
-        let state = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
-        Ok((state.is_empty() || state.starts_with('Z')).then_some(()))
-    })?;
+    wait_until("the core's death", PATIENCE, || core_is(&['Z']))?;
     let other = GuestRam::new(BYTES, Seal::Shrink)?;
     target
         .backing()
