@@ -55,7 +55,13 @@ impl Hub {
         self.office.now = self.office.now.max(now);
         match input {
             Input::Submission(fetched) => self.submission(fetched),
-            Input::Published { token, published } => self.published(token, published),
+            Input::Published { token, published } => {
+                if !published {
+                    // It is over, whatever a core before had begun of it.
+                    self.office.forgo(token);
+                }
+                self.published(token, published);
+            }
             Input::Outcome { effect, outcome } => {
                 if let Some(then) = self.office.effects.finish(effect) {
                     self.outcome(then, outcome);

@@ -88,6 +88,10 @@ fn publish_one<W: Words, M: GuestMemory>(
         ring.completion_tail = at.wrapping_add(1);
         ring.owed = ring.owed.saturating_sub(1);
         due.step = Step::Publish(at);
+        if due.void {
+            let token = desk.token(n, due.index, slot.generation);
+            desk.outputs.push_back(Output::Void(token));
+        }
     }
     if let Step::Publish(at) = due.step {
         let tag = ring.slot(due.index).map_or(0, |slot| slot.tag);

@@ -6,7 +6,7 @@
 
 use super::complete;
 use super::fetch::hand_on;
-use super::interface::{Answer, Output};
+use super::interface::Answer;
 use super::prepare::{Failure, Preparing};
 use super::ring::{Desk, Due, Ring, Segments, Slot, Standing, Stop};
 use super::shape::judge;
@@ -231,12 +231,16 @@ fn again<W: Words, M: GuestMemory>(
     let early = ring.slot_mut(index).and_then(|slot| slot.early.take());
     if unreachable && early.is_none() {
         // It was valid in the life before, so it may have been done; what it was can no longer be read, or lies in memory that is not the one it
-        // was given.
-        if let Some(slot) = ring.slot(index) {
-            desk.outputs
-                .push_back(Output::Void(desk.token(n, index, slot.generation)));
+        // was given. The hub forgets it when this answer is journaled, not before: a life that finds the memory again would do it twice.
+        if let Some(slot) = ring.slot_mut(index) {
+            slot.standing = Standing::Due;
+            let answer = Answer::failed(Status::OUTCOME_UNKNOWN);
+            ring.due.push_back(Due {
+                lost: true,
+                void: true,
+                ..Due::new(index, answer, Vec::new(), true)
+            });
         }
-        complete_here(ring, index, Answer::failed(Status::OUTCOME_UNKNOWN));
         return Ok(());
     }
     match early {

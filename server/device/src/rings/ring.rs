@@ -183,6 +183,8 @@ pub(super) struct Due {
     pub payload: Vec<u8>,
     pub confirm: bool,
     pub lost: bool,
+    /// The hub is to forget the submission, once this answer is sure.
+    pub void: bool,
     pub step: Step,
 }
 
@@ -194,6 +196,7 @@ impl Due {
             payload,
             confirm,
             lost: false,
+            void: false,
             step: Step::Payload,
         }
     }
