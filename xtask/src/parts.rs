@@ -25,6 +25,10 @@ pub struct Options {
     parts: Vec<String>,
 }
 
+/// Parts that run only when they are named. `sim`: fresh seeds, of which about one in ten thousand still fails (the architecture's "Open findings"); what
+/// stops a change must not depend on the clock.
+const ONLY_BY_NAME: [&str; 1] = ["sim"];
+
 /// One part of the tests.
 struct Part {
     name: &'static str,
@@ -55,7 +59,7 @@ const PARTS: [Part; 11] = [
     },
     Part {
         name: "sim",
-        what: "fresh seeds of the simulator",
+        what: "fresh seeds of the simulator (only when named)",
         run: sim_part,
     },
     Part {
@@ -120,7 +124,8 @@ pub fn test(options: &Options) -> Result<()> {
     }
     let mut rows = Vec::new();
     for part in &PARTS {
-        if !options.parts.is_empty() && !options.parts.iter().any(|wanted| wanted == part.name) {
+        let named = options.parts.iter().any(|wanted| wanted == part.name);
+        if !named && (!options.parts.is_empty() || ONLY_BY_NAME.contains(&part.name)) {
             continue;
         }
         println!("\n=== {}: {} ===", part.name, part.what);
