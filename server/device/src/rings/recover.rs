@@ -211,7 +211,7 @@ fn again<W: Words, M: GuestMemory>(
             Ok(shape) => ring.preparing = Some(Preparing::new(*submission, shape)),
             Err(status) => {
                 // Only a form that goes by messages was journaled.
-                complete_here(ring, index, Answer::failed(status));
+                complete_here(ring, Due::new(index, Answer::failed(status), Vec::new(), false));
                 return Ok(());
             }
         }
@@ -232,15 +232,15 @@ fn again<W: Words, M: GuestMemory>(
     if unreachable && early.is_none() {
         // It was valid in the life before, so it may have been done; what it was can no longer be read, or lies in memory that is not the one it
         // was given. The hub forgets it when this answer is journaled, not before: a life that finds the memory again would do it twice.
-        if let Some(slot) = ring.slot_mut(index) {
-            slot.standing = Standing::Due;
-            let answer = Answer::failed(Status::OUTCOME_UNKNOWN);
-            ring.due.push_back(Due {
+        let answer = Answer::failed(Status::OUTCOME_UNKNOWN);
+        complete_here(
+            ring,
+            Due {
                 lost: true,
                 void: true,
                 ..Due::new(index, answer, Vec::new(), true)
-            });
-        }
+            },
+        );
         return Ok(());
     }
     match early {
@@ -264,9 +264,9 @@ fn again<W: Words, M: GuestMemory>(
     Ok(())
 }
 
-fn complete_here(ring: &mut Ring, index: u32, answer: Answer) {
-    if let Some(slot) = ring.slot_mut(index) {
+fn complete_here(ring: &mut Ring, due: Due) {
+    if let Some(slot) = ring.slot_mut(due.index) {
         slot.standing = Standing::Due;
-        ring.due.push_back(Due::new(index, answer, Vec::new(), false));
+        ring.due.push_back(due);
     }
 }
