@@ -300,16 +300,20 @@ fn a_client_that_does_not_read_gets_no_more_events_and_hears_of_room() {
         )
         .unwrap();
     assert!(bench.server.poll_request().is_none());
+    let (leave, may_leave) = std::sync::mpsc::channel();
     let reader = std::thread::spawn(move || {
         let mut lines = lines_of(&stream);
         for _ in 0..queued {
             response(&mut lines);
         }
+        // An event to a closed connection would end it before what it still asked is read.
+        may_leave.recv().unwrap();
         drop(stream);
     });
     assert!(matches!(bench.next(), Incoming::Room { client: roomy } if roomy == client));
     assert!(bench.server.event(client, 1, line()));
     assert_eq!(bench.next_request().id, 2);
+    leave.send(()).unwrap();
     assert!(matches!(bench.next(), Incoming::Gone { .. }));
     reader.join().unwrap();
 }
