@@ -143,8 +143,12 @@ impl Connection {
 
     /// Worth reading the socket: there is no whole request left to poll and room for what comes.
     pub fn wants_read(&self) -> bool {
-        let room = !self.held_back() && self.input.len() < limits::MESSAGE_BYTES_MAX as usize;
-        room && !matches!(self.phase, Phase::Failed | Phase::Refused)
+        self.can_go_on() && self.input.len() < limits::MESSAGE_BYTES_MAX as usize
+    }
+
+    /// The next request would be looked at: the client has few enough answers to come and to take.
+    pub fn can_go_on(&self) -> bool {
+        !self.held_back() && !matches!(self.phase, Phase::Failed | Phase::Refused)
     }
 
     /// The next thing to tell.

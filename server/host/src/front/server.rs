@@ -405,7 +405,7 @@ impl Front {
         self.book(slot);
     }
 
-    /// Keeps deadlines and debts up to date, and lets a session go that is done.
+    /// Keeps deadlines, debts and turns up to date, and lets a session go that is done.
     pub(super) fn book(&mut self, slot: usize) {
         let Some(session) = self.sessions.get_mut(slot) else {
             return;
@@ -430,6 +430,9 @@ impl Front {
             self.sessions.remove(slot);
             self.ready.retain(|other| *other != slot);
             self.tell_keeper(FrontToKeeper::SessionGone { session: number });
+        } else if session.can_go_on() {
+            // It may have waited for a fence only: where nobody reads the answers, no readiness of the socket follows them.
+            self.enqueue(slot);
         }
     }
 

@@ -286,6 +286,13 @@ impl Session {
             .is_some_and(|device| device.function.waits_for_core())
     }
 
+    /// The client has said more, and nothing keeps it from being read.
+    pub fn can_go_on(&self) -> bool {
+        let served =
+            self.socket.is_some() && self.admission != Admission::Asked && self.stalled_map.is_none();
+        served && self.readable && self.connection.can_go_on()
+    }
+
     /// Ends the session: the socket is closed now, the rest is let go when its fence has passed.
     pub fn end(&mut self, outside: &mut Outside<'_>, reason: &str) {
         if self.socket.take().is_none() {
@@ -349,7 +356,7 @@ impl Session {
             match socket::write(socket, output.bytes) {
                 Ok(Some(sent)) => self.connection.advance_output(sent),
                 Ok(None) => self.writable = false,
-                Err(_) => return self.end(outside, "the client closed the connection"),
+                Err(_) => return self.end(outside, "its socket broke"),
             }
         }
         let held_back = self.connection.output_bytes() > vmgmt_wire::limits::OUTPUT_BYTES_HIGH;

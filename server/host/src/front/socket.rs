@@ -59,14 +59,18 @@ pub fn read(socket: impl AsFd, buffer: &mut [u8]) -> Read {
 
 /// Writes once; `Ok(None)`: not now.
 ///
+/// To a client that reads no more, everything counts as sent. It may have said something before it went, which is carried out; the session
+/// ends where its own stream does, and whoever leaves that open has a device that gives no answers.
+///
 /// # Errors
-/// The client is gone.
+/// The socket broke.
 pub fn write(socket: impl AsFd, bytes: &[u8]) -> Result<Option<usize>, Errno> {
     loop {
         match send(&socket, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
             Ok(sent) => return Ok(Some(sent)),
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN | Errno::NOBUFS) => return Ok(None),
+            Err(Errno::PIPE | Errno::CONNRESET) => return Ok(Some(bytes.len())),
             Err(errno) => return Err(errno),
         }
     }

@@ -2,8 +2,10 @@
 
 use super::*;
 use crate::messages::{FrontToKeeper, KeeperToFront};
+use rustix::net::Shutdown;
 use std::time::{Duration, Instant};
 use vmgmt_abi::registers as abi;
+use vmgmt_testkit::client::command;
 
 #[test]
 fn nothing_is_answered_before_the_keeper_has() {
@@ -114,6 +116,75 @@ fn a_flood_that_is_not_read_is_held_back_while_others_are_served() {
         sent < 1 << 20,
         "{sent} bytes of requests taken: answers of 128 times that size are held"
     );
+    bench.stop();
+}
+
+#[test]
+fn what_a_client_said_before_it_went_is_done_though_nobody_reads_the_answers() {
+    let mut bench = Bench::new();
+    let (mut client, admitted) = bench.client();
+    let (mut other, _) = bench.client();
+    let doorbell = u64::from(abi::DOORBELLS);
+    // It reads no more: the first answer cannot be given, and it is still a client.
+    rustix::net::shutdown(client.socket(), Shutdown::Read).unwrap();
+    for value in 1..200_u32 {
+        client.start(command::DEVICE_GET_INFO, &[0; 16], &[]).unwrap();
+        client
+            .region_write_posted(BAR0, doorbell, &value.to_le_bytes())
+            .unwrap();
+    }
+    while admitted.page.doorbell(0) as u32 != 199 {
+        assert_eq!(other.read_u32(BAR0, 0).unwrap(), vmgmt_abi::MAGIC);
+    }
+    client.start(command::DEVICE_GET_INFO, &[0; 16], &[]).unwrap();
+    client
+        .region_write_posted(BAR0, doorbell, &200_u32.to_le_bytes())
+        .unwrap();
+    drop(client);
+    let FrontToKeeper::SessionGone { session } = bench.next() else {
+        panic!("the session does not end with its stream")
+    };
+    assert_eq!(
+        (session, admitted.page.doorbell(0) as u32),
+        (admitted.session, 200)
+    );
+    bench.stop();
+}
+
+#[test]
+fn a_client_that_went_while_all_its_answers_were_owed_ends_when_they_are_given() {
+    let mut bench = Bench::new();
+    let (mut client, admitted) = bench.client();
+    let (mut other, _) = bench.client();
+    let core = bench.core(1);
+    let told = core.session();
+    core.session();
+    core.adopted();
+    assert_eq!(told.session, admitted.session);
+    rustix::net::shutdown(client.socket(), Shutdown::Read).unwrap();
+    // The core is slow with the fence of each reset, and the front looks at no more requests than may be owed.
+    told.page.set_busy(true);
+    let owed = vmgmt_wire::limits::REPLIES_OWED_MAX as u64;
+    let before = admitted.page.fence();
+    for _ in 0..owed {
+        client.start(command::DEVICE_RESET, &[], &[]).unwrap();
+    }
+    client
+        .region_write_posted(BAR0, u64::from(abi::DOORBELLS), &7_u32.to_le_bytes())
+        .unwrap();
+    drop(client);
+    while admitted.page.fence() != before + owed {
+        assert_eq!(other.read_u32(BAR0, 0).unwrap(), vmgmt_abi::MAGIC);
+    }
+    told.page.set_busy(false);
+    told.page.set_fenced(before + owed);
+    core.kick(told.slot);
+    // (A core that took long over a fence is complained of.)
+    let gone = std::iter::repeat_with(|| bench.next())
+        .find(|said| !matches!(said, FrontToKeeper::CoreStuck { .. }))
+        .unwrap();
+    assert!(matches!(gone, FrontToKeeper::SessionGone { session } if session == admitted.session));
+    assert_eq!(admitted.page.doorbell(0) as u32, 7);
     bench.stop();
 }
 
