@@ -264,7 +264,7 @@ impl SessionMemory {
         for (iova, bytes) in Self::held_segments(pieces, at, from.len())? {
             let (now, later) = rest.split_at(rest.len().min(bytes as usize));
             rest = later;
-            self.write(iova, now)?;
+            self.write_buffer(iova, now)?;
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use crate::core::memory::limits::{MESSAGE_WAIT_NS, QUEUED_BYTES_MAX, READ_IDLE_N
 use crate::core::memory::{DmaRequest, SessionMemory};
 use crate::messages::{CoreToFront, MESSAGE_DMA_BYTES_MAX, MESSAGE_DMA_OUTSTANDING_MAX};
 use vmgmt_device::page::control;
-use vmgmt_device::{GuestMemory, MemoryError};
+use vmgmt_device::{Direction, GuestMemory, MemoryError};
 
 const RAM: u64 = 1 << 20;
 /// Where shared memory begins in [`mixed`].
@@ -198,6 +198,17 @@ fn a_refused_buffer_is_the_matter_of_who_asks_for_it() {
     let (settled, _) = session.until_done(&mut ram, SessionMemory::settled);
     assert_eq!((settled, session.memory.take_refused(0x1000, 5)), (Ok(()), false));
     assert_eq!(ram.read(0x1000, 5), b"third");
+    // Bulk goes into a buffer as well.
+    let target = session
+        .turn(|memory| memory.resolve(&[(0x1000, 5)], Direction::IntoGuest))
+        .unwrap();
+    session
+        .turn(|memory| memory.write_pieces(&target, 0, b"moved"))
+        .unwrap();
+    let moved = session.requests();
+    answer(&mut session, &moved[0], 14, &[]);
+    assert_eq!(session.turn(SessionMemory::settled), Ok(()));
+    assert!(session.memory.take_refused(0x1000, 5));
 }
 
 #[test]
