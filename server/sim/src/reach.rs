@@ -173,8 +173,8 @@ impl Reach {
         self.messages.poll_output(self.session, self.seen, now)
     }
 
-    pub fn handle_dma_answer(&mut self, request: u64, error: u32, payload: Vec<u8>) {
-        self.messages.handle_answer(request, error, payload);
+    pub fn handle_dma_answer(&mut self, now: Tick, request: u64, error: u32, payload: Vec<u8>) {
+        self.messages.handle_answer(now, request, error, payload);
     }
 
     const fn allowed(&self) -> bool {

@@ -213,6 +213,7 @@ fn session(u: &mut Unstructured<'_>) -> Result<()> {
                 });
             }
             10 => session.memory.handle_dma_answer(
+                now,
                 u.int_in_range(0..=8)?,
                 if u.arbitrary()? { 0 } else { u.arbitrary()? },
                 vec![u.arbitrary()?; *u.choose(&[0usize, 4, 8, 64, 4096, 70_000])?],

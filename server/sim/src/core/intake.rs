@@ -100,7 +100,7 @@ impl Core {
                 data,
             } => {
                 if let Some(session) = self.sessions.map.get_mut(&session) {
-                    session.memory.handle_dma_answer(request, error, data);
+                    session.memory.handle_dma_answer(now, request, error, data);
                     session.look = true;
                 }
                 self.bulk.handle_memory();

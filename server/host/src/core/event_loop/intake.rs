@@ -178,7 +178,7 @@ impl EventLoop {
                 error,
             } => {
                 if let Some(memory) = self.sessions.memory(session) {
-                    memory.handle_dma_answer(request, error, payload);
+                    memory.handle_dma_answer(now(), request, error, payload);
                 }
                 self.bulk.handle_memory();
                 self.look_again(session);

@@ -58,7 +58,7 @@ enum Answer {
 struct Read {
     ticket: u64,
     answer: Answer,
-    /// When it was last asked for.
+    /// When it was last asked for, or answered.
     touched: Tick,
 }
 
@@ -181,12 +181,14 @@ impl MessageQueue {
         QUEUED_BYTES_MAX.saturating_sub(self.queued_bytes)
     }
 
-    /// Time goes on. Reads that nobody has asked for again within [`READ_IDLE_NS`] are forgotten: who wanted them gave up.
+    /// Time goes on. Answers that nobody has asked for within [`READ_IDLE_NS`] are forgotten: who wanted them gave up. (Who waits for one that
+    /// has not come does not ask again until it has.)
     pub fn handle_time(&mut self, now: Tick) {
         self.now = now;
         if !self.reads.is_empty() {
-            self.reads
-                .retain(|_, read| now.since_ns(read.touched) < READ_IDLE_NS);
+            self.reads.retain(|_, read| {
+                matches!(read.answer, Answer::Awaited) || now.since_ns(read.touched) < READ_IDLE_NS
+            });
         }
     }
 
@@ -341,7 +343,8 @@ impl MessageQueue {
     }
 
     /// An answer came. Unknown requests (given up, or of before a reset) are ignored: false.
-    pub fn handle_answer(&mut self, request: u64, error: u32, payload: Vec<u8>) -> bool {
+    pub fn handle_answer(&mut self, now: Tick, request: u64, error: u32, payload: Vec<u8>) -> bool {
+        self.now = now;
         if self.given_up.answered(request, error == 0) {
             return true;
         }
@@ -377,6 +380,7 @@ impl MessageQueue {
 
     /// Gives up what is due.
     pub fn handle_timeout(&mut self, now: Tick) {
+        self.now = now;
         self.given_up.time_out(now);
         let due: Vec<u64> = self
             .outstanding

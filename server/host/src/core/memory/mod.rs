@@ -233,8 +233,8 @@ impl SessionMemory {
 
     /// An answer of the front ([`crate::messages::FrontToCore::DmaAnswer`]). Run a turn of the session after it. `error` EAGAIN:
     /// the front dropped the request at a fence; it is asked again, if it still holds.
-    pub fn handle_dma_answer(&mut self, request: u64, error: u32, payload: Vec<u8>) {
-        if !self.messages.handle_answer(request, error, payload) {
+    pub fn handle_dma_answer(&mut self, now: Tick, request: u64, error: u32, payload: Vec<u8>) {
+        if !self.messages.handle_answer(now, request, error, payload) {
             self.counters.late_answers += 1;
         }
     }

@@ -140,7 +140,7 @@ impl Session {
             } => {
                 assert_eq!(session, 1);
                 let data = ram.read(iova, bytes as usize);
-                self.memory.handle_dma_answer(request, 0, data);
+                self.memory.handle_dma_answer(self.now, request, 0, data);
             }
             CoreToFront::DmaWrite {
                 session,
@@ -150,7 +150,7 @@ impl Session {
             } => {
                 assert_eq!(session, 1);
                 ram.write(iova, &request.payload);
-                self.memory.handle_dma_answer(number, 0, Vec::new());
+                self.memory.handle_dma_answer(self.now, number, 0, Vec::new());
             }
             CoreToFront::Freeze { .. } => panic!("memory asks for no freeze"),
         }

@@ -35,7 +35,7 @@ fn shape(request: &DmaRequest) -> (u64, u64, usize, bool) {
 fn answer(session: &mut Session, request: &DmaRequest, error: u32, data: &[u8]) {
     session
         .memory
-        .handle_dma_answer(shape(request).0, error, data.to_vec());
+        .handle_dma_answer(session.now, shape(request).0, error, data.to_vec());
 }
 
 #[test]
@@ -272,6 +272,28 @@ fn a_reader_who_gave_up_leaves_no_old_answer_to_the_next() {
     session.now = session.now.after_ns(READ_IDLE_NS);
     ram.write(0, &3u32.to_le_bytes());
     assert_eq!(session.until_done(&mut ram, |memory| memory.load_u32(0)).0, Ok(3));
+}
+
+#[test]
+fn who_waits_for_a_read_finds_its_answer_however_late_it_comes() {
+    let (mut session, mut ram) = unshared();
+    ram.write(0, &1u32.to_le_bytes());
+    let pending = Err(MemoryError::Pending);
+    assert_eq!(session.turn(|memory| memory.load_u32(0)), pending);
+    let asked = session.requests();
+    // Others of the session go on meanwhile, and whoever waits does not ask again.
+    session.now = session.now.after_ns(3 * READ_IDLE_NS);
+    session.turn(|_| Ok(())).unwrap();
+    session.now = session.now.after_ns(3 * READ_IDLE_NS);
+    session.serve(&asked[0], &mut ram);
+    assert_eq!(session.turn(|memory| memory.load_u32(0)), Ok(1));
+    // Also that there is none.
+    assert_eq!(session.turn(|memory| memory.load_u32(0)), pending);
+    session.requests();
+    session.now = session.now.after_ns(MESSAGE_WAIT_NS);
+    session.memory.handle_timeout(session.now);
+    let gone = Err(MemoryError::Gone { iova: 0 });
+    assert_eq!(session.turn(|memory| memory.load_u32(0)), gone);
 }
 
 #[test]
