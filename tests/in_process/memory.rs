@@ -230,3 +230,62 @@ fn what_is_mapped_anew_while_there_is_no_core_is_not_written() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn what_waits_for_a_message_that_is_never_answered_goes_on_when_that_is_given_up() -> Result<()> {
+    use vmgmt_driver::abi::file::open;
+    use vmgmt_driver::channel::Request;
+    use vmgmt_driver::{Opcode, Status};
+    use vmgmt_testkit::client::{GuestRam, Mapping, Seal};
+    const BYTES: u64 = 1 << 20;
+    const IOVA: u64 = 1 << 40;
+    let site = site(1)?;
+    let pids = site.pids()?;
+    std::fs::write(site.share().join("down"), pattern(4096, 8))?;
+    let vm = site.vm(0)?;
+    let mut files = vm.ring(Mode::FILE)?;
+    let down = files.open_for_reading("work/down")?.handle;
+    let up = files.open_file("work/up", open::CREATE | open::WRITE)?.handle;
+    // The rings are in shared memory, the buffers are not, and the VM's process stands still.
+    let ram = GuestRam::new(BYTES, Seal::Shrink)?;
+    vm.backing().with_client(|client| {
+        client.leave_unanswered();
+        client.dma_map(Mapping {
+            iova: IOVA,
+            bytes: BYTES,
+            flags: 3,
+            memory: None,
+        })
+    })?;
+    let memory = vmgmt_driver::DmaMemory::map_file(ram.fd(), 0, BYTES as usize, IOVA)?;
+    let memory = std::sync::Arc::new(memory);
+    let waits = [
+        (
+            "a transfer",
+            Request::new(Opcode::WRITE).handle(up).input(&memory, 0, 4096, 0),
+        ),
+        (
+            "a completion behind its payload",
+            Request::new(Opcode::READ)
+                .handle(down)
+                .output(&memory, 4096, 4096, 0),
+        ),
+        (
+            "a submission",
+            Request::new(Opcode::ECHO).output(&memory, 8192, 4096, 2048),
+        ),
+    ];
+    let mut started = Vec::new();
+    for (what, request) in waits {
+        started.push((what, files.start(request)?));
+    }
+    // Nobody rings a doorbell from here on: it is the core's own clock that ends the waits.
+    for (what, tag) in started {
+        let finished = files
+            .finish(tag, Some(Instant::now() + 3 * PATIENCE))?
+            .with_context(|| format!("{what} stands for ever"))?;
+        ensure!(finished.status == Status::BAD_ADDRESS, "{what}: {finished:?}");
+    }
+    echoes(&mut files)?;
+    site.check_unharmed(pids)
+}

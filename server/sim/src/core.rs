@@ -390,7 +390,7 @@ impl Core {
         }
         self.close_sessions(now);
         worked |= self.hub.has_output() && !sleeps_on_answers;
-        self.run_fences(now);
+        worked |= self.run_fences(now);
         if std::mem::take(&mut self.kicked) && self.touched.front_asleep() {
             self.outside.steps.step();
             self.outside.wires.wake_front.set(true);
@@ -462,12 +462,17 @@ impl Core {
         false
     }
 
-    fn run_fences(&mut self, now: Tick) {
+    fn run_fences(&mut self, now: Tick) -> bool {
+        let mut gave_up = false;
         for number in self.watched.iter().copied().collect::<Vec<_>>() {
             let Some(session) = self.sessions.map.get_mut(&number) else {
                 self.watched.remove(&number);
                 continue;
             };
+            if session.memory.poll_timeout().is_some_and(|due| due <= now) {
+                session.look = true;
+                gave_up = true;
+            }
             session.memory.poll_fences(now);
             let (slot, fenced) = (session.slot, session.tell_fenced());
             let waits = session.memory.is_fence_waiting();
@@ -481,6 +486,10 @@ impl Core {
                 self.kick(slot);
             }
         }
+        if gave_up {
+            self.bulk.handle_memory();
+        }
+        gave_up
     }
 
     fn sleep_time(&mut self, now: Tick) -> Option<Tick> {

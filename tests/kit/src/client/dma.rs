@@ -36,6 +36,8 @@ struct Window {
 pub(super) struct ServedMemory {
     windows: Vec<Window>,
     bus_master: bool,
+    /// What the server asks is taken and not answered.
+    pub(super) is_silent: bool,
     served: Vec<DmaServed>,
 }
 
@@ -59,6 +61,11 @@ impl Client {
     /// While it is off, DMA messages get ENODEV, as from QEMU.
     pub fn set_bus_master(&mut self, on: bool) {
         self.memory.bus_master = on;
+    }
+
+    /// From now on DMA messages are taken and never answered, as by a process that stands still.
+    pub fn leave_unanswered(&mut self) {
+        self.memory.is_silent = true;
     }
 
     /// What the server asked so far.

@@ -277,6 +277,7 @@ impl Client {
     fn take_message(&mut self) -> Result<(), ClientError> {
         let message = self.recv_raw()?;
         match message.flags & 0xf {
+            0 if self.memory.is_silent => Ok(()),
             0 => {
                 let answer = self.memory.serve(&message);
                 if message.flags & flag::NO_REPLY == 0 {

@@ -373,7 +373,7 @@ impl EventLoop {
         self.close_sessions(now)?;
         // The end of a turn tells the hub what was published; what follows from it is done in the next turn, not after the next sleep.
         worked |= self.hub.has_output();
-        self.run_fences(now);
+        worked |= self.run_fences(now);
         self.run_freezes(now);
         // A freeze that is taken back goes to the front now, not after the next sleep: the VM would stay frozen until something else happens.
         self.send_to_front()?;
@@ -493,8 +493,10 @@ impl EventLoop {
         false
     }
 
-    /// Lets fences pass that wait, and lets sessions go that have ended and whose memory nobody holds any more.
-    fn run_fences(&mut self, now: Tick) {
+    /// Lets fences pass that wait, and lets sessions go that have ended and whose memory nobody holds any more. True: something was given up, and
+    /// who waited for it goes on in the next turn.
+    fn run_fences(&mut self, now: Tick) -> bool {
+        let mut gave_up = false;
         for number in self.watched.iter().copied().collect::<Vec<_>>() {
             let Some(session) = self.sessions.get_mut(number) else {
                 self.watched.remove(&number);
@@ -503,6 +505,9 @@ impl EventLoop {
             self.wake.blame(number);
             if session.memory.poll_timeout().is_some_and(|due| due <= now) {
                 session.memory.handle_timeout(now);
+                // As when a message was answered: rings and bulk work may have waited for one that is given up now.
+                session.look = true;
+                gave_up = true;
             } else {
                 session.memory.poll_fences(now);
             }
@@ -518,6 +523,11 @@ impl EventLoop {
             }
         }
         self.wake.blame(0);
+        if gave_up {
+            self.scan = true;
+            self.bulk.handle_memory();
+        }
+        gave_up
     }
 
     /// How long the loop may sleep; zero: not at all.
