@@ -22,7 +22,7 @@ use vmgmt_driver::{Mode, TransferOptions};
 use vmgmt_testkit::guest::{GuestOptions, Pids, SimulatedVm, Site, SitePlan, SocketBacking};
 use vmgmt_testkit::process::wait_until;
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A `vmgmtd` with a neighbour (vm1) that moves a file again and again while vm0 misbehaves.
 struct Street {

@@ -24,9 +24,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use vmgmt_driver::{Client, Mode, TransferOptions};
 use vmgmt_testkit::guest::{GuestInterrupts, GuestOptions, SimulatedVm, Site, SitePlan};
+use vmgmt_testkit::process::wait_until;
 
 /// Long enough for a loaded machine; nothing here waits for its end.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn site(vms: usize) -> Result<Site> {
     SitePlan::new(env!("CARGO_BIN_EXE_vmgmtd"), vms).start()
@@ -148,7 +149,6 @@ fn it_works_without_interrupts() -> Result<()> {
 
 #[test]
 fn an_interrupt_wakes_each_sleeper() -> Result<()> {
-    // A sleep that only the health interval ends (5 s) would show as time: 40 sleeps would take minutes.
     for interrupts in [
         GuestInterrupts::Msi(1),
         GuestInterrupts::Msi(16),
@@ -160,17 +160,21 @@ fn an_interrupt_wakes_each_sleeper() -> Result<()> {
         options.spin = Duration::ZERO;
         options.vector = 3;
         let mut ring = vm.ring_with(options)?;
-        let start = Instant::now();
-        for _ in 0..40 {
-            ring.noop()?;
-        }
+        // An answer may come before the guest sleeps, on a busy machine many in a row: it is asked until it was woken often enough.
+        let mut counters = ring.channel().counters();
+        wait_until("sleeps that an interrupt ended", PATIENCE, || {
+            for _ in 0..10 {
+                ring.noop()?;
+            }
+            counters = ring.channel().counters();
+            Ok((counters.interrupts >= 20).then_some(()))
+        })
+        .with_context(|| format!("{interrupts:?}: {:?}", ring.channel().counters()))?;
+        // A look that a sleeper takes by itself may fall between an answer and its interrupt; where interrupts get lost, each sleep ends so.
         ensure!(
-            start.elapsed() < Duration::from_secs(4),
-            "{interrupts:?}: 40 no-ops took {:?}",
-            start.elapsed()
+            counters.unannounced * 10 <= counters.interrupts,
+            "{interrupts:?}: {counters:?}"
         );
-        let counters = ring.channel().counters();
-        ensure!(counters.sleeps >= 1, "it never slept: {counters:?}");
     }
     Ok(())
 }

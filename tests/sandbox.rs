@@ -21,7 +21,7 @@ use vmgmt_testkit::client::Client as Device;
 use vmgmt_testkit::guest::SimulatedVm;
 use vmgmt_testkit::process::{Daemon, DaemonBuilder, wait_until};
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);
 const EPERM: &str = "Operation not permitted (os error 1)";
 const KILLED: &str = "signal 31 (SIGSYS)";
 const NO_SUCH_FILE: &str = "No such file or directory (os error 2)";
@@ -49,7 +49,7 @@ fn plan(sandbox: &str) -> DaemonBuilder {
 fn status(daemon: &Daemon) -> Result<Status> {
     wait_until("a serving core", PATIENCE, || {
         let mut client = Operator::connect(&daemon.path("control.sock"))?;
-        let value = client.call(&Call::Status, &[], Some(Duration::from_secs(10)), &mut |_| true)?;
+        let value = client.call(&Call::Status, &[], Some(PATIENCE), &mut |_| true)?;
         let status: Status = serde_json::from_value(value)?;
         Ok((status.sandbox.len() == 2).then_some(status))
     })

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use vmgmt_testkit::setup::{Image, repository};
 use vmgmt_testkit::vm::{Vm, VmBuilder, tools_or_skip};
 
@@ -119,14 +119,15 @@ fn keeps_its_word(vm: &Vm) -> Result<()> {
     let old = vm.ok(&core)?.trim().to_owned();
     vm.ok(&format!("kill -9 {old}"))?;
     becomes(vm, &format!("[ \"$({core})\" ] && [ \"$({core})\" != {old} ]"))?;
-    ensure!(vm.ok("vmgmtctl --json status")?.contains("\"life\":2"));
+    becomes(vm, "vmgmtctl --json status | grep -q '\"life\":2'")?;
     ensure!(vm.ok("systemctl is-active vmgmtd")?.trim() == "active");
     ensure!(property(vm, "MainPID")? == main && property(vm, "NRestarts")? == "0");
 
     // A reload is an upgrade (here to the same program): other processes, and the main process the same. What is refused is said, and
-    // leaves all as it was; a new program has two seconds to say that it can read the state, which an emulated VM may not manage.
+    // leaves all as it was; a new program has five seconds to say that it can read the state, and a new front two to take over, which an
+    // emulated VM may not manage.
     let front = format!("{PROCESSES} | grep -w front | cut -d: -f1");
-    let before = (vm.ok(&core)?, vm.ok(&front)?);
+    let mut before = (vm.ok(&core)?, vm.ok(&front)?);
     let mut reloaded = false;
     for _ in 0..RELOADS_MAX {
         let reload = vm.run_for("systemctl reload vmgmtd", SLOW)?;
@@ -146,10 +147,12 @@ fn keeps_its_word(vm: &Vm) -> Result<()> {
             said.contains("did not answer within"),
             "the reload failed: {said}"
         );
+        // (The core's turn is before the front's: it may have been replaced.)
         ensure!(
-            after == before,
+            after.1 == before.1,
             "an upgrade was denied, and yet {before:?} became {after:?}"
         );
+        before = after;
     }
     if !reloaded {
         println!("skipped: the reload itself: this VM is too slow for an upgrade");
@@ -169,12 +172,12 @@ fn keeps_its_word(vm: &Vm) -> Result<()> {
         becomes(vm, &format!("[ ! -e /proc/{pid} ]"))?;
     }
 
-    // It ends in order and in time.
-    let begin = Instant::now();
+    // It ends in order, and in the time that the unit gives it.
     vm.ok_for("systemctl stop vmgmtd", SLOW)?;
-    let took = begin.elapsed();
-    ensure!(took < Duration::from_secs(10), "it took {took:?} to stop");
-    ensure!(property(vm, "Result")? == "success", "it was killed");
+    ensure!(
+        property(vm, "Result")? == "success",
+        "it was killed, for it took too long"
+    );
     let left = vm.run(PROCESSES)?.text();
     ensure!(left.trim().is_empty(), "processes are left: {left}");
     ensure!(vm.run("systemctl is-active vmgmtd")?.text().trim() == "inactive");

@@ -75,7 +75,7 @@ fn unmapped_while_held(file: &str, opcode: Opcode, seal: Seal) -> Result<()> {
             _ => request.output(&memory, 0, BYTES, 0),
         })?;
         disk.wait_for_request(PATIENCE)?;
-        // The client's own time limit is QEMU's: five seconds. The disk says nothing in all that time.
+        // The disk says nothing in all that time, however long the client has patience.
         vm.backing()
             .with_client(|client| client.dma_unmap(IOVA, ram.bytes()))?;
         // The guest has it back and uses it for something else.

@@ -162,7 +162,6 @@ fn what_is_mapped_anew_while_there_is_no_core_is_not_written() -> Result<()> {
     use vmgmt_driver::channel::Request;
     use vmgmt_driver::operations::chat::Receiver;
     use vmgmt_testkit::client::{GuestRam, Mapping, Seal};
-    use vmgmt_testkit::process::wait_until;
     const BYTES: u64 = 1 << 20;
     const IOVA: u64 = 1 << 40;
     let site = site(2)?;

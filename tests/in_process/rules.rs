@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use vmgmt_driver::abi::file::open;
 use vmgmt_host::sandbox::Role;
 use vmgmt_host::sandbox::rules::{self, Used};
-use vmgmt_testkit::process::{TRACE_VARIABLE, wait_until};
+use vmgmt_testkit::process::TRACE_VARIABLE;
 
 /// Which thread belongs to which role, and what each role called.
 #[derive(Default)]
@@ -116,6 +116,7 @@ fn no_rule_of_the_filters_is_unused_and_none_is_missing() -> Result<()> {
             "cores_die",
         ])
         .env(TRACE_VARIABLE, folder.path())
+        .env("VMGMT_PATIENCE", "5")
         .output()?;
     wait_until("the end of the tracers", PATIENCE, || {
         Ok(is_quiet(folder.path()).then_some(()))

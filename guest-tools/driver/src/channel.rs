@@ -264,6 +264,9 @@ pub struct Counters {
     pub sleeps: u64,
     /// Sleeps that an interrupt ended.
     pub interrupts: u64,
+    /// Answers that a sleeper found because it looked by itself ([`crate::limits::HEALTH_INTERVAL`]) although there are interrupts. A look may
+    /// fall between an answer and its interrupt; more than a few say that interrupts are lost.
+    pub unannounced: u64,
 }
 
 /// A ring or the port window, opened in one mode.

@@ -395,6 +395,8 @@ impl Channel for Ring {
             let woken = self.device.sleep(vector, deadline)?;
             self.counters.interrupts += u64::from(woken == Woken::Interrupt);
             if self.lanes()?.has_completion()? {
+                let interrupts = self.device.backing().interrupt_descriptor(vector).is_some();
+                self.counters.unannounced += u64::from(woken == Woken::Looked && interrupts);
                 return Ok(true);
             }
             if woken == Woken::TimedOut {

@@ -61,13 +61,12 @@ fn no_wake_up_is_lost_in_either_direction() {
         fake.state().shared = shared;
         let (_device, mut client) = open(&fake, Mode::COMMON, Duration::ZERO);
         assert_eq!(client.channel().is_shared(), shared);
-        let started = Instant::now();
         for _ in 0..3000 {
             client.noop().unwrap();
         }
-        // A lost wake-up would cost a health interval of 5 s.
-        assert!(started.elapsed() < vmgmt_driver::limits::HEALTH_INTERVAL);
         let counters = client.channel().counters();
+        // What a lost wake-up left lying is found by looking; one look may fall between an answer and its interrupt.
+        assert!(counters.unannounced <= 1, "{counters:?}");
         if !(suppression && shared) {
             assert_eq!(counters.doorbells, counters.submissions);
         }
@@ -294,6 +293,8 @@ fn receives_are_posted_cancelled_and_put_together() {
         .receive(&mut receiver, Some(Instant::now() + Duration::from_millis(20)))
         .unwrap();
     assert_eq!(none, None);
+    // Taken in order: when this is answered, the device has those before.
+    client.noop().unwrap();
     assert_eq!(fake.receives(), 4);
     let head = |flags| MessageHeader {
         sequence: 9,

@@ -225,10 +225,12 @@ fn interrupts(session: &Session, device: &Arc<Device>) -> Result<String> {
     }
     let after = client.channel().counters();
     let (sleeps, woken) = (after.sleeps - before.sleeps, after.interrupts - before.interrupts);
-    // An answer may come before the sleep; but when it slept, an interrupt must have ended it.
+    // An answer may come before the sleep, and a sleeper looks by itself now and then (a slow VM takes long enough for that); but when it
+    // slept until the answer, an interrupt must have ended that. One look may fall between an answer and its interrupt.
+    let unannounced = after.unannounced - before.unannounced;
     ensure!(
-        sleeps == woken,
-        "{sleeps} sleeps, {woken} of them ended by an interrupt"
+        unannounced <= 1,
+        "{sleeps} sleeps, {woken} of them ended by an interrupt; {unannounced} answers came without one"
     );
     let kind = device.interrupts();
     Ok(format!(

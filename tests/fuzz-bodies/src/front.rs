@@ -27,7 +27,7 @@ use vmgmt_host::sandbox::{self, Role, SandboxConfig};
 use vmgmt_host::words::{MappedWords, create_page};
 
 /// Nothing here takes as long, on any machine: what does is a finding.
-const WAIT: Duration = Duration::from_secs(20);
+const WAIT: Duration = Duration::from_secs(60);
 const MAPS: u32 = 16;
 const HOSTILE: u32 = 1;
 const HONEST: u32 = 2;

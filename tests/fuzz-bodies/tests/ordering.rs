@@ -383,6 +383,37 @@ fn rounds() -> u64 {
         .unwrap_or(200_000)
 }
 
+/// The rounds end after this time, however many they were: on a processor that others want too, each may take milliseconds.
+const ROUNDS_LAST: Duration = Duration::from_secs(30);
+
+/// When the rounds are over: after so many, or when one of the two says so.
+#[derive(Clone)]
+struct End {
+    rounds: u64,
+    since: Instant,
+    over: Arc<std::sync::atomic::AtomicBool>,
+}
+
+impl End {
+    fn new() -> Self {
+        Self {
+            rounds: rounds(),
+            since: Instant::now(),
+            over: Arc::default(),
+        }
+    }
+    fn is_there(&self, done: u64) -> bool {
+        done >= self.rounds || self.over.load(Ordering::SeqCst)
+    }
+    /// Asked by the one that begins each round, before it does.
+    fn begins_no_more(&self, round: u64) -> bool {
+        if round.is_multiple_of(256) && self.since.elapsed() > ROUNDS_LAST {
+            self.over.store(true, Ordering::SeqCst);
+        }
+        self.is_there(round)
+    }
+}
+
 /// The guest's event words in memory that is really shared.
 struct FlatWords(FlatGuest);
 
@@ -398,7 +429,7 @@ impl EventWords for FlatWords {
 
 #[test]
 fn rounds_of_a_ring_between_two_processors() {
-    let rounds = rounds();
+    let end = End::new();
     let guest = FlatGuest::new(0x2_0000);
     let mut bed = Bed::new(&guest, FlatMemory::new(&guest), PlainWords::new).unwrap();
     let mut plan = RingPlan::new(0, 0, 16, 16, 1);
@@ -408,10 +439,11 @@ fn rounds_of_a_ring_between_two_processors() {
     let front = bed.front.clone();
     let (to_core, to_guest) = (Bell::default(), Bell::default());
     let (core_bell, guest_bell) = (to_core.clone(), to_guest.clone());
+    let core_end = end.clone();
     let core = std::thread::spawn(move || {
         let heard = Cell::new(0);
         let (mut done, mut sleeps) = (0u64, 0u64);
-        while done < rounds {
+        while !core_end.is_there(done) {
             let turn = bed.poll(16);
             bed.end_turn();
             done += u64::from(turn.fetched);
@@ -430,8 +462,8 @@ fn rounds_of_a_ring_between_two_processors() {
     });
     let words = FlatWords(guest.clone());
     let heard = Cell::new(0);
-    let (mut sleeps, mut doorbells) = (0u64, 0u64);
-    for round in 0..rounds {
+    let (mut sleeps, mut doorbells, mut round) = (0u64, 0u64, 0u64);
+    while !end.begins_no_more(round) {
         let old = plan.tail;
         // Written, not published: the driver's own code does that.
         let slot = u64::from(old % plan.setup.submission_entries) * 64;
@@ -450,10 +482,12 @@ fn rounds_of_a_ring_between_two_processors() {
             sleeps += 1;
             to_guest.wait(&heard, "the guest", round);
         }
+        round += 1;
     }
+    to_core.ring();
     let core_sleeps = core.join().unwrap();
     println!(
-        "{rounds} rounds: the guest slept {sleeps} times, the core {core_sleeps} times, {doorbells} doorbells"
+        "{round} rounds: the guest slept {sleeps} times, the core {core_sleeps} times, {doorbells} doorbells"
     );
     if sleeps == 0 || core_sleeps == 0 {
         // A machine that is busy otherwise may never run both at once.
@@ -463,17 +497,18 @@ fn rounds_of_a_ring_between_two_processors() {
 
 #[test]
 fn sleeps_of_front_and_core_between_two_processors() {
-    let rounds = rounds();
+    let end = End::new();
     let touched = TouchedPage::new(PlainWords::new(TouchedPage::<PlainWords>::WORDS));
     let life = LifePage::new(PlainWords::new(LifePage::<PlainWords>::WORDS));
     let (to_core, to_front) = (Bell::default(), Bell::default());
     let (core_touched, core_life) = (touched.clone(), life.clone());
     let (core_bell, front_bell) = (to_core.clone(), to_front.clone());
+    let core_end = end.clone();
     // The core answers each touch with a kick.
     let core = std::thread::spawn(move || {
         let heard = Cell::new(0);
         let (mut seen, mut sleeps) = (0, 0u64);
-        while seen < rounds {
+        while !core_end.is_there(seen) {
             let total = core_touched.total();
             if total == seen {
                 if core_life.core_falls_asleep(&core_touched, seen) {
@@ -492,8 +527,8 @@ fn sleeps_of_front_and_core_between_two_processors() {
         sleeps
     });
     let heard = Cell::new(0);
-    let mut sleeps = 0u64;
-    for round in 0..rounds {
+    let (mut sleeps, mut round) = (0u64, 0u64);
+    while !end.begins_no_more(round) {
         let kicks_seen = life.kicks();
         touched.touch(1);
         if life.must_wake_core() {
@@ -506,9 +541,11 @@ fn sleeps_of_front_and_core_between_two_processors() {
             }
             touched.set_front_asleep(false);
         }
+        round += 1;
     }
+    to_core.ring();
     let core_sleeps = core.join().unwrap();
-    println!("{rounds} rounds: the front slept {sleeps} times, the core {core_sleeps} times");
+    println!("{round} rounds: the front slept {sleeps} times, the core {core_sleeps} times");
     if sleeps == 0 || core_sleeps == 0 {
         // A machine that is busy otherwise may never run both at once.
         println!("skipped: one of the two never slept on this machine, so its sleep was not tried");

@@ -4,8 +4,11 @@ use crate::process::Daemon;
 use anyhow::{Result, anyhow};
 use std::time::Duration;
 
+/// After so many deaths lives are longer by once the time given.
+const DEATHS_UNTIL_LONGER: u64 = 20;
+
 /// Kills the core, again and again, until `work` is done; what that said, and how many cores died. Between two deaths lies a time of up to
-/// `apart` that `seed` gives, in which a new core came into service.
+/// `apart` (or more, after many of them) that `seed` gives, from the new core's start on.
 ///
 /// # Errors
 /// What went wrong with the work, or a core that does not come.
@@ -25,6 +28,8 @@ pub fn while_cores_die<T: Send>(
             state ^= state >> 7;
             state ^= state << 17;
             let apart_us = u64::try_from(apart.as_micros()).unwrap_or(u64::MAX).max(1);
+            // Where cores start so slowly that none lives long enough for the work, lives become longer: it comes to its end on any machine.
+            let apart_us = apart_us.saturating_mul(1 + u64::from(deaths) / DEATHS_UNTIL_LONGER);
             std::thread::sleep(Duration::from_micros(state % apart_us));
             let old = daemon.kill_role("core")?;
             daemon.wait_for_new("core", old, patience)?;

@@ -394,7 +394,7 @@ impl DaemonBuilder {
             configuration: None,
             folders: Vec::new(),
             ready: Ready::LogText(VMGMTD_READY.into()),
-            ready_deadline: Duration::from_secs(20),
+            ready_deadline: Duration::from_secs(60),
         }
     }
 

@@ -8,7 +8,7 @@ use std::{
 };
 use vmgmt_testkit::process::{DaemonBuilder, Ready, Start, new_log_path, wait_until};
 
-const SHORT: Duration = Duration::from_secs(20);
+const SHORT: Duration = Duration::from_secs(60);
 
 fn alive(pid: u32) -> bool {
     // A zombie has ended: it only waits for its parent.

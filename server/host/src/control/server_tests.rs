@@ -44,7 +44,7 @@ impl Bench {
                 return incoming;
             }
             self.poll
-                .poll(&mut events, Some(Duration::from_secs(20)))
+                .poll(&mut events, Some(Duration::from_secs(60)))
                 .unwrap();
             assert!(!events.is_empty(), "nothing came in");
             for event in &events {
@@ -356,23 +356,29 @@ proptest! {
         let mut bench = Bench::new();
         let stream = bench.connect();
         let file = tempfile::tempfile().unwrap();
-        let mut cuts = cuts.iter().copied().cycle();
-        for (id, (fds, name)) in requests.iter().enumerate() {
-            let line = push(id as u64, name).to_line();
-            let mut rest = line.as_slice();
-            let mut fds = vec![&file; *fds];
-            while !rest.is_empty() {
-                let bytes = cuts.next().unwrap().min(rest.len());
-                let sent = send_with_fds(&stream, &rest[..bytes], &std::mem::take(&mut fds));
-                rest = &rest[sent..];
+        let sent = requests.clone();
+        // Many small packets are more than the socket holds: the server reads meanwhile.
+        let sender = std::thread::spawn(move || {
+            let mut cuts = cuts.iter().copied().cycle();
+            for (id, (fds, name)) in sent.iter().enumerate() {
+                let line = push(id as u64, name).to_line();
+                let mut rest = line.as_slice();
+                let mut fds = vec![&file; *fds];
+                while !rest.is_empty() {
+                    let bytes = cuts.next().unwrap().min(rest.len());
+                    let sent = send_with_fds(&stream, &rest[..bytes], &std::mem::take(&mut fds));
+                    rest = &rest[sent..];
+                }
             }
-        }
+            stream
+        });
         for (id, (fds, name)) in requests.iter().enumerate() {
             let asked = bench.next_request();
             prop_assert_eq!(asked.fds.len(), *fds);
             prop_assert_eq!(Request { id: asked.id, call: asked.call }, push(id as u64, name));
             bench.server.reply(asked.client, asked.id, &Status::default());
         }
+        sender.join().unwrap();
     }
 }
 
@@ -415,7 +421,7 @@ fn a_delivery_is_told_of_when_its_last_byte_is_in_the_socket() {
     while written < given {
         bench
             .poll
-            .poll(&mut events, Some(Duration::from_secs(20)))
+            .poll(&mut events, Some(Duration::from_secs(60)))
             .unwrap();
         assert!(!events.is_empty(), "{written} of {given} lines were written");
         for event in &events {

@@ -9,7 +9,7 @@
 
 use super::binary::Binary;
 use super::child::Child;
-use super::limits::{HAND_OVER_DEADLINE, LEAVE_DEADLINE};
+use super::limits::{CHECK_DEADLINE, HAND_OVER_DEADLINE, LEAVE_DEADLINE};
 use super::upgrade::{Progress, Step};
 use super::{Keeper, watch};
 use crate::channel::Channel;
@@ -49,7 +49,14 @@ impl Keeper {
             },
         };
         let HandOver { phase, since } = hand_over;
-        let late = since.elapsed() > HAND_OVER_DEADLINE;
+        // While the new one starts, the old one serves.
+        let starts = matches!(phase, Phase::Starting(_));
+        let deadline = if starts {
+            CHECK_DEADLINE
+        } else {
+            HAND_OVER_DEADLINE
+        };
+        let late = (since.elapsed() > deadline).then_some(deadline);
         let stay = |phase| Progress::Running(Step::Front(HandOver { phase, since }));
         let go = |phase| {
             let since = Instant::now();
@@ -137,20 +144,23 @@ impl Keeper {
     }
 
     /// What the new front says next; an error: it never will.
-    fn word_of(&self, new: &mut Child<KeeperToFront>, late: bool) -> Result<Option<FrontToKeeper>, String> {
+    fn word_of(
+        &self,
+        new: &mut Child<KeeperToFront>,
+        late: Option<Duration>,
+    ) -> Result<Option<FrontToKeeper>, String> {
         if let Ok(Some(packet)) = new.receive::<FrontToKeeper>() {
             return Ok(Some(packet.header));
         }
         if let Some(exit) = new.ended() {
             return Err(format!("the new front ended by {}", exit.text));
         }
-        if late {
-            return Err(format!(
-                "the hand-over was not done within {} s",
-                HAND_OVER_DEADLINE.as_secs()
-            ));
-        }
-        Ok(None)
+        late.map_or(Ok(None), |deadline| {
+            Err(format!(
+                "the new front did not answer within {} s",
+                deadline.as_secs()
+            ))
+        })
     }
 
     fn deny(&mut self, mut new: Child<KeeperToFront>, reason: String) -> Progress {

@@ -22,7 +22,7 @@ pub(super) const SUSPECT_DEATHS_MAX: usize = 4;
 pub(super) const FIRST_DEATHS_MAX: usize = 5;
 /// How long a core may take from its start to READY: it adopts in slices and only reads its state before.
 pub(super) const START_DEADLINE: Duration = Duration::from_secs(30);
-/// How long a program that is asked whether it could take over may take. No VM waits for its answer, which takes a tenth of a second; a host that is
+/// How long a program that is asked whether it could take over may take, or a new front to say that it is there. No VM waits for its answer, which takes a tenth of a second; a host that is
 /// busy with other things must not be refused an upgrade for that.
 pub(super) const CHECK_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a core may take to stand still, so that its state can be copied: its loop never waits, but for a processor.
@@ -31,7 +31,7 @@ pub(super) const FREEZE_DEADLINE: Duration = Duration::from_millis(500);
 pub(super) const DRAIN_GRACE: Duration = Duration::from_secs(1);
 /// How long a core on trial may take: it reads what the check has read, and is told all sessions.
 pub(super) const TRIAL_DEADLINE: Duration = Duration::from_secs(10);
-/// How long a new front may take to start, and then a hand-over to it, while no client is served: QEMU waits 5 s for an answer.
+/// How long a hand-over to a front that has started may take, while no client is served: QEMU waits 5 s for an answer.
 pub(super) const HAND_OVER_DEADLINE: Duration = Duration::from_secs(2);
 /// How long a front that was replaced may take to leave.
 pub(super) const LEAVE_DEADLINE: Duration = Duration::from_secs(1);

