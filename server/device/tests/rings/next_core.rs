@@ -4,6 +4,7 @@ use crate::{DATA, PlainBed, bed, complete, of, open, status, submission, turn};
 use vmgmt_abi::registers::{DeviceState, RingState};
 use vmgmt_abi::ring::flag;
 use vmgmt_abi::{Mode, Opcode, Status, Submission};
+use vmgmt_device::GuestMemory;
 use vmgmt_device::Tick;
 use vmgmt_device::page::PlainWords;
 use vmgmt_device::rings::testing::FlatRegion;
@@ -180,6 +181,62 @@ fn what_was_mapped_anew_while_no_core_lived_is_not_written() {
     ];
     assert_eq!(found, expected);
     assert_eq!(buffers.map(|buffer| written(&bed, buffer)), [false, true, true]);
+}
+
+/// A message of the session is on its way, behind which completions wait.
+fn hold_up(bed: &mut PlainBed) {
+    bed.memory.set_by_messages(true);
+    bed.memory.write(0x7_0000, b"elsewhere").unwrap();
+    bed.memory.set_by_messages(false);
+}
+
+#[test]
+fn what_can_no_longer_be_read_is_answered_before_the_hub_forgets_it() {
+    let mut bed = bed();
+    maps(&mut bed, 2, &[1]);
+    let mut ring = open(&mut bed, Mode::CHAT);
+    let send = Submission {
+        buffer: DATA,
+        length: 64,
+        meta_bytes: 4,
+        ..of(Opcode::SEND, 5)
+    };
+    ring.submit(&bed.guest, &send);
+    let fetched = submission(&turn(&mut bed));
+    // The buffer is away, and its answer cannot be written yet. The core dies over it; the next one finds the buffer again, and a hub that
+    // remembers what it has done.
+    for _ in 0..2 {
+        maps(&mut bed, 2, &[]);
+        bed.replace_core(PlainWords::new).unwrap();
+        hold_up(&mut bed);
+        bed.touch();
+        bed.poll(64);
+        bed.end_turn();
+        assert_eq!(bed.outputs(), [], "nothing is sure yet");
+        maps(&mut bed, 2, &[1]);
+        bed.replace_core(PlainWords::new).unwrap();
+        let again = submission(&turn(&mut bed));
+        assert_eq!((again.token, again.again), (fetched.token, true));
+    }
+    maps(&mut bed, 2, &[]);
+    bed.replace_core(PlainWords::new).unwrap();
+    hold_up(&mut bed);
+    bed.touch();
+    assert_eq!((bed.outputs(), ring.take(&bed.guest)), (vec![], None));
+    bed.memory.deliver();
+    bed.poll(64);
+    // From here on the answer is written down, whatever the next core finds.
+    let token = fetched.token;
+    let lost = Output::Published {
+        token,
+        published: false,
+    };
+    assert_eq!(bed.outputs(), [Output::Void(token), lost.clone()]);
+    maps(&mut bed, 2, &[1]);
+    bed.replace_core(PlainWords::new).unwrap();
+    assert_eq!(turn(&mut bed), [lost]);
+    assert_eq!(status(ring.take(&bed.guest)), Some((5, Status::OUTCOME_UNKNOWN)));
+    assert_eq!((turn(&mut bed), ring.take(&bed.guest)), (vec![], None));
 }
 
 #[test]
