@@ -307,7 +307,9 @@ impl<W: Words> Rings<W> {
         if !self.say_farewells(memory) || !dma_is_allowed(front) {
             return;
         }
-        if self.desk.maps_before.is_some() && self.is_taken_up() {
+        // What was found to lie in other memory is answered first: a life that comes before that is to find the same.
+        let owes = |ring: &Ring| ring.due.iter().any(|due| due.lost);
+        if self.desk.maps_before.is_some() && self.is_taken_up() && !self.rings.iter().any(owes) {
             self.desk.maps_before = None;
         }
         self.desk.note_maps(memory);

@@ -240,6 +240,39 @@ fn what_can_no_longer_be_read_is_answered_before_the_hub_forgets_it() {
 }
 
 #[test]
+fn what_was_mapped_anew_stays_unknown_until_that_is_answered() {
+    let mut bed = bed();
+    maps(&mut bed, 1, &[2, 3]);
+    let mut ring = open(&mut bed, Mode::CHAT);
+    ring.submit(&bed.guest, &receive(0, DATA));
+    ring.submit(&bed.guest, &receive(1, DATA + 0x1000));
+    let fetched: Vec<_> = turn(&mut bed)
+        .into_iter()
+        .map(|output| submission(&[output]))
+        .collect();
+    // While no core lived; and the next two die before they can write their answers down, one of which the hub had already.
+    maps(&mut bed, 1, &[4, 5]);
+    for _ in 0..2 {
+        bed.replace_core(PlainWords::new).unwrap();
+        hold_up(&mut bed);
+        complete(&mut bed, &fetched[1], Answer::ok(4), b"late", true);
+        for _ in 0..2 {
+            bed.touch();
+            bed.poll(64);
+            bed.end_turn();
+        }
+        assert_eq!(bed.outputs(), []);
+    }
+    bed.memory.deliver();
+    bed.replace_core(PlainWords::new).unwrap();
+    complete(&mut bed, &fetched[1], Answer::ok(4), b"late", true);
+    turn(&mut bed);
+    assert_eq!(status(ring.take(&bed.guest)), Some((0, Status::OUTCOME_UNKNOWN)));
+    assert_eq!(status(ring.take(&bed.guest)), Some((1, Status::BAD_ADDRESS)));
+    assert!(!written(&bed, DATA) && !written(&bed, DATA + 0x1000));
+}
+
+#[test]
 fn what_was_mapped_anew_while_a_core_lived_goes_on_with_the_next() {
     let mut bed = bed();
     maps(&mut bed, 1, &[2]);
