@@ -88,10 +88,6 @@ fn publish_one<W: Words, M: GuestMemory>(
         ring.completion_tail = at.wrapping_add(1);
         ring.owed = ring.owed.saturating_sub(1);
         due.step = Step::Publish(at);
-        if due.void {
-            let token = desk.token(n, due.index, slot.generation);
-            desk.outputs.push_back(Output::Void(token));
-        }
     }
     if let Step::Publish(at) = due.step {
         let tag = ring.slot(due.index).map_or(0, |slot| slot.tag);
@@ -150,7 +146,7 @@ fn is_shared<M: GuestMemory>(slot: &Slot, memory: &mut M) -> bool {
         .all(|segment| memory.is_shared(segment.iova))
 }
 
-fn completion(answer: &Answer, tag: u32, at: u32, entries: u32) -> Completion {
+pub(super) fn completion(answer: &Answer, tag: u32, at: u32, entries: u32) -> Completion {
     let Answer {
         status,
         flags,
@@ -166,6 +162,17 @@ fn completion(answer: &Answer, tag: u32, at: u32, entries: u32) -> Completion {
         tag,
         status,
         flags: flags & !completion_flag::PHASE | phase(at, entries),
+    }
+}
+
+/// The answer that a completion carries.
+pub(super) const fn answer_of(completion: &Completion) -> Answer {
+    Answer {
+        status: completion.status,
+        flags: completion.flags & !completion_flag::PHASE,
+        detail: completion.detail,
+        result: completion.result,
+        extra: completion.extra,
     }
 }
 

@@ -135,9 +135,6 @@ fn free_slots<M: GuestMemory>(now: Tick, ring: &mut Ring, memory: &mut M) -> Res
     let head = memory.load_u32(ring.event_address(event_offset::COMPLETION_HEAD))?;
     // The doorbell may have rung for the tail too: that is still to be read.
     ring.look_head = false;
-    // The life before may have published the answer of `answer_at_once` and died before the cursor moved: that answer comes again.
-    let one_more = head == ring.completion_tail.wrapping_add(1) && ring.fetched == ring.adopted_at;
-    let head = if one_more { ring.completion_tail } else { head };
     if ring.completion_tail.wrapping_sub(head) > ring.setup.completion_entries {
         return Err(Stop::Fail(Status::BAD_ARGUMENT));
     }
@@ -225,8 +222,8 @@ fn journal<W: Words>(
     Some(index)
 }
 
-/// Answers what needs no record: its answer follows from its 64 bytes alone, so a core life that finds the cursor before it
-/// writes the same completion into the same slot again. Where that cannot be (writes go by messages, or another
+/// Answers what needs no record: its answer follows from its 64 bytes alone, so a core life that finds the cursor before it answers it
+/// again, or finds its completion where the next one is to go. Where that cannot be (writes go by messages, or another
 /// completion is stuck half-way) it gets a record like all others.
 fn answer_at_once<W: Words, M: GuestMemory>(
     desk: &mut Desk<W>,
@@ -261,6 +258,16 @@ fn answer_here(ring: &mut Ring, index: u32, answer: Answer, payload: Vec<u8>) {
     }
 }
 
+/// Refuses a journaled submission for what is not in its 64 bytes. That is written down at once, before anything behind it goes to the hub: a
+/// core life that finds the guest's memory otherwise would do it after what was submitted later.
+fn refuse<W: Words>(desk: &Desk<W>, ring: &mut Ring, n: usize, index: u32, answer: Answer) {
+    if let Some(slot) = ring.slot(index) {
+        let completion = complete::completion(&answer, slot.tag, 0, ring.setup.completion_entries);
+        desk.table.set_refused(n, index, slot.generation, 0, &completion);
+    }
+    answer_here(ring, index, answer, Vec::new());
+}
+
 /// Hands a journaled submission to whoever answers it.
 #[allow(clippy::too_many_arguments)]
 pub(super) fn hand_on<W: Words>(
@@ -287,15 +294,11 @@ pub(super) fn hand_on<W: Words>(
         if status == Status::BAD_ADDRESS {
             desk.counters.bad_addresses += 1;
         }
-        return answer_here(ring, index, Answer::failed(status), Vec::new());
+        return refuse(desk, ring, n, index, Answer::failed(status));
     }
     if ring.entries_held.saturating_add(segments.held()) > LIST_ENTRIES_HELD_MAX {
-        return answer_here(
-            ring,
-            index,
-            Answer::over_budget(Budget::SUBMISSIONS_IN_FLIGHT),
-            Vec::new(),
-        );
+        let answer = Answer::over_budget(Budget::SUBMISSIONS_IN_FLIGHT);
+        return refuse(desk, ring, n, index, answer);
     }
     ring.entries_held += segments.held();
     let Some(slot) = ring.slot_mut(index) else {

@@ -6,19 +6,21 @@
 
 use super::complete;
 use super::fetch::hand_on;
-use super::interface::Answer;
+use super::interface::{Answer, Output};
 use super::prepare::{Failure, Preparing};
 use super::ring::{Desk, Due, Ring, Segments, Slot, Standing, Stop};
 use super::shape::judge;
-use super::table::{FLAG_LOST, Kind};
+use super::table::{FLAG_LOST, FLAG_REFUSED, Kind, Record};
 use crate::page::{RingSetup, Words};
 use crate::{GuestMemory, Tick};
-use vmgmt_abi::ring::completion_flag;
+use vmgmt_abi::ring::{completion_flag, phase};
 use vmgmt_abi::{Completion, Status, Submission};
 
-/// One record to be brought to its end, oldest work first.
+/// One thing to be brought to its end, oldest work first.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum Recovering {
+    /// The next completion may be in the guest's ring already, without a record: see `fetch::answer_at_once`.
+    AtOnce,
     /// Its completion may or may not be in the guest's ring.
     Completing {
         index: u32,
@@ -32,6 +34,34 @@ pub(super) enum Recovering {
         submission: Submission,
         deadline: Tick,
     },
+    /// The rings refused it. `lost`: the hub may know it.
+    Refused {
+        index: u32,
+        number: u64,
+        answer: Answer,
+        lost: bool,
+    },
+}
+
+impl Recovering {
+    fn unanswered(index: u32, record: &Record) -> Self {
+        let number = record.number;
+        if record.flags & FLAG_REFUSED != 0 {
+            Self::Refused {
+                index,
+                number,
+                answer: complete::answer_of(&record.completion),
+                lost: record.flags & FLAG_LOST != 0,
+            }
+        } else {
+            Self::Fetched {
+                index,
+                number,
+                submission: record.submission,
+                deadline: Tick(record.deadline),
+            }
+        }
+    }
 }
 
 /// Takes ring `n` over from the table; `None`: the table says what no core of this version writes.
@@ -53,12 +83,7 @@ pub(super) fn adopt<W: Words>(desk: &mut Desk<W>, n: usize, setup: RingSetup) ->
                 if record.number == fetched {
                     fetched += 1;
                 }
-                unanswered.push(Recovering::Fetched {
-                    index,
-                    number: record.number,
-                    submission: record.submission,
-                    deadline: Tick(record.deadline),
-                });
+                unanswered.push(Recovering::unanswered(index, &record));
                 Standing::Recovering
             }
             Kind::Completing => {
@@ -84,13 +109,12 @@ pub(super) fn adopt<W: Words>(desk: &mut Desk<W>, n: usize, setup: RingSetup) ->
     desk.table.set_cursor(n, fetched, published);
     ring.free.reverse();
     unanswered.sort_by_key(|record| match record {
-        Recovering::Fetched { number, .. } => *number,
-        Recovering::Completing { .. } => 0,
+        Recovering::Fetched { number, .. } | Recovering::Refused { number, .. } => *number,
+        Recovering::Completing { .. } | Recovering::AtOnce => 0,
     });
     // At most the table's records lie on either side of `published`.
     completing.sort_by_key(|(at, _, _)| at.wrapping_sub(published).wrapping_add(1 << 31));
     ring.fetched = fetched;
-    ring.adopted_at = fetched;
     ring.tail = fetched as u32;
     ring.returned = (fetched as u32).wrapping_sub(1);
     ring.published = published;
@@ -110,15 +134,16 @@ pub(super) fn adopt<W: Words>(desk: &mut Desk<W>, n: usize, setup: RingSetup) ->
     // Nothing is known of the guest's head: it is read before anything is fetched.
     ring.completion_head = ring.completion_tail.wrapping_sub(setup.completion_entries);
     ring.owed = u32::try_from(unanswered.len()).ok()?;
-    ring.recovering = completing
+    // Behind a completion with a record that is not published nothing was answered at once.
+    let at_once = (ring.completion_tail == published).then_some(Recovering::AtOnce);
+    let completing = completing
         .into_iter()
         .map(|(at, index, completion)| Recovering::Completing {
             index,
             at,
             completion,
-        })
-        .chain(unanswered)
-        .collect();
+        });
+    ring.recovering = at_once.into_iter().chain(completing).chain(unanswered).collect();
     for (index, generation, flags) in told {
         let token = desk.token(n, index, generation);
         desk.tell(token, flags & FLAG_LOST == 0, Some((n, index, generation)));
@@ -150,6 +175,7 @@ fn recover_one<W: Words, M: GuestMemory>(
     record: &Recovering,
 ) -> Result<(), Stop> {
     match record {
+        Recovering::AtOnce => answered_at_once(desk, ring, n, memory),
         Recovering::Completing {
             index,
             at,
@@ -161,7 +187,37 @@ fn recover_one<W: Words, M: GuestMemory>(
             deadline,
             ..
         } => again(desk, ring, n, memory, *index, submission, *deadline),
+        Recovering::Refused {
+            index, answer, lost, ..
+        } => {
+            refused(desk, ring, n, *index, *answer, *lost);
+            Ok(())
+        }
     }
+}
+
+/// The life before may have answered the next submission at once and died before the cursor moved. Then the guest may have taken that
+/// completion, and the place in its ring is not written again. Its phase says so: no completion with a record was ever written there.
+fn answered_at_once<W: Words, M: GuestMemory>(
+    desk: &mut Desk<W>,
+    ring: &mut Ring,
+    n: usize,
+    memory: &mut M,
+) -> Result<(), Stop> {
+    let at = ring.completion_tail;
+    let mut there = [0; 8];
+    memory.read(complete::last_word_address(ring, at), &mut there)?;
+    let phase_bit = u64::from_le_bytes(there) & PHASE != 0;
+    if phase_bit == (phase(at, ring.setup.completion_entries) != 0) {
+        ring.fetched = ring.fetched.wrapping_add(1);
+        ring.tail = ring.head();
+        ring.completion_tail = at.wrapping_add(1);
+        ring.completion_head = ring.completion_head.wrapping_add(1);
+        ring.published = ring.completion_tail;
+        ring.save_cursor(&desk.table, n);
+        complete::count(desk);
+    }
+    Ok(())
 }
 
 /// The slot in guest memory says whether the completion was published; the buffer is not touched.
@@ -188,9 +244,10 @@ fn finish<W: Words, M: GuestMemory>(
     Ok(())
 }
 
+const PHASE: u64 = (completion_flag::PHASE as u64) << 48;
+
 /// Whether a slot's last word is this completion's: by tag and phase, as the guest tells.
 fn carries(there: u64, completion: &Completion) -> bool {
-    const PHASE: u64 = (completion_flag::PHASE as u64) << 48;
     const TAG_AND_PHASE: u64 = u32::MAX as u64 | PHASE;
     (there ^ complete::last_word(completion)) & TAG_AND_PHASE == 0
 }
@@ -231,16 +288,14 @@ fn again<W: Words, M: GuestMemory>(
     let early = ring.slot_mut(index).and_then(|slot| slot.early.take());
     if unreachable && early.is_none() {
         // It was valid in the life before, so it may have been done; what it was can no longer be read, or lies in memory that is not the one it
-        // was given. The hub forgets it when this answer is journaled, not before: a life that finds the memory again would do it twice.
+        // was given. The hub forgets it when this answer is written down, not before: a life that finds the memory again would do it twice.
         let answer = Answer::failed(Status::OUTCOME_UNKNOWN);
-        complete_here(
-            ring,
-            Due {
-                lost: true,
-                void: true,
-                ..Due::new(index, answer, Vec::new(), true)
-            },
-        );
+        if let Some(slot) = ring.slot(index) {
+            let completion = complete::completion(&answer, slot.tag, 0, ring.setup.completion_entries);
+            desk.table
+                .set_refused(n, index, slot.generation, FLAG_LOST, &completion);
+        }
+        refused(desk, ring, n, index, answer, true);
         return Ok(());
     }
     match early {
@@ -262,6 +317,21 @@ fn again<W: Words, M: GuestMemory>(
         }
     }
     Ok(())
+}
+
+/// Answers what the rings refused, in this core life or in one before. `lost`: the hub is told to forget it, as often as there are lives.
+fn refused<W: Words>(desk: &mut Desk<W>, ring: &mut Ring, n: usize, index: u32, answer: Answer, lost: bool) {
+    if lost && let Some(slot) = ring.slot_mut(index) {
+        slot.early = None;
+        let generation = slot.generation;
+        desk.outputs
+            .push_back(Output::Void(desk.token(n, index, generation)));
+    }
+    let due = Due {
+        lost,
+        ..Due::new(index, answer, Vec::new(), lost)
+    };
+    complete_here(ring, due);
 }
 
 fn complete_here(ring: &mut Ring, due: Due) {

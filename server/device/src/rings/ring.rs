@@ -183,8 +183,6 @@ pub(super) struct Due {
     pub payload: Vec<u8>,
     pub confirm: bool,
     pub lost: bool,
-    /// The hub is to forget the submission, once this answer is sure.
-    pub void: bool,
     pub step: Step,
 }
 
@@ -196,7 +194,6 @@ impl Due {
             payload,
             confirm,
             lost: false,
-            void: false,
             step: Step::Payload,
         }
     }
@@ -213,8 +210,6 @@ pub(super) struct Ring {
 
     /// Submissions fetched in this epoch.
     pub fetched: u64,
-    /// What `fetched` was when this core life took the ring over; `u64::MAX`: it opened it.
-    pub adopted_at: u64,
     /// The `submission_head` that the guest was told last.
     pub returned: u32,
     /// The last `submission_tail` read, bounded.
@@ -266,7 +261,6 @@ impl Ring {
             mode: Mode::COMMON,
             shared: false,
             fetched: 0,
-            adopted_at: u64::MAX,
             returned: 0,
             tail: 0,
             doorbell: 0,

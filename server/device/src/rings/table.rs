@@ -21,7 +21,8 @@
 //! | 1024 + 16 (1024 n + i) | record i of ring n |
 //!
 //! Record: state (kind in bits 0..8, flags in 8..16, token generation in 32..64); number of the submission (64 bits, so that one that
-//! waits for years is not taken for a young one); deadline; completion index; the submission (64 bytes); the completion (32 bytes).
+//! waits for years is not taken for a young one); deadline; completion index; the submission (64 bytes); the completion (32 bytes; of a
+//! fetched one it means something only with the flag for that).
 
 use super::limits::{PORT_RESULT_BYTES_MAX, RECORDS_MAX};
 use crate::page::Words;
@@ -79,8 +80,10 @@ pub enum Kind {
 
 /// The answer asked for a confirmation.
 pub const FLAG_CONFIRM: u8 = 1 << 0;
-/// The payload could not be written.
+/// The payload could not be written, or (of a refused submission) an earlier core life may have done it: the hub is to forget it.
 pub const FLAG_LOST: u8 = 1 << 1;
+/// Of a fetched submission: the rings answer it themselves, by the completion in the record (all but its phase).
+pub const FLAG_REFUSED: u8 = 1 << 2;
 
 /// A record as read back.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -295,6 +298,16 @@ impl<W: Words> Table<W> {
         self.words.store(at + 2, deadline);
         self.words.write_bytes(at + SUBMISSION, submission.as_bytes());
         self.words.store(at, state_word(Kind::Fetched, 0, generation));
+    }
+    /// The answer of a fetched submission that the rings refuse is sure from now on: what is found in guest memory later changes nothing.
+    pub fn set_refused(&self, n: usize, index: u32, generation: u32, flags: u8, completion: &Completion) {
+        if FORGETFUL {
+            return;
+        }
+        let at = record_at(n, index);
+        self.words.write_bytes(at + COMPLETION, completion.as_bytes());
+        self.words
+            .store(at, state_word(Kind::Fetched, flags | FLAG_REFUSED, generation));
     }
     pub fn set_completing(
         &self,
