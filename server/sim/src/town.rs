@@ -158,6 +158,7 @@ impl Town {
                 self.vms[index].close(&mut self.front);
                 self.guests[index].state = State::Leaving;
                 self.blur_if_unserved(number);
+                self.blur_what_is_posted(number);
                 self.note(format!("VM {number} is killed"));
             }
             return;
@@ -173,10 +174,8 @@ impl Town {
             ) {
                 self.blur_if_unserved(number);
             }
-            if act == Act::Reset && self.vms[index].unshared {
-                // The register write is posted: the VM's process may still do a write by message that was on its way, and its answer comes
-                // behind the reset. Nobody waits for that answer (it may never come), so the hub takes the message for not delivered.
-                self.shadow.blur_what_comes(number);
+            if matches!(act, Act::Reset | Act::Leave) {
+                self.blur_what_is_posted(number);
             }
             self.note(format!("VM {number}: {what}"));
         }
@@ -201,6 +200,14 @@ impl Town {
         let concerned = ring.closing || self.guests[vm as usize - 1].state != State::Running;
         if !self.served[vm as usize - 1] && concerned {
             self.shadow.blur(vm, ring.prepared);
+        }
+    }
+
+    /// A VM's process may still do (or has just done) a write by message whose answer comes behind a reset, which is a posted write, or not at
+    /// all, because the process has ended. Nobody waits for that answer, so the hub takes the message for not delivered.
+    fn blur_what_is_posted(&mut self, vm: u64) {
+        if self.vms[vm as usize - 1].unshared {
+            self.shadow.blur_what_comes(vm);
         }
     }
 
