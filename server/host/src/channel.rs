@@ -149,7 +149,10 @@ impl Channel {
     /// # Errors
     /// Closed, Malformed (its descriptors are closed), or the system's.
     pub fn receive<T: DeserializeOwned>(&self) -> Result<Option<Packet<T>>, ChannelError> {
-        let mut bytes = vec![0u8; PACKET_BYTES_MAX];
+        let Some(length) = self.next_length()? else {
+            return Ok(None);
+        };
+        let mut bytes = vec![0u8; length];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(PACKET_FDS_MAX))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let received = loop {
@@ -206,6 +209,21 @@ impl Channel {
             ciborium::from_reader(header).map_err(|error| ChannelError::Malformed(error.to_string()))?;
         let payload = bytes.split_off(4 + header_bytes);
         Ok(Some(Packet { header, payload, fds }))
+    }
+
+    /// Room for the next packet, or for the news that there will be none; `None` when there is none now. Asked first, because mostly there is none: room for the longest, cleared at each look, takes longer than all else that a look does.
+    fn next_length(&self) -> Result<Option<usize>, ChannelError> {
+        loop {
+            let flags = RecvFlags::DONTWAIT | RecvFlags::PEEK | RecvFlags::TRUNC;
+            match recvmsg(&self.fd, &mut [], &mut RecvAncillaryBuffer::default(), flags) {
+                // One byte at least, so that no packet is taken for the end.
+                Ok(next) => return Ok(Some(next.bytes.clamp(1, PACKET_BYTES_MAX))),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(None),
+                Err(Errno::CONNRESET) => return Err(ChannelError::Closed),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
     }
 }
 

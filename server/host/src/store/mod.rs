@@ -13,6 +13,7 @@ mod resolve;
 
 pub use contents::{OpenFile, Piecewise};
 pub use errno::status_of;
+pub use pool::Turn;
 
 use crate::config::ShareConfig;
 use pool::Pool;
@@ -206,17 +207,20 @@ impl Store {
         });
     }
 
-    /// A job that writes to an open file, for one effect, several, or none: those to one file take turns, because the kernel lets in
-    /// only one at a time and the others would spin for it, on processors that the VMs could use.
+    /// A job that writes to an open file, for several effects, in turns. One for each file at a time is enough: the kernel lets in only one
+    /// writer, and others would spin for it, on processors that the VMs could use.
     pub fn submit_write(
         &self,
         owner: u64,
-        file: &Arc<OpenFile>,
-        work: impl FnOnce() -> Vec<Finished> + Send + 'static,
+        file: &OpenFile,
+        work: impl FnMut() -> Turn<Finished> + Send + 'static,
     ) {
-        // The work holds the file, so no other has its address meanwhile.
-        let key = Some(Arc::as_ptr(file) as usize);
-        self.pool.submit_keyed(owner, file.share_index(), key, work);
+        self.pool.submit_in_turns(owner, file.share_index(), work);
+    }
+
+    /// See [`Pool::promise`].
+    pub fn promise(&self, looks_soon: bool) -> bool {
+        self.pool.promise(looks_soon)
     }
 
     /// Starts an effect that needs no guest memory. Its end comes out of [`Store::take_finished`].

@@ -1,24 +1,31 @@
 //! Worker threads for what can sleep on a disk.
 //!
 //! In: jobs, each with an owner (a VM) and a share. Out: their results, in any order, and a wake-up of the loop. Jobs of
-//! one owner start in order, but for those that must wait for another; owners take turns; one share may hold at most half the workers, so that one hung disk does
-//! not take them all.
+//! one owner start in order, but for those whose share is full; a job that has more to do goes to its owner's end; owners take turns; one share may hold at most
+//! half the workers, so that one hung disk does not take them all.
 //!
-//! Nobody is woken in vain: a worker only for a job that may run now, the loop only when it has taken what there was before. On a host
-//! with few processors each such wake-up takes time from the one that works.
+//! Nobody is woken in vain: a worker only for a job that may run now, the loop only when it has taken what there was before, and, where
+//! it has promised to look soon by itself, only when there are as many results as things left to do. On a host with few processors each
+//! such wake-up takes time from the one that works.
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 
-type Work<R> = Box<dyn FnOnce() -> Vec<R> + Send>;
+type Work<R> = Box<dyn FnMut() -> Turn<R> + Send>;
 type Blame = Box<dyn Fn(usize, u64) + Send + Sync>;
+
+/// What a turn of a job gave.
+#[derive(Debug)]
+pub struct Turn<R> {
+    pub results: Vec<R>,
+    /// Results that it will give yet; where there are any it gets another turn.
+    pub left: usize,
+}
 
 struct Job<R> {
     share: usize,
-    /// Jobs with the same key run one after the other.
-    key: Option<usize>,
     work: Work<R>,
 }
 
@@ -27,8 +34,11 @@ struct Queues<R> {
     /// Owner that was served last: the next one in order goes on.
     last_owner: u64,
     running_of_share: BTreeMap<usize, usize>,
-    running_keys: BTreeSet<usize>,
     finished: Vec<R>,
+    /// The loop was woken for what is finished.
+    told: bool,
+    /// The loop has promised to look soon.
+    looks_soon: bool,
     /// Workers that wait for a job, and those of them that were called and have not come yet.
     idle: usize,
     called: usize,
@@ -100,27 +110,22 @@ impl<R: Send + 'static> Pool<R> {
 
     /// Queues a job of `owner` on `share` (any number that tells disks apart). A job may have several results, or none.
     pub fn submit(&self, owner: u64, share: usize, work: impl FnOnce() -> Vec<R> + Send + 'static) {
-        self.submit_keyed(owner, share, None, work);
+        let mut work = Some(work);
+        self.submit_in_turns(owner, share, move || Turn {
+            results: work.take().map_or_else(Vec::new, |work| work()),
+            left: 0,
+        });
     }
 
-    /// As [`Pool::submit`]; jobs with the same key run one after the other, in order.
-    pub fn submit_keyed(
-        &self,
-        owner: u64,
-        share: usize,
-        key: Option<usize>,
-        work: impl FnOnce() -> Vec<R> + Send + 'static,
-    ) {
-        let mut queues = lock(&self.shared.queues);
-        let queue = queues.waiting.entry(owner).or_default();
-        // Behind one with its key it has to wait: whoever ends that one looks for it.
-        let follows = key.is_some() && queue.iter().any(|job| job.key == key);
-        queue.push_back(Job {
+    /// As [`Pool::submit`], for what is done in several turns, so that others come in between.
+    pub fn submit_in_turns(&self, owner: u64, share: usize, work: impl FnMut() -> Turn<R> + Send + 'static) {
+        let job = Job {
             share,
-            key,
             work: Box::new(work),
-        });
-        let call = !follows && queues.call(self.shared.per_share_max);
+        };
+        let mut queues = lock(&self.shared.queues);
+        queues.waiting.entry(owner).or_default().push_back(job);
+        let call = queues.call(self.shared.per_share_max);
         drop(queues);
         if call {
             self.shared.work_there.notify_one();
@@ -142,12 +147,24 @@ impl<R: Send + 'static> Pool<R> {
             && queues.finished.is_empty()
     }
 
+    /// Before the loop sleeps: whether it is to look within about a millisecond whatever comes, so that results may wait for others. False:
+    /// there are some that nobody will wake it for, it must not sleep.
+    pub fn promise(&self, looks_soon: bool) -> bool {
+        let mut queues = lock(&self.shared.queues);
+        queues.looks_soon = looks_soon;
+        looks_soon || queues.told || queues.finished.is_empty()
+    }
+
     /// Results so far.
     pub fn take_finished(&self) -> Vec<R> {
-        // Cleared before: what comes after this look wakes anew.
-        let mut drained = [0u8; 8];
-        let _ = rustix::io::read(&self.shared.wake, &mut drained);
-        std::mem::take(&mut lock(&self.shared.queues).finished)
+        if lock(&self.shared.queues).told {
+            // Cleared before: what comes after this look wakes anew.
+            let mut drained = [0u8; 8];
+            let _ = rustix::io::read(&self.shared.wake, &mut drained);
+        }
+        let mut queues = lock(&self.shared.queues);
+        queues.told = false;
+        std::mem::take(&mut queues.finished)
     }
 }
 
@@ -169,8 +186,9 @@ impl<R> Queues<R> {
             waiting: BTreeMap::new(),
             last_owner: 0,
             running_of_share: BTreeMap::new(),
-            running_keys: BTreeSet::new(),
             finished: Vec::new(),
+            told: false,
+            looks_soon: false,
             idle: 0,
             called: 0,
             stop: false,
@@ -181,7 +199,6 @@ impl<R> Queues<R> {
         self.running_of_share
             .get(&job.share)
             .is_none_or(|running| *running < per_share_max)
-            && job.key.is_none_or(|key| !self.running_keys.contains(&key))
     }
 
     /// Where the next job is: owners in turn, from the one behind the last; first job of each whose share is not full.
@@ -204,7 +221,6 @@ impl<R> Queues<R> {
             self.waiting.remove(&owner);
         }
         *self.running_of_share.entry(job.share).or_default() += 1;
-        self.running_keys.extend(job.key);
         self.last_owner = owner;
         Some((owner, job))
     }
@@ -216,16 +232,18 @@ impl<R> Queues<R> {
         call
     }
 
-    /// A job of this share, with this key, has ended. True: the loop is to be woken, it has taken what there was before.
-    fn end(&mut self, share: usize, key: Option<usize>, results: Vec<R>) -> bool {
-        if let Some(running) = self.running_of_share.get_mut(&share) {
+    /// A job has had a turn, and goes to its owner's end where it has more to do. True: the loop is to be woken.
+    fn end(&mut self, owner: u64, job: Job<R>, turn: Turn<R>) -> bool {
+        if let Some(running) = self.running_of_share.get_mut(&job.share) {
             *running = running.saturating_sub(1);
         }
-        if let Some(key) = key {
-            self.running_keys.remove(&key);
+        if turn.left > 0 {
+            self.waiting.entry(owner).or_default().push_back(job);
         }
-        let wake = self.finished.is_empty() && !results.is_empty();
-        self.finished.extend(results);
+        self.finished.extend(turn.results);
+        let may_wait = self.looks_soon && self.finished.len() < turn.left;
+        let wake = !self.finished.is_empty() && !self.told && !may_wait;
+        self.told |= wake;
         wake
     }
 }
@@ -242,7 +260,7 @@ fn work<R>(shared: &Shared<R>, number: usize) {
         let mut queues = lock(&shared.queues);
         let wake = ended
             .take()
-            .is_some_and(|(share, key, results)| queues.end(share, key, results));
+            .is_some_and(|(owner, job, turn)| queues.end(owner, job, turn));
         let next = if queues.stop {
             None
         } else {
@@ -258,11 +276,11 @@ fn work<R>(shared: &Shared<R>, number: usize) {
             shared.work_there.notify_one();
         }
         match next {
-            Some((owner, job)) => {
+            Some((owner, mut job)) => {
                 blame(owner);
-                let results = (job.work)();
+                let turn = (job.work)();
                 blame(0);
-                ended = Some((job.share, job.key, results));
+                ended = Some((owner, job, turn));
             }
             None if rest(shared) => {}
             None => return,
@@ -326,18 +344,82 @@ mod tests {
     }
 
     #[test]
-    fn jobs_with_one_key_run_one_after_the_other_and_hold_up_no_others() {
-        let pool = Pool::new(4).unwrap();
-        let (release, hung) = mpsc::channel::<()>();
-        pool.submit_keyed(1, 0, Some(7), move || {
-            let _ = hung.recv();
-            vec!["first"]
+    fn a_job_that_has_more_to_do_lets_others_of_its_owner_go_before() {
+        let pool = Pool::new(2).unwrap();
+        let (release, held) = mpsc::channel::<()>();
+        let mut turns = 0;
+        pool.submit_in_turns(1, 0, move || {
+            let _ = held.recv();
+            turns += 1;
+            Turn {
+                results: vec![turns],
+                left: 3 - turns,
+            }
         });
-        pool.submit_keyed(1, 0, Some(7), || vec!["second"]);
-        pool.submit_keyed(1, 0, Some(8), || vec!["other"]);
-        assert_eq!(wait_finished(&pool, 1), ["other"]);
+        pool.submit(1, 0, || vec![100]);
+        release.send(()).unwrap();
+        assert_eq!(wait_finished(&pool, 2), [1, 100]);
         drop(release);
-        assert_eq!(wait_finished(&pool, 2), ["first", "second"]);
+        assert_eq!(wait_finished(&pool, 2), [2, 3]);
+        assert!(pool.is_idle());
+    }
+
+    #[test]
+    fn results_wait_for_others_only_while_the_loop_has_promised_to_look() {
+        let mut queues = Queues::new();
+        let end = |queues: &mut Queues<u8>, results: usize, left: usize| {
+            let job = Job {
+                share: 0,
+                work: Box::new(|| unreachable!("never begun")),
+            };
+            let results = vec![0; results];
+            queues.end(1, job, Turn { results, left })
+        };
+        assert!(end(&mut queues, 1, 7), "nothing was promised");
+        assert!(!end(&mut queues, 1, 0), "told already");
+        let taken = |queues: &mut Queues<u8>| {
+            queues.told = false;
+            std::mem::take(&mut queues.finished).len()
+        };
+        assert_eq!(taken(&mut queues), 2);
+        queues.looks_soon = true;
+        assert!(!end(&mut queues, 1, 7) && !end(&mut queues, 2, 5));
+        assert!(end(&mut queues, 1, 4), "as many as are left");
+        assert_eq!(taken(&mut queues), 4);
+        assert!(end(&mut queues, 1, 0), "nobody else would");
+        assert!(!end(&mut queues, 0, 0), "no result, nothing to tell");
+        assert_eq!(taken(&mut queues), 1);
+    }
+
+    #[test]
+    fn a_loop_that_does_not_promise_to_look_must_not_sleep_over_results_that_it_was_not_told_of() {
+        let pool = Pool::new(2).unwrap();
+        assert!(pool.promise(true));
+        let (release, held) = mpsc::channel::<()>();
+        let (reached, second) = mpsc::channel::<()>();
+        let mut first = true;
+        pool.submit_in_turns(1, 0, move || {
+            if !std::mem::take(&mut first) {
+                // The first turn's result lies there now.
+                let _ = reached.send(());
+                let _ = held.recv();
+                return Turn {
+                    results: vec![2, 3],
+                    left: 0,
+                };
+            }
+            Turn {
+                results: vec![1],
+                left: 2,
+            }
+        });
+        second.recv().unwrap();
+        assert!(pool.promise(true), "it will look");
+        assert!(!pool.promise(false), "it would not");
+        assert_eq!(pool.take_finished(), [1]);
+        assert!(pool.promise(false));
+        drop(release);
+        assert_eq!(wait_finished(&pool, 2), [2, 3]);
     }
 
     #[test]
@@ -346,12 +428,14 @@ mod tests {
         for (owner, name) in [(1, 'a'), (1, 'b'), (1, 'c'), (2, 'd'), (3, 'e')] {
             queues.waiting.entry(owner).or_default().push_back(Job {
                 share: 0,
-                key: None,
-                work: Box::new(move || vec![name]),
+                work: Box::new(move || Turn {
+                    results: vec![name],
+                    left: 0,
+                }),
             });
         }
         let order: String = std::iter::from_fn(|| queues.next(99))
-            .flat_map(|(_, job)| (job.work)())
+            .flat_map(|(_, mut job)| (job.work)().results)
             .collect();
         assert_eq!(order, "adebc");
     }
@@ -360,32 +444,38 @@ mod tests {
     fn a_worker_is_called_only_for_what_may_run_and_the_loop_once_for_what_it_has_not_taken() {
         const SHARE_MAX: usize = 2;
         let mut queues = Queues::new();
-        queues.idle = 3;
-        let put = |queues: &mut Queues<u8>, key| {
+        queues.idle = 4;
+        let put = |queues: &mut Queues<u8>| {
             queues.waiting.entry(1).or_default().push_back(Job {
                 share: 0,
-                key,
-                work: Box::new(Vec::new),
+                work: Box::new(|| unreachable!("never begun")),
             });
             queues.call(SHARE_MAX)
         };
+        let come = |queues: &mut Queues<u8>| {
+            queues.called -= 1;
+            queues.idle -= 1;
+            queues.next(SHARE_MAX).unwrap()
+        };
+        let turn = |results| Turn { results, left: 0 };
         assert!(!queues.call(SHARE_MAX), "nothing to do");
-        assert!(put(&mut queues, Some(7)));
-        queues.called -= 1;
-        queues.idle -= 1;
-        assert!(queues.next(SHARE_MAX).is_some());
-        assert!(!put(&mut queues, Some(7)), "its key is taken");
-        assert!(put(&mut queues, Some(8)));
-        assert!(queues.next(SHARE_MAX).is_some());
-        assert!(!put(&mut queues, None), "its share is full");
-        assert_eq!((queues.idle, queues.called), (2, 1));
-        // The end of the first makes room for two of which one is called for here, the other by whoever takes it.
-        assert!(!queues.end(0, Some(7), Vec::new()), "no result, nothing to tell");
-        assert!(queues.end(0, None, vec![1]) && !queues.end(0, None, vec![2, 3]));
+        assert!(put(&mut queues));
+        let (owner, first) = come(&mut queues);
+        assert!(put(&mut queues));
+        let (_, second) = come(&mut queues);
+        assert!(!put(&mut queues) && !put(&mut queues), "its share is full");
+        assert_eq!((queues.idle, queues.called), (2, 0));
         assert!(
-            queues.call(SHARE_MAX) && !queues.call(SHARE_MAX),
+            !queues.end(owner, first, turn(Vec::new())),
+            "no result, nothing to tell"
+        );
+        assert!(queues.end(owner, second, turn(vec![1])));
+        assert!(
+            queues.call(SHARE_MAX) && queues.call(SHARE_MAX) && !queues.call(SHARE_MAX),
             "all are called"
         );
+        let (_, third) = come(&mut queues);
+        assert!(!queues.end(owner, third, turn(vec![2, 3])));
         assert_eq!(queues.finished, [1, 2, 3]);
     }
 
@@ -395,8 +485,13 @@ mod tests {
         let pool = Pool::new(4).unwrap();
         for round in 0..3 {
             for job in 0..JOBS {
-                let key = (job % 3 == 0).then_some(job % 7);
-                pool.submit_keyed((job % 5) as u64, job % 2, key, move || vec![job; job % 3]);
+                let mut results = vec![job; job % 3];
+                pool.submit_in_turns((job % 5) as u64, job % 2, move || Turn {
+                    results: results.pop().into_iter().collect(),
+                    left: results.len(),
+                });
+                // Sleeping or not, as a loop might be.
+                pool.promise(job % 2 == 0);
             }
             let count = (0..JOBS).map(|job| job % 3).sum();
             let mut all = wait_finished(&pool, count);

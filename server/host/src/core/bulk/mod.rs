@@ -4,14 +4,16 @@
 //!
 //! A piece is at most [`PIECE_BYTES_MAX`]; after each, the next one's turn comes. Reads go straight from the page cache into guest
 //! memory on the loop (never waiting for a disk); a range that is not cached is read on a worker first. Writes go straight from
-//! guest memory into the file, on a worker, under a lease, several that follow one another by one call. Memory that is not shared goes through scratch and messages.
+//! guest memory into the file, on a worker, under a lease. Several that follow one another in a file go by one call. Memory that is not shared goes through scratch and messages.
 
+mod reads;
 mod task;
 mod writes;
 
 use crate::core::memory::PIECE_BYTES_MAX;
 use crate::core::sessions::Sessions;
 use crate::store::{Done, OpenFile, Store};
+use reads::read_joined;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Weak};
 use task::{End, Step, Task, Work};
@@ -273,28 +275,56 @@ impl Bulk {
         let mut budget = TURN_BYTES_MAX;
         for _ in 0..self.ready.len() {
             let Some(id) = self.ready.pop_front() else { break };
-            let Some(task) = self.tasks.get_mut(&id) else {
+            let Some(task) = self.tasks.get(&id) else {
                 continue;
             };
             let mut touched = task.work.tokens().into_iter().map(|token| token.session);
-            blame(touched.next().unwrap_or(0), touched.next().unwrap_or(0));
-            match task.step(id, sessions, store) {
-                Step::Moved(bytes) => {
-                    self.ready.push_back(id);
-                    budget = budget.saturating_sub(bytes);
+            let session = touched.next().unwrap_or(0);
+            blame(session, touched.next().unwrap_or(0));
+            let joined = match sessions.is_frozen(session) {
+                true => None,
+                false => read_joined(id, &self.ready, &self.tasks),
+            };
+            if let Some(joined) = joined {
+                // The first has been taken from there already.
+                self.ready.drain(..joined.len() - 1);
+                for (id, bytes) in joined {
+                    if let Some(task) = self.tasks.get_mut(&id) {
+                        let step = task.moved(bytes);
+                        self.ended(id, step, &mut budget, finished);
+                    }
                 }
-                Step::Finished(outcome) => {
-                    budget = budget.saturating_sub(PIECE_BYTES_MAX.min(task.done as usize));
-                    self.tasks.remove(&id);
-                    finished.push((id, outcome));
-                }
-                Step::OnWorker => {}
-                Step::OnMemory => self.waiting_for_memory.push(id),
-                Step::Frozen => self.frozen.push(id),
+            } else if let Some(task) = self.tasks.get_mut(&id) {
+                let step = task.step(id, sessions, store);
+                self.ended(id, step, &mut budget, finished);
             }
             if budget == 0 {
                 break;
             }
+        }
+    }
+
+    /// A step of a task has ended: where it goes now.
+    fn ended(
+        &mut self,
+        id: EffectId,
+        step: Step,
+        budget: &mut usize,
+        finished: &mut Vec<(EffectId, Outcome)>,
+    ) {
+        match step {
+            Step::Moved(bytes) => {
+                self.ready.push_back(id);
+                *budget = budget.saturating_sub(bytes);
+            }
+            Step::Finished(outcome) => {
+                let done = self.tasks.remove(&id).map_or(0, |task| task.done as usize);
+                *budget = budget.saturating_sub(PIECE_BYTES_MAX.min(done));
+                finished.push((id, outcome));
+            }
+            Step::OnWorker => {}
+            Step::OnMemory => self.waiting_for_memory.push(id),
+            Step::Frozen => self.frozen.push(id),
         }
     }
 
@@ -312,18 +342,7 @@ impl Bulk {
     }
 
     fn begin(&mut self, id: EffectId, owner: u64, bytes: u64, work: Work) {
-        self.tasks.insert(
-            id,
-            Task {
-                owner,
-                work,
-                bytes,
-                done: 0,
-                scratch: Vec::new(),
-                void: false,
-                revoked: false,
-            },
-        );
+        self.tasks.insert(id, Task::new(owner, bytes, work));
         self.ready.push_back(id);
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! In: a turn. Out: bytes moved, an outcome, or what it waits for. Must never know whose turn is next.
 
+use super::reads::Wanted;
 use super::writes::{Range, Source, Writes};
 use crate::core::memory::{BulkError, PIECE_BYTES_MAX, Pieces, Side};
 use crate::core::sessions::Sessions;
@@ -93,6 +94,18 @@ pub(super) enum Fault {
 }
 
 impl Task {
+    pub(super) const fn new(owner: u64, bytes: u64, work: Work) -> Self {
+        Self {
+            owner,
+            work,
+            bytes,
+            done: 0,
+            scratch: Vec::new(),
+            void: false,
+            revoked: false,
+        }
+    }
+
     pub(super) fn step(&mut self, id: EffectId, sessions: &mut Sessions, store: &Store) -> Step {
         if self.void {
             return Step::Finished(Outcome::failed(Status::CANCELLED, FailedAt::Into));
@@ -126,14 +139,7 @@ impl Task {
     /// Turns what a piece came to into the step's result.
     fn after(&mut self, moved: Result<usize, Fault>, sessions: &mut Sessions) -> Step {
         match moved {
-            Ok(bytes) => {
-                self.done += bytes as u64;
-                if self.done >= self.bytes {
-                    Step::Finished(self.outcome())
-                } else {
-                    Step::Moved(bytes)
-                }
-            }
+            Ok(bytes) => self.moved(bytes),
             Err(Fault::Waits) => Step::OnMemory,
             Err(Fault::Ends(outcome)) => Step::Finished(outcome),
             Err(Fault::Revoked) => self
@@ -158,6 +164,42 @@ impl Task {
                 at(from, Direction::FromGuest, FailedAt::From)
             }
             Work::Read { into, .. } => at(into, Direction::IntoGuest, FailedAt::Into),
+        }
+    }
+
+    /// What it reads next, where that may go by one call with others; nothing for all that a step of its own has to look after.
+    pub(super) fn wanted(&self) -> Option<Wanted<'_>> {
+        let Work::Read {
+            file,
+            offset,
+            into,
+            warm_tries: 0,
+        } = &self.work
+        else {
+            return None;
+        };
+        let Place::Guest(pieces) = &into.place else {
+            return None;
+        };
+        let usual = !self.void && !self.revoked && self.done < self.bytes && self.scratch.is_empty();
+        (usual && !pieces.needs_messages() && file.piecewise() != Piecewise::Scratch).then_some(())?;
+        Some(Wanted {
+            session: into.range.token.session,
+            file,
+            position: offset.checked_add(self.done)?,
+            pieces,
+            at: self.done,
+            bytes: self.piece(),
+        })
+    }
+
+    /// So many more bytes of it are where they belong.
+    pub(super) fn moved(&mut self, bytes: usize) -> Step {
+        self.done += bytes as u64;
+        if self.done >= self.bytes {
+            Step::Finished(self.outcome())
+        } else {
+            Step::Moved(bytes)
         }
     }
 
@@ -307,15 +349,17 @@ impl Task {
                 Source::Here(data)
             }
         };
-        writes.push(Range {
+        let is_due = writes.push(Range {
             effect: id,
             position,
             bytes: piece,
             source,
             checksum: crc32.is_some(),
         });
-        let writer = Arc::clone(writes);
-        store.submit_write(self.owner, writes.file(), move || writer.run());
+        if is_due {
+            let writer = Arc::clone(writes);
+            store.submit_write(self.owner, writes.file(), move || writer.run());
+        }
         Step::OnWorker
     }
 }

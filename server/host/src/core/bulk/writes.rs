@@ -4,10 +4,11 @@
 //!
 //! A call costs the kernel as much as some ten thousand bytes, and file systems make larger pages for longer calls (ext4: 64 KiB a call
 //! is a quarter slower than 256 KiB). So a worker that comes to a file takes what follows the first range as well, but leaves half of what
-//! waits for its next turn: it is written while the guest learns of the first half.
+//! waits for its next turn: it is written while the guest learns of the first half. One job writes all that waits, turn by turn: one for
+//! each range would be looked through, again and again, for one that may run (an eighth of a worker's time with pieces of 64 KiB).
 
 use crate::core::memory::{BulkError, JOINED_BYTES_MAX, Pieces};
-use crate::store::{Done, Finished, OpenFile, status_of};
+use crate::store::{Done, Finished, OpenFile, Turn, status_of};
 use rustix::io::Errno;
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -39,14 +40,21 @@ pub(super) struct Range {
 #[derive(Debug)]
 pub(super) struct Writes {
     file: Arc<OpenFile>,
-    waiting: Mutex<VecDeque<Range>>,
+    queue: Mutex<Queue>,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    waiting: VecDeque<Range>,
+    /// There is a job that writes them.
+    has_job: bool,
 }
 
 impl Writes {
     pub fn new(file: Arc<OpenFile>) -> Self {
         Self {
             file,
-            waiting: Mutex::default(),
+            queue: Mutex::default(),
         }
     }
 
@@ -54,26 +62,34 @@ impl Writes {
         &self.file
     }
 
-    /// Queues a range. One job is due for each: [`Writes::run`].
-    pub fn push(&self, range: Range) {
-        self.lock().push_back(range);
+    /// Queues a range. True: a job is due that calls [`Writes::run`] until nothing is left.
+    pub fn push(&self, range: Range) -> bool {
+        let mut queue = self.lock();
+        queue.waiting.push_back(range);
+        !std::mem::replace(&mut queue.has_job, true)
     }
 
-    /// Writes the next range, and with it what follows; nothing where an earlier job has taken it along. One worker at a time.
-    pub fn run(&self) -> Vec<Finished> {
-        let ranges = take_joined(&mut self.lock());
+    /// Writes the next range, and with it what follows. One worker at a time.
+    pub fn run(&self) -> Turn<Finished> {
+        let ranges = take_joined(&mut self.lock().waiting);
         let written = match ranges.as_slice() {
             [] | [_] => None,
             several => self.write_joined(several),
         };
         // Whatever was wrong with one of them: each by itself, from its beginning, tells which.
-        written.unwrap_or_else(|| {
+        let results = written.unwrap_or_else(|| {
             let alone = |range: &Range| Finished {
                 effect: range.effect,
                 done: self.write_alone(range),
             };
             ranges.iter().map(alone).collect()
-        })
+        });
+        // Their buffers are let go before anybody hears that they are written.
+        drop(ranges);
+        let mut queue = self.lock();
+        let left = queue.waiting.len();
+        queue.has_job = left > 0;
+        Turn { results, left }
     }
 
     fn write_joined(&self, ranges: &[Range]) -> Option<Vec<Finished>> {
@@ -141,9 +157,9 @@ impl Writes {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, VecDeque<Range>> {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
         // Nothing that could panic is done under it.
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -287,7 +303,7 @@ mod tests {
         let (writes, file) = writes();
         push_pages(&writes, &sources);
         ftruncate(&fd, 32 * PAGE).unwrap();
-        let finished = writes.run();
+        let finished = writes.run().results;
         let told: Vec<_> = finished.iter().map(|one| (one.effect.0, stored(one))).collect();
         let sum = |n| Some(crc32fast::hash(&page(n)));
         assert_eq!(told, [(0, sum(0)), (1, sum(1)), (2, None), (3, sum(2))]);
@@ -312,7 +328,7 @@ mod tests {
         let (writes, file) = writes();
         let kept = pieces(&mut session, PAGE);
         push_pages(&writes, &[kept.clone(), taken, kept]);
-        let finished = writes.run();
+        let finished = writes.run().results;
         assert_eq!(finished.len(), 3);
         assert!(stored(&finished[0]).is_some() && stored(&finished[2]).is_some());
         assert!(
@@ -334,7 +350,7 @@ mod tests {
         let sources: Vec<_> = (0..8).rev().map(|n| pieces(&mut session, n * PAGE)).collect();
         let (writes, file) = writes();
         push_pages(&writes, &sources);
-        let finished = writes.run();
+        let finished = writes.run().results;
         assert_eq!(finished.len(), 8, "one call for all");
         assert!((0..8).all(|n| finished[n].effect.0 == n as u64), "in order");
         for (n, (one, expected)) in finished.iter().zip(data.chunks(PAGE as usize).rev()).enumerate() {

@@ -8,8 +8,9 @@ use crate::messages::BURIED;
 use vmgmt_device::page::control;
 
 impl EventLoop {
-    pub(super) fn handle_events(&mut self, events: &Events) -> anyhow::Result<()> {
-        let mut store = false;
+    /// `untold`: there may be results of which the workers have not told.
+    pub(super) fn handle_events(&mut self, events: &Events, untold: bool) -> anyhow::Result<()> {
+        let mut store = untold;
         for event in events {
             match event.token() {
                 WAKE => self.wake.drain(),

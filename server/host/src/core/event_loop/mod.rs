@@ -315,7 +315,10 @@ impl EventLoop {
             } else {
                 self.sleep_time(now)
             };
-            let sleeps = timeout != Some(Duration::ZERO) && self.wake.fall_asleep();
+            // Who is awake again so soon need not be woken for each result of the workers.
+            let looks_soon = timeout.is_some_and(|timeout| timeout.as_nanos() <= u128::from(SPARED_NS));
+            let untold = !self.store.promise(looks_soon);
+            let sleeps = timeout != Some(Duration::ZERO) && !untold && self.wake.fall_asleep();
             let timeout = if sleeps { timeout } else { Some(Duration::ZERO) };
             match self.poll.poll(&mut events, timeout) {
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
@@ -328,7 +331,7 @@ impl EventLoop {
             if !worked || !events.is_empty() || self.looked.since_ns(self.scanned) >= LOOK_NS {
                 self.scanned = self.looked;
                 self.scan = true;
-                self.handle_events(&events)?;
+                self.handle_events(&events, looks_soon || untold)?;
             }
         }
         self.end()

@@ -11,7 +11,7 @@ pub const LEASE_WAIT_NS: u64 = 100_000_000;
 pub const REVOKE_RETRY_NS: u64 = 10_000_000;
 /// Bytes that one bulk call moves at most, so that a lease is short and a cancel is quick.
 pub const PIECE_BYTES_MAX: usize = 1 << 20;
-/// Bytes of several ranges that are written to a file by one call: from here on a longer call is not faster (ext4, tmpfs), and with the
+/// Bytes of several ranges that are written to a file, or read from one, by one call: from here on a longer call is not faster (ext4, tmpfs), and with the
 /// eight pieces of 64 KiB that a guest has in flight one half is written while it learns of the other.
 pub const JOINED_BYTES_MAX: usize = PIECE_BYTES_MAX / 4;
 /// Extents are grown in windows of this (more for objects so large that this would take more than [`EXTENTS_OBJECT`]): one

@@ -156,17 +156,31 @@ impl Pieces {
         file: BorrowedFd<'_>,
         offset: u64,
     ) -> Result<usize, BulkError> {
-        let slices = self.slices(at, bytes, Direction::IntoGuest)?;
+        Self::read_file_into(&[(self, at, bytes)], file, offset)
+    }
+
+    /// As [`Pieces::read_file`], for ranges that follow one another in the file, each (pieces, from which byte, how many), by one call.
+    ///
+    /// # Errors
+    /// See [`BulkError`]; which of several ranges it was the kernel does not say.
+    pub fn read_file_into(
+        ranges: &[(&Self, u64, usize)],
+        file: BorrowedFd<'_>,
+        offset: u64,
+    ) -> Result<usize, BulkError> {
+        let slices = Self::slices_of(ranges, Direction::IntoGuest)?;
         let read = match read_file(file, offset, &slices, false) {
             Err(Errno::OPNOTSUPP) if never_waits(file) => read_file(file, offset, &slices, true),
             read => read,
         };
-        self.still_ours()?;
-        read.map_err(|errno| match errno {
-            Errno::AGAIN => BulkError::WouldWait,
-            Errno::OPNOTSUPP => BulkError::NoNowait,
-            Errno::FAULT => self.gone(Side::Target, at),
-            errno => BulkError::File(errno),
+        for (pieces, ..) in ranges {
+            pieces.still_ours()?;
+        }
+        read.map_err(|errno| match (errno, ranges.first()) {
+            (Errno::AGAIN, _) => BulkError::WouldWait,
+            (Errno::OPNOTSUPP, _) => BulkError::NoNowait,
+            (Errno::FAULT, Some((pieces, at, _))) => pieces.gone(Side::Target, *at),
+            (errno, _) => BulkError::File(errno),
         })
     }
 
@@ -194,12 +208,7 @@ impl Pieces {
         file: BorrowedFd<'_>,
         offset: u64,
     ) -> Result<usize, BulkError> {
-        let mut slices = Vec::new();
-        for (pieces, at, bytes) in ranges {
-            for slice in pieces.slices(*at, *bytes, Direction::FromGuest)? {
-                push_joined(&mut slices, slice);
-            }
-        }
+        let slices = Self::slices_of(ranges, Direction::FromGuest)?;
         let written = write_file(file, offset, &slices);
         for (pieces, ..) in ranges {
             pieces.still_ours()?;
@@ -278,6 +287,20 @@ impl Pieces {
         })
         .ok()?;
         Some(segments)
+    }
+
+    /// Ranges as slices for one system call, neighbours joined.
+    fn slices_of<'a>(
+        ranges: &[(&'a Self, u64, usize)],
+        direction: Direction,
+    ) -> Result<Vec<GuestSlice<'a>>, BulkError> {
+        let mut slices = Vec::new();
+        for (pieces, at, bytes) in ranges {
+            for slice in pieces.slices(*at, *bytes, direction)? {
+                push_joined(&mut slices, slice);
+            }
+        }
+        Ok(slices)
     }
 
     /// A range as slices for one system call, neighbours joined.
