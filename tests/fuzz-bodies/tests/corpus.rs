@@ -5,10 +5,10 @@
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
-use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind, set_hook, take_hook};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, Once, PoisonError};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 /// One target at a time: the front's counts the descriptors of this process.
 static TURN: Mutex<()> = Mutex::new(());
@@ -39,8 +39,20 @@ fn check(name: &str, what: &str, bytes: &[u8]) {
     );
 }
 
-fn all(name: &str, random: usize) {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+fn turn() -> MutexGuard<'static, ()> {
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// In a thread of its own whose end is waited for: what a target keeps for its thread (listeners) is closed before the next has its turn.
+fn all(name: &'static str, random: usize) {
+    let _turn = turn();
+    let thread = std::thread::spawn(move || all_of(name, random));
+    if let Err(panic) = thread.join() {
+        resume_unwind(panic);
+    }
+}
+
+fn all_of(name: &str, random: usize) {
     HOOK.call_once(|| {
         let before = take_hook();
         set_hook(Box::new(move |info| {
@@ -81,6 +93,7 @@ fn every_target_has_a_test_here() {
 
 #[test]
 fn the_corpus_is_small() {
+    let _turn = turn();
     let files = vmgmt_fuzz_bodies::TARGETS
         .iter()
         .flat_map(|target| corpus(target.name));
