@@ -69,6 +69,7 @@ impl Hub {
             crate::modes::delivery::arm_expiry(&mut hub.office, vm);
         }
         hub.office.awaited = hub.office.ledger.sessions_with_messages();
+        hub.office.inherited = hub.office.ledger.delivering.keys().copied().collect();
         hub.transfers.furnish(&mut hub.office);
         hub.open_again();
         Ok(hub)

@@ -168,6 +168,9 @@ pub struct Office {
     /// After a crash: sessions that were not told yet and that a message of this VM's mailbox is bound to or on its way to. Until it is known
     /// what became of that message, none that came after it is given to anybody.
     pub awaited: BTreeSet<(u64, u64)>,
+    /// After a crash: deliveries of before of which it is not known yet whether they were published. Their messages may go back to the mailbox,
+    /// so what came after them goes to no other RECEIVE of the same channel before that.
+    pub inherited: BTreeSet<Token>,
 }
 
 impl Office {
@@ -181,6 +184,16 @@ impl Office {
         self.awaited.range((vm, 0)..=(vm, u64::MAX)).next().is_some()
     }
 
+    /// Whether a message of before the crash may still be on its way to the channel of this RECEIVE.
+    pub fn inherits_for(&self, token: Token) -> bool {
+        let [first, last] = [0, u32::MAX].map(|end| Token {
+            index: end,
+            generation: end,
+            ..token
+        });
+        !self.inherited.is_empty() && self.inherited.range(first..=last).next().is_some()
+    }
+
     /// A number for a handle.
     pub fn handle(&mut self) -> u64 {
         self.next_handle += 1;
@@ -190,6 +203,9 @@ impl Office {
     /// A change of what survives: applied and journaled.
     pub fn record(&mut self, record: Record) {
         self.ledger.apply(&record);
+        if let Record::Published { token, .. } = &record {
+            self.inherited.remove(token);
+        }
         self.outputs.push_back(Output::Journal(record));
     }
 

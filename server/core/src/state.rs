@@ -86,6 +86,8 @@ pub struct Saved {
     /// Only in the first moments after a crash.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     awaited: BTreeSet<(u64, u64)>,
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    inherited: BTreeSet<Token>,
     /// Of no use to another core life, whose operators are others: without it they are only given again.
     #[serde(default)]
     given: Vec<(u64, (u64, u64))>,
@@ -208,6 +210,7 @@ impl Hub {
             state_full: _,
             woken: _,
             awaited,
+            inherited,
         } = office;
         let Files {
             open,
@@ -262,6 +265,7 @@ impl Hub {
             bodies: bodies.values().map(|fetched| save_fetched(fetched)).collect(),
             listeners: listeners.iter().copied().collect(),
             awaited: awaited.clone(),
+            inherited: inherited.clone(),
             given: given.iter().map(|(position, to)| (*position, *to)).collect(),
         }
     }
@@ -294,6 +298,7 @@ impl Hub {
             bodies,
             listeners,
             awaited,
+            inherited,
             given,
         } = saved;
         if version != VERSION {
@@ -307,6 +312,7 @@ impl Hub {
         office.effects = Effects::restore(effects)?;
         office.outputs = outputs.into();
         office.awaited = awaited;
+        office.inherited = inherited;
         for vm in vms {
             restore_vm(office, vm)?;
         }

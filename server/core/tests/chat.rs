@@ -506,6 +506,37 @@ fn after_a_crash_a_delivery_is_resolved_by_what_the_ring_says() {
     }
 }
 
+#[test]
+fn after_a_crash_nothing_overtakes_a_delivery_of_before_on_its_channel() {
+    let mut house = House::new();
+    house.manual = true;
+    let received = house.ask(B, receive());
+    let sent: Vec<Token> = ["first", "second"].map(|text| house.ask(A, send(2, text))).into();
+    assert_eq!(house.status(received), Status::OK);
+    crash(&mut house);
+    for token in sent {
+        house.input(Input::Published {
+            token,
+            published: true,
+        });
+    }
+    house.manual = false;
+    // The rings give what was in flight again, one after the other.
+    let earlier = house.ask(B, receive().again());
+    assert!(
+        !house.answers.contains_key(&earlier),
+        "the second message, while the first is on its way"
+    );
+    // Another ring of the VM has no order with this one.
+    let elsewhere = house.ask_on(B, Channel::Ring(1), receive());
+    assert_eq!(message(&house, elsewhere).2, b"second");
+    house.input(Input::Published {
+        token: received,
+        published: false,
+    });
+    assert_eq!(message(&house, earlier).2, b"first");
+}
+
 /// The host's messages that connection `client` was given.
 fn given(house: &mut House, client: u64) -> Vec<u64> {
     let replies = house.replies.drain(..).filter(|(to, ..)| *to == client);

@@ -203,10 +203,12 @@ impl Town {
         }
     }
 
-    /// A VM's process may still do (or has just done) a write by message whose answer comes behind a reset, which is a posted write, or not at
-    /// all, because the process has ended. Nobody waits for that answer, so the hub takes the message for not delivered.
+    /// A VM's process may still do (or has done, and its guest has even taken) a write by message whose answer comes behind a reset, which is a
+    /// posted write, or not at all, because the process has ended. Nobody waits for that answer, so the hub takes the message for not delivered.
     fn blur_what_is_posted(&mut self, vm: u64) {
         if self.vms[vm as usize - 1].unshared {
+            self.shadow
+                .blur(vm, self.guests[vm as usize - 1].rings[CHAT].prepared);
             self.shadow.blur_what_comes(vm);
         }
     }

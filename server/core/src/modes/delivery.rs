@@ -34,6 +34,9 @@ pub fn dispatch(office: &mut Office, target: u64, direct: bool) {
         // First the channels that have a part of a message: the rest goes to their next RECEIVE, and nothing else does.
         let mut chosen = None;
         for (place, token) in entry.receives.iter().enumerate() {
+            if office.inherits_for(*token) {
+                continue;
+            }
             let position = match office.ledger.bound(token.session, token.channel) {
                 Some((_, position)) if account.mailbox.get(position).is_some_and(|held| !held.delivering) => {
                     position
