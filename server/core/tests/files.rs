@@ -338,6 +338,28 @@ fn what_a_life_before_may_have_done_is_not_called_a_failure() {
 }
 
 #[test]
+fn a_commit_that_comes_again_and_meets_a_broken_disk_may_have_given_the_name() {
+    for (again, status, answered) in [
+        (true, Status::IO_ERROR, Status::OUTCOME_UNKNOWN),
+        (true, Status::EXISTS, Status::EXISTS),
+        (false, Status::IO_ERROR, Status::IO_ERROR),
+    ] {
+        let mut house = House::new();
+        let put = Ask::new(Opcode::PUT).meta("rw/p").offset(4);
+        let handle = house.ok(A, put);
+        house.ok(A, write(handle, 0, b"data"));
+        house.manual = true;
+        let ask = commit(handle, 4);
+        let token = house.ask(A, if again { ask.again() } else { ask });
+        let (effect, what) = house.pending.pop().unwrap();
+        assert!(matches!(what, Effect::Commit { again: told, .. } if told == again));
+        let outcome = failed(status);
+        house.input(Input::Outcome { effect, outcome });
+        assert_eq!(house.status(token), answered);
+    }
+}
+
+#[test]
 fn listings_go_on_at_their_cursor() {
     let mut house = House::new();
     for name in ["one", "three", "two"] {

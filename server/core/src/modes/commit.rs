@@ -96,10 +96,15 @@ impl Puts {
                 self.named(office, handle, &path);
                 return;
             }
-            (_, outcome) => {
+            (step, outcome) => {
                 let token = commit.token;
+                let mut answer = failure(&outcome);
+                // Its first life may have given the file its name, and now nobody could look.
+                if commit.again && *step == Step::Naming && answer.status != Status::EXISTS.0 {
+                    answer = Answer::failed(Status::OUTCOME_UNKNOWN);
+                }
                 put.commit = None;
-                office.end(token, failure(&outcome));
+                office.end(token, answer);
             }
         }
         self.advance(office, handle);
