@@ -106,6 +106,10 @@ pub trait GuestMemory {
     /// Forgets reads that were asked for and are Pending, answered or not: who still wants one asks again, and gets what is there then.
     fn forget_reads(&mut self) {}
 
+    /// The same, of a range that is somebody else's from now on: whoever read there before may have given up, and nobody is to find that
+    /// answer. What has not gone out yet may stay: its answer will be as new as anybody's.
+    fn forget_reads_of(&mut self, _iova: u64, _bytes: u64) {}
+
     /// Drops what was written into a range and has not gone out: nobody expects it there any more.
     fn drop_writes(&mut self, _iova: u64, _bytes: u64) {}
 

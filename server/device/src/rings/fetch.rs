@@ -81,7 +81,7 @@ fn copy_batch<W: Words, M: GuestMemory>(
             return arm_by_message(desk, ring, memory).map(|()| false);
         }
     }
-    let slots_free = free_slots(desk.now, ring, memory)?;
+    let slots_free = free_slots(desk.now, ring, memory)?.min(ring.records_free());
     let to_end = ring.setup.submission_entries - (head & (ring.setup.submission_entries - 1));
     let count = ring
         .tail
@@ -89,8 +89,12 @@ fn copy_batch<W: Words, M: GuestMemory>(
         .min(to_end)
         .min(BATCH_MAX)
         .min(budget)
-        .min(slots_free)
-        .min(ring.records_free());
+        .min(slots_free);
+    // A read that is under way is the one to be waited for: left behind, its answer would be found when the ring has come round.
+    let count = match ring.asked_batch.take() {
+        Some(asked) if asked <= slots_free => asked,
+        _ => count,
+    };
     if count == 0 {
         return Ok(false);
     }
@@ -98,7 +102,9 @@ fn copy_batch<W: Words, M: GuestMemory>(
     let Some(batch) = ring.batch.get_mut(..count as usize * SUBMISSION_BYTES) else {
         return Ok(false);
     };
+    ring.asked_batch = Some(count);
     memory.read(address, batch)?;
+    ring.asked_batch = None;
     ring.batch_at = 0;
     ring.batch_count = count as usize;
     Ok(true)

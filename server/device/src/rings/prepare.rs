@@ -31,6 +31,8 @@ pub(super) struct Preparing {
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Step {
+    /// Nothing was asked for yet.
+    Start,
     Buffer,
     Meta,
     Data,
@@ -73,7 +75,7 @@ impl Preparing {
             list: Vec::new(),
             list_bytes: 0,
             copied_bytes: 0,
-            step: Step::Buffer,
+            step: Step::Start,
         }
     }
 
@@ -107,8 +109,15 @@ impl Preparing {
     pub fn advance<M: GuestMemory>(&mut self, memory: &mut M) -> Result<(), Failure> {
         loop {
             match self.step {
+                Step::Start => {
+                    self.forget_others_reads(memory);
+                    self.step = Step::Buffer;
+                }
                 Step::Buffer => {
                     self.read_buffer(memory)?;
+                    if self.submission.flags & flag::LIST != 0 {
+                        self.forget_others_reads(memory);
+                    }
                     self.step = Step::Meta;
                 }
                 Step::Meta => {
@@ -151,6 +160,21 @@ impl Preparing {
                 Step::Done => return Ok(()),
             }
         }
+    }
+
+    /// Its list and its buffer may have been another submission's that was given up while it was read: what was on its way for that one is
+    /// older than this submission. (In one call, so that a long list is no work: who reads what lies between asks again.)
+    fn forget_others_reads<M: GuestMemory>(&self, memory: &mut M) {
+        let (mut start, mut end) = (u64::MAX, 0);
+        for (iova, bytes) in self.named() {
+            let bytes = match self.shape.who {
+                Who::Prove => size_of::<u64>() as u64,
+                _ => bytes,
+            };
+            start = start.min(iova);
+            end = end.max(iova.saturating_add(bytes));
+        }
+        memory.forget_reads_of(start, end.saturating_sub(start));
     }
 
     fn read_buffer<M: GuestMemory>(&mut self, memory: &mut M) -> Result<(), Failure> {

@@ -224,6 +224,8 @@ pub(super) struct Ring {
     pub asked_under: Option<u64>,
     /// The `submission_event` that was written by message last.
     pub armed: Option<u32>,
+    /// How many submissions the read of a batch that is under way asked for.
+    pub asked_batch: Option<u32>,
     pub batch: Box<[u8]>,
     pub batch_at: usize,
     pub batch_count: usize,
@@ -268,6 +270,7 @@ impl Ring {
             look_head: false,
             asked_under: None,
             armed: None,
+            asked_batch: None,
             batch: Box::default(),
             batch_at: 0,
             batch_count: 0,

@@ -4,9 +4,9 @@ use crate::{DATA, PlainBed, bed, complete, of, open, status, submission, turn};
 use vmgmt_abi::registers::{DeviceState, RingState};
 use vmgmt_abi::ring::{event_offset, flag};
 use vmgmt_abi::{Mode, Opcode, Status, Submission};
-use vmgmt_device::Tick;
 use vmgmt_device::rings::testing::{FlatRegion, RingPlan};
 use vmgmt_device::rings::{Answer, Buffer, Fetched, Output, Segment};
+use vmgmt_device::{GuestMemory, MemoryError, Tick};
 
 #[test]
 fn a_submission_goes_to_the_hub_and_its_answer_comes_back() {
@@ -122,6 +122,97 @@ fn a_buffer_that_the_vms_process_refuses_fails_its_submission_and_nothing_else()
     bed.guest.read(DATA + 4096, &mut there);
     assert_eq!(&there, b"second");
     assert_eq!(bed.core.open_answer(0).state, RingState::OPEN);
+}
+
+#[test]
+fn what_was_read_of_a_buffer_for_a_submission_that_was_given_up_is_no_others() {
+    let mut bed = bed();
+    bed.memory.set_by_messages(true);
+    let mut ring = RingPlan::new(0, 0, 64, 64, Mode::FILE.0);
+    bed.enable(&mut ring);
+    turn(&mut bed);
+    const LIST: u64 = 0x9_0000;
+    let buffers = [(DATA, 2000, 0), (DATA, 2000, 9), (LIST, 2000, 0), (LIST, 2000, 9)];
+    for (tag, (buffer, length, meta_bytes)) in buffers.into_iter().enumerate() {
+        let (old, new) = ([b'a' + tag as u8; 2000], [b'A' + tag as u8; 2000]);
+        bed.guest.write(DATA, &old);
+        bed.memory.forget_reads();
+        // What a transfer, or a submission whose name that was, asked for and never took.
+        let data = (DATA + meta_bytes, vec![0; (length - meta_bytes) as usize]);
+        let mut given_up = [(DATA, vec![0; meta_bytes as usize]), data, (LIST, vec![0; 32])];
+        for (at, into) in given_up.iter_mut().filter(|(_, into)| !into.is_empty()) {
+            assert_eq!(bed.memory.read(*at, into), Err(MemoryError::Pending));
+        }
+        assert!(bed.memory.deliver());
+        bed.guest.write(DATA, &new);
+        let list = [DATA, 1000, DATA + 1000, 1000];
+        for (n, word) in list.into_iter().enumerate() {
+            bed.guest.store_u64(LIST + 8 * n as u64, word);
+        }
+        let is_list = buffer == LIST;
+        let write = Submission {
+            buffer,
+            length,
+            flags: if is_list { flag::LIST } else { 0 },
+            list_entries: if is_list { 2 } else { 0 },
+            meta_bytes: meta_bytes as u32,
+            ..of(Opcode::STAT, tag as u32)
+        };
+        ring.submit(&bed.guest, &write);
+        bed.front.ring_doorbell(0, ring.tail);
+        bed.touch();
+        let fetched = submission(&turn(&mut bed));
+        assert_eq!(fetched.meta, new[..meta_bytes as usize], "{tag}");
+        let [_, (at, mut into), _] = given_up;
+        assert_eq!(
+            bed.memory.read(at, &mut into),
+            Err(MemoryError::Pending),
+            "{tag}: an old answer"
+        );
+        assert!(bed.memory.deliver());
+        assert_eq!(bed.memory.read(at, &mut into), Ok(()));
+        assert!(into == new[..into.len()]);
+        complete(&mut bed, &fetched, Answer::ok(0), &[], false);
+        turn(&mut bed);
+    }
+}
+
+#[test]
+fn a_batch_that_was_asked_for_is_waited_for_though_less_is_wanted_meanwhile() {
+    let mut bed = bed();
+    bed.memory.set_by_messages(true);
+    let mut ring = RingPlan::new(0, 0, 16, 16, Mode::FILE.0);
+    bed.enable(&mut ring);
+    turn(&mut bed);
+    let mut expected = Vec::new();
+    let mut found = Vec::new();
+    for round in 0..16 {
+        for tag in [2 * round, 2 * round + 1] {
+            assert!(ring.room(&bed.guest) > 0);
+            ring.submit(&bed.guest, &of(Opcode::STAT, tag));
+            expected.push(tag);
+        }
+        bed.front.ring_doorbell(0, ring.tail);
+        bed.touch();
+        let mut given = Vec::new();
+        // Another ring took most of each second turn's share.
+        for budget in [2, 1].into_iter().cycle().take(24) {
+            bed.poll(budget);
+            given.extend(bed.outputs().into_iter().filter_map(|output| match output {
+                Output::Submission(fetched) => Some(*fetched),
+                _ => None,
+            }));
+            bed.end_turn();
+            bed.memory.deliver();
+        }
+        for fetched in given {
+            found.push(fetched.tag);
+            complete(&mut bed, &fetched, Answer::ok(0), &[], false);
+        }
+        turn(&mut bed);
+        while ring.take(&bed.guest).is_some() {}
+    }
+    assert_eq!(found, expected);
 }
 
 #[test]

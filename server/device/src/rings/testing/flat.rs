@@ -302,6 +302,13 @@ impl GuestMemory for FlatMemory {
         self.asked.clear();
     }
 
+    fn forget_reads_of(&mut self, iova: u64, bytes: u64) {
+        let end = iova.saturating_add(bytes);
+        let elsewhere = |at: u64, length: usize| at >= end || at.saturating_add(length as u64) <= iova;
+        self.asked
+            .retain(|(at, length), answer| answer.is_none() || elsewhere(*at, *length));
+    }
+
     fn drop_writes(&mut self, iova: u64, bytes: u64) {
         let end = iova.saturating_add(bytes);
         let given_up = &mut self.given_up;

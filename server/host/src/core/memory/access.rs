@@ -87,6 +87,10 @@ impl GuestMemory for SessionMemory {
         self.messages.forget_reads();
     }
 
+    fn forget_reads_of(&mut self, iova: u64, bytes: u64) {
+        self.messages.forget_reads_of(iova, bytes);
+    }
+
     fn drop_writes(&mut self, iova: u64, bytes: u64) {
         self.messages.drop_writes(iova, bytes);
     }

@@ -57,6 +57,8 @@ enum Answer {
 #[derive(Debug)]
 struct Read {
     ticket: u64,
+    /// It was given out: what it will bring may be older than what is there now.
+    out: bool,
     answer: Answer,
     /// When it was last asked for, or answered.
     touched: Tick,
@@ -212,6 +214,7 @@ impl MessageQueue {
             (iova, bytes),
             Read {
                 ticket,
+                out: false,
                 answer: Answer::Awaited,
                 touched: self.now,
             },
@@ -241,6 +244,16 @@ impl MessageQueue {
     /// Forgets all reads: who still wants one asks again.
     pub fn forget_reads(&mut self) {
         self.reads.clear();
+    }
+
+    /// Forgets what was read, or is being read, in a range that is another's from now on. What is not given out yet stays: it will be as new
+    /// as what that other asks for, and somebody may wait for nothing but its answer.
+    pub fn forget_reads_of(&mut self, iova: u64, bytes: u64) {
+        if !self.reads.is_empty() {
+            self.reads.retain(|(start, length), read| {
+                !read.out || !overlap(iova, bytes, *start, u64::from(*length))
+            });
+        }
     }
 
     /// Queues a write; false when there is no room. After a failure writes are dropped until it was told.
@@ -313,6 +326,7 @@ impl MessageQueue {
             }
         }
         let operation = self.queue.pop_front()?;
+        self.set_out(&operation, true);
         self.requests += 1;
         let request = self.requests;
         let output = match &operation {
@@ -356,6 +370,7 @@ impl MessageQueue {
             let later = self.outstanding.split_off(&request);
             for (request, (operation, _)) in later.into_iter().rev() {
                 if !self.dropped.remove(&request) {
+                    self.set_out(&operation, false);
                     self.queue.push_front(operation);
                 } else if let Operation::Write(write) = operation {
                     self.queued_bytes = self.queued_bytes.saturating_sub(write.data.len());
@@ -487,6 +502,18 @@ impl MessageQueue {
             .is_some_and(|read| read.ticket == ticket)
     }
 
+    /// A read goes out, or will once more.
+    fn set_out(&mut self, operation: &Operation, out: bool) {
+        if let Operation::Read {
+            iova, bytes, ticket, ..
+        } = operation
+            && let Some(read) = self.reads.get_mut(&(*iova, *bytes))
+            && read.ticket == *ticket
+        {
+            read.out = out;
+        }
+    }
+
     fn writes_outstanding(&self) -> bool {
         self.outstanding
             .values()
@@ -507,6 +534,7 @@ impl MessageQueue {
                         Some(data) if data.len() == bytes as usize => Answer::Ready(data),
                         _ => Answer::Failed,
                     };
+                    read.out = true;
                     read.touched = self.now;
                 }
             }

@@ -516,3 +516,42 @@ fn of_what_a_reset_makes_void_an_answer_still_says_whether_it_is_there() {
     session.memory.forget_given_up();
     assert_eq!(arrived(&mut session, 0x1200), Ok(true));
 }
+
+#[test]
+fn what_is_read_of_a_range_is_forgotten_when_that_is_anothers_unless_it_is_yet_to_be_read() {
+    let (mut session, mut ram) = unshared();
+    let chunk = u64::from(MESSAGE_DMA_BYTES_MAX);
+    let length = (MESSAGE_DMA_OUTSTANDING_MAX + 2) * MESSAGE_DMA_BYTES_MAX as usize;
+    let mut body = vec![0; length];
+    let pending = Err(MemoryError::Pending);
+    assert_eq!(session.turn(|memory| memory.read(0, &mut body)), pending);
+    let out = session.requests();
+    assert_eq!(out.len(), MESSAGE_DMA_OUTSTANDING_MAX);
+    // One is answered, one is dropped at a fence with all behind it: those are to go out once more.
+    session.serve(&out[0], &mut ram);
+    answer(&mut session, &out[2], libc::EAGAIN as u32, &[]);
+    ram.write(0, &vec![7; length]);
+    session
+        .turn(|memory| {
+            memory.forget_reads_of(0, length as u64);
+            Ok(())
+        })
+        .unwrap();
+    session.serve(&out[1], &mut ram);
+    let read = |request: &DmaRequest| shape(request).1 / chunk;
+    let again: Vec<_> = session.requests();
+    assert_eq!(
+        again.iter().map(read).collect::<Vec<_>>(),
+        [2, 3, 4, 5],
+        "somebody may wait for them alone"
+    );
+    again.iter().for_each(|request| session.serve(request, &mut ram));
+    assert_eq!(session.turn(|memory| memory.read(0, &mut body)), pending);
+    let missing = session.requests();
+    assert_eq!(missing.iter().map(read).collect::<Vec<_>>(), [0, 1]);
+    missing
+        .iter()
+        .for_each(|request| session.serve(request, &mut ram));
+    assert_eq!(session.turn(|memory| memory.read(0, &mut body)), Ok(()));
+    assert!(body == vec![7; length]);
+}
