@@ -284,11 +284,11 @@ impl Core {
         }
     }
 
-    /// Nothing of what an earlier life left with this VM is still to be looked at.
+    /// Nothing of what an earlier life left with this VM is still to be looked at, and it is known what came of it.
     #[must_use]
     pub fn has_taken_up(&self, vm: u64) -> bool {
         let mut sessions = self.sessions.map.values().filter(|session| session.vm == vm);
-        sessions.all(|session| session.ended || session.rings.is_taken_up())
+        sessions.all(|session| session.ended || session.rings.is_taken_up() && session.rings.is_settled())
     }
 
     /// It has something to do now.

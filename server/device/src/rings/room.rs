@@ -241,6 +241,12 @@ impl<W: Words> Rings<W> {
         !(self.rings.iter()).any(|ring| adopts(ring) || !ring.recovering.is_empty())
     }
 
+    /// Whether no completion that went by message waits to be known as there.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        self.rings.iter().all(|ring| ring.unsettled.is_empty())
+    }
+
     /// Submissions in flight of all rings: fetched, and their record not yet done with.
     #[must_use]
     pub fn in_flight(&self) -> usize {

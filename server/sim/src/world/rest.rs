@@ -6,6 +6,7 @@
 
 use super::World;
 use crate::core::Core;
+use crate::guest::State;
 use crate::limits::{REST_ACCESSES, REST_OVERTAKES_MAX, REST_STEP_NS, REST_TURNS, REST_TURNS_CALM};
 use vmgmt_device::page::TouchedPage;
 
@@ -83,6 +84,10 @@ impl World {
         let town = self.town.borrow();
         for index in self.served() {
             let (vm, guest) = (&town.vms[index], &town.guests[index]);
+            // A process that has ended hears nothing.
+            if guest.state != State::Running {
+                continue;
+            }
             // While there is no DMA there is no message interrupt either: it comes when there is DMA again.
             if !guest.bus_master || vm.session.is_some_and(|session| self.frozen.contains(&session)) {
                 continue;
