@@ -72,11 +72,21 @@ pub enum Asked {
     Failed,
 }
 
+/// A request that was given out.
+#[derive(Debug)]
+struct Outstanding {
+    operation: Operation,
+    /// When it is given up.
+    until: Tick,
+    /// The front's fence that it was given out under.
+    fence: u64,
+}
+
 /// The queue.
 #[derive(Debug, Default)]
 pub struct MessageQueue {
     queue: VecDeque<Operation>,
-    outstanding: BTreeMap<u64, (Operation, Tick)>,
+    outstanding: BTreeMap<u64, Outstanding>,
     reads: BTreeMap<(u64, u32), Read>,
     requests: u64,
     tickets: u64,
@@ -351,8 +361,13 @@ impl MessageQueue {
                 payload: write.data.clone(),
             },
         };
-        self.outstanding
-            .insert(request, (operation, now.after_ns(MESSAGE_WAIT_NS)));
+        let until = now.after_ns(MESSAGE_WAIT_NS);
+        let given_out = Outstanding {
+            operation,
+            until,
+            fence,
+        };
+        self.outstanding.insert(request, given_out);
         Some(output)
     }
 
@@ -362,13 +377,19 @@ impl MessageQueue {
         if self.given_up.answered(request, error == 0) {
             return true;
         }
-        if !self.outstanding.contains_key(&request) {
+        let Some(fence) = self.outstanding.get(&request).map(|answered| answered.fence) else {
             return false;
-        }
+        };
         if error == AGAIN {
-            // Dropped, and so were all after it: they go again, in order.
+            // Dropped at the next fence, and so were all that were given out under the same one: they go again, in order. What was given out under a
+            // later fence, before this answer came, is with the client.
             let later = self.outstanding.split_off(&request);
-            for (request, (operation, _)) in later.into_iter().rev() {
+            for (request, given_out) in later.into_iter().rev() {
+                if given_out.fence > fence {
+                    self.outstanding.insert(request, given_out);
+                    continue;
+                }
+                let operation = given_out.operation;
                 if !self.dropped.remove(&request) {
                     self.set_out(&operation, false);
                     self.queue.push_front(operation);
@@ -380,7 +401,7 @@ impl MessageQueue {
             return true;
         }
         self.dropped.remove(&request);
-        if let Some((operation, _)) = self.outstanding.remove(&request) {
+        if let Some(Outstanding { operation, .. }) = self.outstanding.remove(&request) {
             self.finish(operation, (error == 0).then_some(payload));
         }
         true
@@ -389,7 +410,7 @@ impl MessageQueue {
     /// When the oldest outstanding request is given up.
     pub fn poll_timeout(&self) -> Option<Tick> {
         let given_up = self.given_up.outstanding.values().map(|(.., until)| *until);
-        let outstanding = self.outstanding.values().map(|(_, until)| *until);
+        let outstanding = self.outstanding.values().map(|given_out| given_out.until);
         outstanding.chain(given_up).min()
     }
 
@@ -400,11 +421,11 @@ impl MessageQueue {
         let due: Vec<u64> = self
             .outstanding
             .iter()
-            .filter(|(_, (_, until))| *until <= now)
+            .filter(|(_, given_out)| given_out.until <= now)
             .map(|(request, _)| *request)
             .collect();
         for request in due {
-            if let Some((operation, _)) = self.outstanding.remove(&request) {
+            if let Some(Outstanding { operation, .. }) = self.outstanding.remove(&request) {
                 self.finish(operation, None);
             }
         }
@@ -420,11 +441,11 @@ impl MessageQueue {
                 self.given_up.lose_write(&write);
             }
         }
-        for (request, (operation, until)) in before.outstanding {
-            if let Operation::Write(write) = operation
+        for (request, given_out) in before.outstanding {
+            if let Operation::Write(write) = given_out.operation
                 && !write.buffer
             {
-                let place = (write.iova, write.data.len() as u64, until);
+                let place = (write.iova, write.data.len() as u64, given_out.until);
                 self.given_up.outstanding.insert(request, place);
             }
         }
@@ -437,7 +458,7 @@ impl MessageQueue {
         let outstanding = self.outstanding.values();
         let given_up = self.given_up.outstanding.values();
         if self.queue.iter().any(waits)
-            || outstanding.map(|(operation, _)| operation).any(waits)
+            || outstanding.map(|given_out| &given_out.operation).any(waits)
             || given_up
                 .map(|(start, length, _)| (*start, *length))
                 .any(|(start, length)| meets(start, length))
@@ -491,7 +512,7 @@ impl MessageQueue {
         });
         let out = self.outstanding.iter();
         self.dropped.extend(
-            out.filter(|(_, (operation, _))| overlaps(operation))
+            out.filter(|(_, given_out)| overlaps(&given_out.operation))
                 .map(|(request, _)| *request),
         );
     }
@@ -517,7 +538,7 @@ impl MessageQueue {
     fn writes_outstanding(&self) -> bool {
         self.outstanding
             .values()
-            .any(|(operation, _)| matches!(operation, Operation::Write(_)))
+            .any(|given_out| matches!(given_out.operation, Operation::Write(_)))
     }
 
     fn finish(&mut self, operation: Operation, done: Option<Vec<u8>>) {

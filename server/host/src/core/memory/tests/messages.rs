@@ -340,6 +340,30 @@ fn what_the_front_drops_at_a_fence_is_asked_again_in_order() {
 }
 
 #[test]
+fn what_was_given_out_behind_a_fence_is_not_asked_again_when_the_front_says_what_it_dropped_there() {
+    let (mut session, mut ram) = unshared();
+    session.turn(|memory| memory.write(0x1000, b"dropped")).unwrap();
+    let before = session.requests();
+    session.front.move_fence();
+    session.memory.poll_fences(session.now);
+    session.turn(|memory| memory.write(0x2000, b"goes")).unwrap();
+    let behind = session.requests();
+    answer(&mut session, &before[0], libc::EAGAIN as u32, &[]);
+    let again: Vec<_> = session.requests();
+    let places: Vec<u64> = again.iter().map(|request| shape(request).1).collect();
+    assert_eq!(places, [0x1000], "the other is with the client");
+    again
+        .iter()
+        .chain(&behind)
+        .for_each(|request| session.serve(request, &mut ram));
+    assert_eq!(session.turn(SessionMemory::settled), Ok(()));
+    assert_eq!(
+        (ram.read(0x1000, 7), ram.read(0x2000, 4)),
+        (b"dropped".to_vec(), b"goes".to_vec())
+    );
+}
+
+#[test]
 fn at_a_reset_all_is_void_and_after_an_unmap_what_lay_there() {
     let (mut session, mut ram) = unshared();
     session.map(1, 0x100_0000, PAGE, 0, 0, BOTH);
