@@ -28,8 +28,7 @@ pub(super) fn accept(ring: &mut Ring, due: Due) {
         // Its buffer is not known again yet.
         slot.early = Some(Box::new(due));
     } else {
-        slot.standing = Standing::Due;
-        ring.due.push_back(due);
+        ring.queue(due);
     }
 }
 
@@ -146,7 +145,7 @@ fn is_shared<M: GuestMemory>(slot: &Slot, memory: &mut M) -> bool {
         .all(|segment| memory.is_shared(segment.iova))
 }
 
-pub(super) fn completion(answer: &Answer, tag: u32, at: u32, entries: u32) -> Completion {
+fn completion(answer: &Answer, tag: u32, at: u32, entries: u32) -> Completion {
     let Answer {
         status,
         flags,
@@ -162,6 +161,22 @@ pub(super) fn completion(answer: &Answer, tag: u32, at: u32, entries: u32) -> Co
         tag,
         status,
         flags: flags & !completion_flag::PHASE | phase(at, entries),
+    }
+}
+
+/// Writes down that the rings refuse the submission in place `index`, and how. (The completion's place, and so its phase, is not known yet.)
+pub(super) fn note_refused<W: Words>(
+    desk: &Desk<W>,
+    ring: &Ring,
+    n: usize,
+    index: u32,
+    answer: &Answer,
+    flags: u8,
+) {
+    if let Some(slot) = ring.slot(index) {
+        let completion = completion(answer, slot.tag, 0, ring.setup.completion_entries);
+        desk.table
+            .set_refused(n, index, slot.generation, flags, &completion);
     }
 }
 

@@ -258,19 +258,13 @@ fn answer_at_once<W: Words, M: GuestMemory>(
 
 /// Queues an answer of the rings themselves.
 fn answer_here(ring: &mut Ring, index: u32, answer: Answer, payload: Vec<u8>) {
-    if let Some(slot) = ring.slot_mut(index) {
-        slot.standing = Standing::Due;
-        ring.due.push_back(Due::new(index, answer, payload, false));
-    }
+    ring.queue(Due::new(index, answer, payload, false));
 }
 
 /// Refuses a journaled submission for what is not in its 64 bytes. That is written down at once, before anything behind it goes to the hub: a
 /// core life that finds the guest's memory otherwise would do it after what was submitted later.
 fn refuse<W: Words>(desk: &Desk<W>, ring: &mut Ring, n: usize, index: u32, answer: Answer) {
-    if let Some(slot) = ring.slot(index) {
-        let completion = complete::completion(&answer, slot.tag, 0, ring.setup.completion_entries);
-        desk.table.set_refused(n, index, slot.generation, 0, &completion);
-    }
+    complete::note_refused(desk, ring, n, index, &answer, 0);
     answer_here(ring, index, answer, Vec::new());
 }
 

@@ -268,7 +268,7 @@ fn again<W: Words, M: GuestMemory>(
             Ok(shape) => ring.preparing = Some(Preparing::new(*submission, shape)),
             Err(status) => {
                 // Only a form that goes by messages was journaled.
-                complete_here(ring, Due::new(index, Answer::failed(status), Vec::new(), false));
+                ring.queue(Due::new(index, Answer::failed(status), Vec::new(), false));
                 return Ok(());
             }
         }
@@ -290,11 +290,7 @@ fn again<W: Words, M: GuestMemory>(
         // It was valid in the life before, so it may have been done; what it was can no longer be read, or lies in memory that is not the one it
         // was given. The hub forgets it when this answer is written down, not before: a life that finds the memory again would do it twice.
         let answer = Answer::failed(Status::OUTCOME_UNKNOWN);
-        if let Some(slot) = ring.slot(index) {
-            let completion = complete::completion(&answer, slot.tag, 0, ring.setup.completion_entries);
-            desk.table
-                .set_refused(n, index, slot.generation, FLAG_LOST, &completion);
-        }
+        complete::note_refused(desk, ring, n, index, &answer, FLAG_LOST);
         refused(desk, ring, n, index, answer, true);
         return Ok(());
     }
@@ -331,12 +327,5 @@ fn refused<W: Words>(desk: &mut Desk<W>, ring: &mut Ring, n: usize, index: u32, 
         lost,
         ..Due::new(index, answer, Vec::new(), lost)
     };
-    complete_here(ring, due);
-}
-
-fn complete_here(ring: &mut Ring, due: Due) {
-    if let Some(slot) = ring.slot_mut(due.index) {
-        slot.standing = Standing::Due;
-        ring.due.push_back(due);
-    }
+    ring.queue(due);
 }

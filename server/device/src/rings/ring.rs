@@ -402,6 +402,14 @@ impl Ring {
         self.slots.get_mut(index as usize)
     }
 
+    /// Queues the answer of the submission in its place, which is in flight.
+    pub fn queue(&mut self, due: Due) {
+        if let Some(slot) = self.slot_mut(due.index) {
+            slot.standing = Standing::Due;
+            self.due.push_back(due);
+        }
+    }
+
     /// Frees a place and its record.
     pub fn free_slot<W: Words>(&mut self, table: &Table<W>, n: usize, index: u32) {
         let Some(slot) = self.slots.get_mut(index as usize) else {
