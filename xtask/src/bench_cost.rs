@@ -6,16 +6,11 @@
 use crate::{
     bench::{Group, Options, Row, median},
     bench_vms,
-    build::{cargo, host_programs, host_programs_with},
+    build::{cargo_within, host_programs, host_programs_with},
 };
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use std::{
-    collections::BTreeMap,
-    path::Path,
-    process::{Command, Stdio},
-};
-use vmgmt_testkit::setup::repository;
+use std::{collections::BTreeMap, path::Path, process::Stdio};
 
 const FEATURE: &str = "without-crash-consistency";
 /// One run of the benchmark without VMs.
@@ -90,10 +85,8 @@ fn without_vms(
     is_with: bool,
     pairs: &mut BTreeMap<String, Pair>,
 ) -> Result<()> {
-    let mut command = Command::new("timeout");
+    let mut command = cargo_within(DEADLINE_S);
     command
-        .args(["--kill-after=5", &DEADLINE_S.to_string()])
-        .arg(cargo().get_program())
         .args([
             "bench",
             "--quiet",
@@ -106,7 +99,6 @@ fn without_vms(
         ])
         .args(PARTS)
         .env("VMGMT_BENCH_SERVER", server)
-        .current_dir(repository())
         .stdin(Stdio::null())
         .stderr(Stdio::inherit());
     if options.quick {

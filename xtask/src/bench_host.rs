@@ -5,12 +5,11 @@
 
 use crate::{
     bench::{Group, Options, Row},
-    build::cargo,
+    build::{cargo, cargo_within},
 };
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use std::process::{Command, Stdio};
-use vmgmt_testkit::setup::repository;
+use std::process::Stdio;
 
 /// One benchmark, once it is built; `timeout` ends it with status 124.
 const BENCH_DEADLINE_S: u32 = 300;
@@ -29,15 +28,8 @@ pub fn measure(options: &Options, groups: &mut Vec<Group>) -> Result<()> {
             .status()
             .context("cannot run cargo")?;
         ensure!(status.success(), "building the benchmark {bench} failed");
-        let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let mut command = Command::new("timeout");
-        command
-            .args(["--kill-after=5", &BENCH_DEADLINE_S.to_string()])
-            .arg(program)
-            .args(words)
-            .current_dir(repository())
-            .stdin(Stdio::null())
-            .stderr(Stdio::inherit());
+        let mut command = cargo_within(BENCH_DEADLINE_S);
+        command.args(words).stdin(Stdio::null()).stderr(Stdio::inherit());
         // Ours take these; one that does not know them says its words and runs in full.
         command.args(["--", "--json"]);
         if options.quick {

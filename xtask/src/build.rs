@@ -17,6 +17,19 @@ pub fn cargo() -> Command {
     command
 }
 
+/// What `timeout` ends with when it had to send SIGTERM, and when SIGKILL was needed.
+pub const ENDED_BY_DEADLINE: [i32; 2] = [124, 137];
+
+/// [`cargo`], ended with all that it started after `seconds`: a test that hangs must say so, not take the whole run with it.
+pub fn cargo_within(seconds: u32) -> Command {
+    let mut command = Command::new("timeout");
+    command
+        .args(["--kill-after=5", &seconds.to_string()])
+        .arg(cargo().get_program())
+        .current_dir(repository());
+    command
+}
+
 /// Builds the binaries `names` of package `vmgmtd`; gives their paths in the same order.
 pub fn host_programs(names: &[&str], release: bool) -> Result<Vec<PathBuf>> {
     host_programs_with(names, release, None)

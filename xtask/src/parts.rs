@@ -3,19 +3,28 @@
 //! In: the names of the parts wanted, or none for all. Out: what the test runners say, live, and a table at the end; not zero if any part
 //! failed. It must never judge a part by its words: the exit status decides, the words are only counted.
 
-use crate::{build::cargo, soak, stress};
+use crate::{
+    build::{ENDED_BY_DEADLINE, cargo_within},
+    soak, stress,
+};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use std::{
+    ffi::OsStr,
     fs,
     io::{BufRead, BufReader},
+    path::Path,
     process::{Command, Stdio},
+    sync::mpsc,
+    thread,
     time::{Duration, Instant},
 };
 use vmgmt_testkit::setup::{self, Image, Wanted, repository};
 
 /// How long fresh seeds are simulated.
 const SIM_SECONDS: u64 = 20;
+/// The longest that one command of a part may take, several times what it needs: what hangs ends with a word about it.
+const COMMAND_SECONDS_MAX: u32 = 1500;
 /// QEMU tests that run at once, each with a VM or two: more than this on a small machine only wait for each other.
 const QEMU_TESTS_AT_ONCE_MAX: usize = 3;
 
@@ -195,12 +204,12 @@ fn setup_part(_: &mut Counts) -> Result<()> {
 }
 
 fn format_part(counts: &mut Counts) -> Result<()> {
-    run(cargo().args(["fmt", "--all", "--check"]), counts)
+    run(limited().args(["fmt", "--all", "--check"]), counts)
 }
 
 fn lint_part(counts: &mut Counts) -> Result<()> {
     run(
-        cargo().args([
+        limited().args([
             "clippy",
             "--workspace",
             "--all-targets",
@@ -215,7 +224,7 @@ fn lint_part(counts: &mut Counts) -> Result<()> {
 
 /// All crates but the root package, whose tests are processes, and the kit, whose tests are VMs.
 fn unit_part(counts: &mut Counts) -> Result<()> {
-    let mut command = cargo();
+    let mut command = limited();
     command.args([
         "test",
         "--workspace",
@@ -227,7 +236,7 @@ fn unit_part(counts: &mut Counts) -> Result<()> {
     ]);
     let crates = run(&mut command, counts);
     let kit = run(
-        cargo().args(["test", "--package", "vmgmt-testkit", "--lib", "--no-fail-fast"]),
+        limited().args(["test", "--package", "vmgmt-testkit", "--lib", "--no-fail-fast"]),
         counts,
     );
     crates.and(kit)
@@ -238,12 +247,12 @@ fn unit_part(counts: &mut Counts) -> Result<()> {
 fn sim_part(counts: &mut Counts) -> Result<()> {
     let seconds = SIM_SECONDS.to_string();
     let limits = ["--seconds", &seconds, "--steps", crate::sim::STEPS];
-    run(cargo().args(crate::sim::COMMAND).args(limits), counts)
+    run(limited().args(crate::sim::COMMAND).args(limits), counts)
 }
 
 /// The root package's tests that need neither a VM nor the kernel's headers.
 fn integration_part(counts: &mut Counts) -> Result<()> {
-    let mut command = cargo();
+    let mut command = limited();
     command.args(["test", "--package", "vmgmtd", "--bins", "--no-fail-fast"]);
     for name in root_tests()? {
         if !name.starts_with("qemu") && !name.contains("uapi") {
@@ -252,14 +261,14 @@ fn integration_part(counts: &mut Counts) -> Result<()> {
     }
     let daemon = run(&mut command, counts);
     let kit = run(
-        cargo().args(["test", "--package", "vmgmt-testkit", "--test", "guards"]),
+        limited().args(["test", "--package", "vmgmt-testkit", "--test", "guards"]),
         counts,
     );
     daemon.and(kit)
 }
 
 fn uapi_part(counts: &mut Counts) -> Result<()> {
-    let mut command = cargo();
+    let mut command = limited();
     command.args([
         "test",
         "--package",
@@ -303,7 +312,10 @@ fn qemu_part(counts: &mut Counts) -> Result<()> {
         "--test",
         "configs",
     ];
-    let kit = run(cargo().args(kit).args(["--", &at_once, "--show-output"]), counts);
+    let kit = run(
+        limited().args(kit).args(["--", &at_once, "--show-output"]),
+        counts,
+    );
     let names: Vec<String> = root_tests()?
         .into_iter()
         .filter(|name| name.starts_with("qemu"))
@@ -314,7 +326,7 @@ fn qemu_part(counts: &mut Counts) -> Result<()> {
             .push("skipped: there is no tests/qemu_*.rs yet".into());
         return kit;
     }
-    let mut command = cargo();
+    let mut command = limited();
     command.args(["test", "--package", "vmgmtd", "--no-fail-fast"]);
     for name in &names {
         command.args(["--test", name]);
@@ -350,32 +362,58 @@ fn root_tests() -> Result<Vec<String>> {
     Ok(names)
 }
 
+/// A cargo command that ends even if a test hangs.
+fn limited() -> Command {
+    cargo_within(COMMAND_SECONDS_MAX)
+}
+
 /// Runs a command, shows every line of it as it comes, and counts.
 fn run(command: &mut Command, counts: &mut Counts) -> Result<()> {
     let words: Vec<_> = command
         .get_args()
+        .skip_while(|word| Path::new(word).file_name() != Some(OsStr::new("cargo")))
+        .skip(1)
         .map(|word| word.to_string_lossy().into_owned())
         .collect();
-    println!("$ cargo {}", words.join(" "));
+    let told = format!("cargo {}", words.join(" "));
+    println!("$ {told}");
+    follow(command, counts).with_context(|| format!("cargo {}", words.first().map_or("", String::as_str)))
+}
+
+/// Follows a command to its end.
+fn follow(command: &mut Command, counts: &mut Counts) -> Result<()> {
     let (reader, writer) = std::io::pipe()?;
     command
         .stdin(Stdio::null())
         .stdout(writer.try_clone()?)
         .stderr(writer);
-    let mut child = command.spawn().context("cannot start cargo")?;
+    let mut child = command.spawn().context("cannot start timeout (coreutils)")?;
     // The command still holds the writing ends; without this the pipe would never end.
     command.stdout(Stdio::null()).stderr(Stdio::null());
-    for line in BufReader::new(reader).split(b'\n') {
-        let line = String::from_utf8_lossy(&line?).into_owned();
-        println!("{line}");
-        count(&line, counts);
-    }
+    // A thread of its own: what escaped the deadline may hold the pipe open for ever.
+    let (lines, heard) = mpsc::channel();
+    let listener = thread::spawn(move || {
+        for line in BufReader::new(reader).split(b'\n').map_while(Result::ok) {
+            let line = String::from_utf8_lossy(&line).into_owned();
+            println!("{line}");
+            if lines.send(line).is_err() {
+                break;
+            }
+        }
+    });
     let status = child.wait()?;
+    let late = status
+        .code()
+        .is_some_and(|code| ENDED_BY_DEADLINE.contains(&code));
+    if !late && listener.join().is_err() {
+        bail!("what it said could not be read to its end");
+    }
+    heard.try_iter().for_each(|line| count(&line, counts));
     ensure!(
-        status.success(),
-        "cargo {} ended with {status}",
-        words.first().map_or("", String::as_str)
+        !late,
+        "did not end in its time; a test that still ran is named above (\"has been running for over 60 seconds\")"
     );
+    ensure!(status.success(), "ended with {status}");
     Ok(())
 }
 
@@ -406,6 +444,18 @@ fn count(line: &str, counts: &mut Counts) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What hangs has said which test it is; a process that escaped holds the pipe, and nobody waits for it.
+    #[test]
+    fn a_command_that_hangs_is_ended_and_said_so() {
+        let mut command = Command::new("timeout");
+        let script = "echo 'test result: ok. 2 passed'; setsid sleep 60 & sleep 60";
+        command.args(["--kill-after=5", "1", "sh", "-c", script]);
+        let mut counts = Counts::default();
+        let error = follow(&mut command, &mut counts).unwrap_err().to_string();
+        assert!(error.contains("did not end in its time"), "{error}");
+        assert_eq!(counts.passed, 2);
+    }
 
     #[test]
     fn closing_lines_add_up() {
