@@ -28,9 +28,11 @@ pub enum Continuation {
         token: Token,
         operation: Box<NameOperation>,
     },
-    /// A name operation ended.
+    /// A name operation ended. `again`: an earlier core life may have done it.
     Named {
         token: Token,
+        #[serde(default)]
+        again: bool,
     },
     /// A file or put of an earlier core life is open again, or cannot be.
     Reopened {

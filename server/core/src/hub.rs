@@ -392,7 +392,7 @@ impl Hub {
             Continuation::Identified { token, operation } => {
                 namely::identified(office, token, *operation, outcome);
             }
-            Continuation::Named { token } => namely::named(office, token, &outcome),
+            Continuation::Named { token, again } => namely::named(office, token, again, &outcome),
             Continuation::Reopened { handle } => {
                 self.files.reopened(office, handle, outcome);
                 self.go_on_with(handle);

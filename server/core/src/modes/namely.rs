@@ -13,9 +13,9 @@ use crate::kept::{Change, Intent};
 use crate::office::{Office, Wait};
 use crate::refusal::Refusal;
 use serde::{Deserialize, Serialize};
-use vmgmt_abi::Opcode;
 use vmgmt_abi::file::existing;
 use vmgmt_abi::ring::flag;
+use vmgmt_abi::{Opcode, Status};
 use vmgmt_device::rings::{Answer, Fetched, Token};
 
 /// What is to be done.
@@ -167,7 +167,7 @@ fn begin(office: &mut Office, fetched: &Fetched, mut operation: NameOperation) -
             // What the files show is judged when its first life can change nothing any more: else a rename that comes through later
             // could take another file, which has the name by then.
             let effect = operation.second(Some(intent.identity));
-            office.park_effect_again(fetched, effect, Continuation::Named { token });
+            office.park_effect_again(fetched, effect, Continuation::Named { token, again: true });
         }
         // Whatever its first life looked at, it did nothing yet.
         None => {
@@ -217,16 +217,21 @@ pub fn identified(office: &mut Office, token: Token, operation: NameOperation, o
         },
     };
     office.change(Change::Intends { token, intent });
-    let id = office.effect(flight.vm, operation.second(None), Continuation::Named { token });
+    let then = Continuation::Named { token, again: false };
+    let id = office.effect(flight.vm, operation.second(None), then);
     if let Some(flight) = office.flights.get_mut(&token) {
         flight.wait = Wait::Effect { id, fills: false };
     }
 }
 
 /// It is done, or not.
-pub fn named(office: &mut Office, token: Token, outcome: &Outcome) {
+pub fn named(office: &mut Office, token: Token, again: bool, outcome: &Outcome) {
     let answer = match outcome {
         Outcome::Done | Outcome::Committed { .. } => Answer::ok(0),
+        // A broken disk shows nobody what its first life did.
+        Outcome::Failed { status, .. } if again && *status == Status::IO_ERROR.0 => {
+            Answer::failed(Status::OUTCOME_UNKNOWN)
+        }
         other => failure(other),
     };
     office.settle(token, answer, Vec::new(), Change::None);

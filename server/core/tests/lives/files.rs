@@ -110,6 +110,30 @@ fn names_are_made_removed_and_moved_once() {
 }
 
 #[test]
+fn a_name_operation_that_comes_again_and_meets_a_broken_disk_may_have_been_done() {
+    for ask in [
+        Ask::new(Opcode::MAKE_DIRECTORY).meta("rw/d"),
+        Ask::new(Opcode::RENAME).meta("rw/f\0rw/g"),
+        Ask::new(Opcode::REMOVE).meta("rw/f"),
+    ] {
+        for (crash, status) in [(true, Status::OUTCOME_UNKNOWN), (false, Status::IO_ERROR)] {
+            let mut house = House::new();
+            house.files.insert(("rw".into(), "f".into()), b"f".to_vec());
+            house.manual = true;
+            let token = house.ask(A, ask.clone());
+            // It is known which file is meant; what is to be done to it waits.
+            assert!(house.step(0));
+            house.failing = true;
+            if crash {
+                house.crash();
+            }
+            house.settle();
+            assert_eq!(house.status(token), status);
+        }
+    }
+}
+
+#[test]
 fn an_effect_that_was_done_and_not_heard_of_is_not_done_again() {
     let steps = |house: &mut House, lost: usize| {
         house.files.insert(("rw".into(), "f".into()), b"f".to_vec());

@@ -102,11 +102,14 @@ pub(super) fn run(share: &Arc<Share>, file: Option<&OpenFile>, effect: &Effect) 
             intended,
             ..
         } => make_directory(share, path, temporary, *intended),
-        Effect::Remove { path, intended, .. } => match intended {
-            // It is gone, or another one is there now: that one was not meant.
-            Some(identity) if !resolve::is_at(share.root(), path, *identity) => Ok(Outcome::Done),
-            _ => remove(share, path),
-        },
+        Effect::Remove { path, intended, .. } => {
+            match intended.map(|identity| resolve::is_at(share.root(), path, identity)) {
+                // It is gone, or another one is there now: that one was not meant.
+                Some(Ok(false)) => Ok(Outcome::Done),
+                Some(Err(_)) => Ok(unknown()),
+                None | Some(Ok(true)) => remove(share, path),
+            }
+        }
         Effect::Rename {
             source,
             target,
@@ -236,11 +239,10 @@ fn reopen(
         (false, true) => OFlags::WRONLY,
         (true, true) => OFlags::RDWR,
     };
-    let named = || put.and_then(|(target, policy)| name_of(share, target, policy, identity));
-    let found = if resolve::is_at(share.root(), path, identity) {
-        Some(path.to_owned())
-    } else {
-        named()
+    let found = match put {
+        _ if resolve::is_at(share.root(), path, identity)? => Some(path.to_owned()),
+        Some((target, policy)) => name_of(share, target, policy, identity)?,
+        None => None,
     };
     let fd = resolve::file(share.root(), &found.ok_or(Errno::STALE)?, flags, Mode::empty())?;
     let (stat, seen) = resolve::stat_of(fd.as_fd())?;
@@ -251,17 +253,26 @@ fn reopen(
     Ok(Done::Opened { file, stat, identity })
 }
 
+/// It was begun by an earlier core life, and nobody can tell whether it was done.
+const fn unknown() -> Outcome {
+    Outcome::failed(Status::OUTCOME_UNKNOWN, FailedAt::File)
+}
+
 /// The name that a file got under a policy for an existing target, if it has one of those.
-fn name_of(share: &Share, target: &str, policy: u64, identity: Identity) -> Option<String> {
+fn name_of(share: &Share, target: &str, policy: u64, identity: Identity) -> Result<Option<String>, Errno> {
     let numbers = if policy == existing::RENAME {
         RENAMES_MAX
     } else {
         1
     };
     let (above, name) = target.split_at(target.rfind('/').map_or(0, |slash| slash + 1));
-    (0..numbers)
-        .map(|number| format!("{above}{}", numbered(name, number)))
-        .find(|path| resolve::is_at(share.root(), path, identity))
+    for number in 0..numbers {
+        let path = format!("{above}{}", numbered(name, number));
+        if resolve::is_at(share.root(), &path, identity)? {
+            return Ok(Some(path));
+        }
+    }
+    Ok(None)
 }
 
 /// A file that is to get a name.
@@ -291,19 +302,24 @@ fn commit(
     again: bool,
 ) -> Result<Outcome, Errno> {
     let (seen, identity) = resolve::stat_of(file.fd())?;
-    if !resolve::is_at(share.root(), name.source, identity) {
+    let is_temporary = match resolve::is_at(share.root(), name.source, identity) {
+        Err(_) if again => return Ok(unknown()),
+        found => found?,
+    };
+    if !is_temporary {
         // An earlier core life gave it its name; or somebody on the host took the temporary name away, or gave it to another file, that is not
         // to be published.
         return match name_of(share, name.target, name.policy, identity) {
-            Some(path) => {
+            Ok(Some(path)) => {
                 if name.durable {
                     fsync(file.fd())?;
                 }
                 name.sync(share, &path)?;
                 Ok(Outcome::Committed { path })
             }
-            None if again => Ok(Outcome::failed(Status::OUTCOME_UNKNOWN, FailedAt::File)),
-            None => Err(Errno::STALE),
+            Ok(None) | Err(_) if again => Ok(unknown()),
+            Ok(None) => Err(Errno::STALE),
+            Err(errno) => Err(errno),
         };
     }
     if seen.size != bytes {
@@ -319,13 +335,18 @@ fn commit(
 }
 
 fn rename(share: &Share, name: &Naming<'_>, intended: Option<Identity>) -> Result<Outcome, Errno> {
-    let done = intended.and_then(|identity| name_of(share, name.target, name.policy, identity));
-    let path = match (done, intended) {
-        (Some(path), _) => path,
-        (None, Some(identity)) if !resolve::is_at(share.root(), name.source, identity) => {
-            return Ok(Outcome::failed(Status::OUTCOME_UNKNOWN, FailedAt::File));
-        }
-        (None, _) => give_name(share, name.source, name.target, name.policy)?,
+    let done = match intended {
+        None => None,
+        Some(identity) => match name_of(share, name.target, name.policy, identity) {
+            Ok(Some(path)) => Some(path),
+            Ok(None) if resolve::is_at(share.root(), name.source, identity) == Ok(true) => None,
+            // It has left, and not for there; or nobody can look.
+            Ok(None) | Err(_) => return Ok(unknown()),
+        },
+    };
+    let path = match done {
+        Some(path) => path,
+        None => give_name(share, name.source, name.target, name.policy)?,
     };
     name.sync(share, &path)?;
     Ok(Outcome::Committed { path })
@@ -398,8 +419,10 @@ fn make_directory(
     temporary: &str,
     intended: Option<Identity>,
 ) -> Result<Outcome, Errno> {
-    if intended.is_some_and(|identity| resolve::is_at(share.root(), path, identity)) {
-        return Ok(Outcome::Done);
+    match intended.map(|identity| resolve::is_at(share.root(), path, identity)) {
+        Some(Ok(true)) => return Ok(Outcome::Done),
+        Some(Err(_)) => return Ok(unknown()),
+        None | Some(Ok(false)) => {}
     }
     let moved = give_name(share, temporary, path, existing::REFUSE);
     if moved.is_err() {
@@ -408,9 +431,7 @@ fn make_directory(
     }
     match moved {
         Ok(_) => Ok(Outcome::Done),
-        Err(Errno::NOENT) if intended.is_some() => {
-            Ok(Outcome::failed(Status::OUTCOME_UNKNOWN, FailedAt::File))
-        }
+        Err(Errno::NOENT) if intended.is_some() => Ok(unknown()),
         Err(errno) => Err(errno),
     }
 }

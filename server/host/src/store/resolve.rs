@@ -121,9 +121,16 @@ pub fn stat_of(fd: BorrowedFd<'_>) -> Result<(StatRecord, Identity), Errno> {
 }
 
 /// Whether this file or directory lies at a path.
-#[must_use]
-pub fn is_at(root: BorrowedFd<'_>, path: &str, identity: Identity) -> bool {
-    stat(root, path).is_ok_and(|(_, found)| found == identity)
+///
+/// # Errors
+/// The system's, where nobody could look: that is no "no".
+pub fn is_at(root: BorrowedFd<'_>, path: &str, identity: Identity) -> Result<bool, Errno> {
+    match stat(root, path) {
+        Ok((_, found)) => Ok(found == identity),
+        // Nothing is there, a file stands where a directory was, or a link has come that is not followed.
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV) => Ok(false),
+        Err(errno) => Err(errno),
+    }
 }
 
 /// A regular file beneath the root, opened; anything else is refused before it is opened for use (a device node or a FIFO

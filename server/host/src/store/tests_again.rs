@@ -220,3 +220,76 @@ fn what_nobody_owns_is_swept_at_adoption() {
         ]
     );
 }
+
+/// Who cannot look does not know that it is not there. A directory that this thread may not enter stands for a broken disk.
+#[test]
+fn where_nobody_can_look_nothing_is_said_to_be_done_or_not_done() {
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: only root can lose the right to look");
+        return;
+    }
+    let mut bench = bench(None, None);
+    std::fs::create_dir(bench.path("d")).unwrap();
+    std::fs::write(bench.path("d/f"), "file").unwrap();
+    let intended = Some(bench.identity("d/f"));
+    let of = |path: &str| path.to_owned();
+    let remove = |intended| Effect::Remove {
+        share: of("data"),
+        path: of("d/f"),
+        intended,
+    };
+    let rename = |intended| Effect::Rename {
+        share: of("data"),
+        source: of("d/f"),
+        target: of("d/g"),
+        existing: existing::REFUSE,
+        durable: false,
+        intended,
+    };
+    let make = |intended| Effect::MakeDirectory {
+        share: of("data"),
+        path: of("d/new"),
+        temporary: of("d/.vmgmt-put-1-once"),
+        intended,
+    };
+    let commit = |again| Effect::Commit {
+        slot: FileSlot {
+            index: 0,
+            generation: 0,
+        },
+        share: of("data"),
+        temporary: of("d/f"),
+        target: of("d/g"),
+        existing: existing::REFUSE,
+        durable: false,
+        bytes: 4,
+        again,
+    };
+    let file = match bench.open("d/f") {
+        Outcome::Opened { slot, .. } => bench.store.file(slot).unwrap(),
+        other => panic!("{other:?}"),
+    };
+    let closed = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+    std::fs::set_permissions(bench.path("d"), closed).unwrap();
+    let share = &bench.store.shares["data"];
+    let said: Vec<(Status, Status)> = std::thread::scope(|scope| {
+        let nobody = scope.spawn(|| {
+            rustix::thread::set_thread_uid(rustix::process::Uid::from_raw(65534)).unwrap();
+            let of = |effect: Effect| match names::run(share, Some(&*file), &effect) {
+                Done::Outcome(outcome) => status(&outcome),
+                _ => panic!("nothing was opened"),
+            };
+            vec![
+                (of(remove(intended)), of(remove(None))),
+                (of(rename(intended)), of(rename(None))),
+                (of(make(intended)), of(make(None))),
+                (of(commit(true)), of(commit(false))),
+            ]
+        });
+        nobody.join().unwrap()
+    });
+    // What is begun in this life has done nothing, and says why.
+    let expected = (Status::OUTCOME_UNKNOWN, Status::DENIED);
+    assert_eq!(said, [expected; 4]);
+    assert_eq!(std::fs::read(bench.path("d/f")).unwrap(), b"file");
+}
