@@ -128,6 +128,10 @@ impl Reach {
     pub const fn is_fence_waiting(&self) -> bool {
         self.waiting.is_some()
     }
+    pub fn stores_wait(&self) -> bool {
+        self.allowed() && self.front.fence() == self.seen && self.messages.local_is_next()
+    }
+
     pub const fn take_late_stores(&mut self) -> bool {
         std::mem::replace(&mut self.late_stores, false)
     }

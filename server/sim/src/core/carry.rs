@@ -139,7 +139,8 @@ impl Core {
             while let Some(request) = session.memory.poll_output(now) {
                 self.to_front.push_back((request.message, request.payload));
             }
-            if session.memory.wants_drain() || session.memory.take_late_stores() {
+            let (wants, late) = (session.memory.wants_drain(), session.memory.take_late_stores());
+            if wants || late || session.memory.stores_wait() {
                 session.look = true;
                 self.scan = true;
             }

@@ -302,11 +302,16 @@ impl MessageQueue {
         self.failed.take().map_or(Ok(true), Err)
     }
 
+    /// Whether the turn of a write has come that is done by ourselves.
+    pub fn local_is_next(&self) -> bool {
+        matches!(self.queue.front(), Some(Operation::Write(write)) if write.local)
+            && !self.writes_outstanding()
+    }
+
     /// A write to be done by ourselves, when its turn has come.
     pub fn next_local(&mut self) -> Option<Write> {
-        match self.queue.front() {
-            Some(Operation::Write(write)) if write.local && !self.writes_outstanding() => {}
-            _ => return None,
+        if !self.local_is_next() {
+            return None;
         }
         match self.queue.pop_front() {
             Some(Operation::Write(write)) => {

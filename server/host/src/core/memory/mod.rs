@@ -266,6 +266,12 @@ impl SessionMemory {
         self.messages.write_room()
     }
 
+    /// Stores to shared memory wait for nothing but a turn: what stood before them in the queue is not wanted any more.
+    #[must_use]
+    pub fn stores_wait(&self) -> bool {
+        self.fences.allowed() && self.front.fence() == self.fences.seen() && self.messages.local_is_next()
+    }
+
     /// True once after stores to shared memory were done late, behind messages: run every ring of the session once, as if
     /// its doorbell had rung (an event word was armed later than the room believes).
     pub const fn take_late_stores(&mut self) -> bool {

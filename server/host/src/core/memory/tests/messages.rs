@@ -501,6 +501,38 @@ fn stores_to_shared_memory_wait_behind_writes_by_message() {
 }
 
 #[test]
+fn a_store_behind_a_read_that_nobody_wants_any_more_has_its_turn() {
+    let (mut session, fd) = Session::with_ram(RAM, true);
+    session.unmap(0);
+    session.map(0, SHARED, RAM, 1, 0, BOTH);
+    session.map(1, 0, RAM, 0, 0, BOTH);
+    let mut ram = Ram::Private(vec![0; RAM as usize]);
+    // The read goes out, is dropped at a fence and waits to be asked for again; the store waits behind it.
+    session.turn(|memory| memory.write(0x1000, b"message")).unwrap();
+    let wait = |memory: &mut SessionMemory| {
+        let asked = memory.read(0x2000, &mut [0; 15]);
+        assert_eq!(asked, Err(MemoryError::Pending));
+        memory.store_u64(SHARED + 8, 2)
+    };
+    session.turn(wait).unwrap();
+    let requests = session.requests();
+    assert_eq!(requests.len(), 2);
+    session.serve(&requests[0], &mut ram);
+    answer(&mut session, &requests[1], libc::EAGAIN as u32, &[]);
+    assert!(!session.memory.stores_wait(), "the read goes first");
+    let forget = |memory: &mut SessionMemory| {
+        memory.forget_reads();
+        Ok(())
+    };
+    session.turn(forget).unwrap();
+    assert!(session.requests().is_empty());
+    assert!(session.memory.stores_wait(), "no answer comes that would wake");
+    session.turn(forget).unwrap();
+    assert_eq!(super::fixture::peek(&fd, 8, 1)[0], 2);
+    assert!(!session.memory.stores_wait());
+}
+
+#[test]
 fn of_what_a_reset_makes_void_an_answer_still_says_whether_it_is_there() {
     let (mut session, mut ram) = unshared();
     session
