@@ -31,19 +31,21 @@ child=
 frozen=
 finish() {
     status=$?
-    trap - EXIT INT TERM HUP
+    trap - EXIT
+    trap '' INT TERM HUP
     # A copy that goes on must not see DMA: first its end, then the thaw.
     if [ -n "$child" ] && kill -TERM "$child" 2>/dev/null; then
         wait "$child"
     fi
-    if [ -n "$frozen" ] && ! "$ctl" thaw "$name"; then
-        # Once more: the daemon's core may have been replaced just then.
-        if "$ctl" --json vms | grep -q "\"name\":\"$name\".*\"frozen\":true" && "$ctl" thaw "$name"; then
-            exit "$status"
-        fi
-        echo "frozen.sh: VM $name was not frozen to the end: do not use what was made (give more than --timeout $timeout_seconds)" >&2
-        exit 75
-    fi
+    case $frozen in
+        yes)
+            if ! "$ctl" thaw "$name"; then
+                echo "frozen.sh: VM $name was not frozen to the end: do not use what was made (give more than --timeout $timeout_seconds)" >&2
+                exit 75
+            fi
+            ;;
+        perhaps) "$ctl" thaw "$name" >/dev/null 2>&1 ;;
+    esac
     exit "$status"
 }
 trap finish EXIT
@@ -51,14 +53,20 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 trap 'exit 129' HUP
 
-# Before the answer: what fails half-way is thawed too.
-if ! "$ctl" freeze "$name" --timeout "$timeout_seconds"; then
-    "$ctl" thaw "$name" 2>/dev/null
+# In the background: a signal is heard at once. What was asked for may be there before its answer.
+frozen=perhaps
+"$ctl" freeze "$name" --timeout "$timeout_seconds" &
+child=$!
+wait "$child"
+status=$?
+child=
+if [ "$status" != 0 ]; then
     echo "frozen.sh: VM $name cannot be frozen; not run: $*" >&2
     exit 75
 fi
-frozen=1
-"$@" &
+frozen=yes
+# (Without this a command in the background has no standard input.)
+"$@" <&0 &
 child=$!
 wait "$child"
 status=$?

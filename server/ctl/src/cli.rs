@@ -6,7 +6,7 @@ use crate::client::{Client, ClientError, default_control_path};
 use crate::output::{self, printable};
 use crate::protocol::{
     AddVm, Call, ErrorCode, Event, Failure, Freeze, Frozen, Log, Receive, Received, Release, RemoveVm,
-    SendMessage, Sent, Thaw, encode_base64, new_key,
+    SendMessage, Sent, Thaw, Vms, encode_base64, new_key,
 };
 use crate::{doctor, qemu_args, transfer, upgrade};
 use clap::{Parser, Subcommand};
@@ -250,7 +250,7 @@ impl Session {
                     _ => String::new(),
                 })?;
             }
-            Command::Thaw { name } => self.show(Call::Thaw(Thaw { name }), |_: Value| String::new())?,
+            Command::Thaw { name } => self.thaw(&name)?,
             Command::Log { follow } => {
                 let wait = (!follow).then_some(ANSWER_WAIT);
                 self.call(&Call::Log(Log { follow }), wait)?;
@@ -261,6 +261,26 @@ impl Session {
             Command::QemuArgs(options) => qemu_args::run(self, &options)?,
         }
         Ok(ExitCode::SUCCESS)
+    }
+
+    /// Thaws a VM. Asked a second time it would say "not frozen", so where the answer is lost with the core, the daemon is asked how it stands.
+    fn thaw(&self, name: &str) -> Result<(), ClientError> {
+        let before = self.is_frozen(name)?;
+        let call = Call::Thaw(Thaw {
+            name: name.to_owned(),
+        });
+        loop {
+            match self.show(call.clone(), |_: Value| String::new()) {
+                Err(ClientError::Closed { .. }) if self.is_frozen(name)? => {}
+                Err(ClientError::Closed { .. }) if before => return Ok(()),
+                answered => return answered,
+            }
+        }
+    }
+
+    fn is_frozen(&self, name: &str) -> Result<bool, ClientError> {
+        let vms: Vms = parse(self.call(&Call::Vms, Some(ANSWER_WAIT))?)?;
+        Ok(vms.vms.iter().any(|vm| vm.name == name && vm.frozen))
     }
 
     /// Asks, and prints the result by `human` unless JSON is wanted.
@@ -401,4 +421,73 @@ fn milliseconds(seconds: f64) -> Result<u64, ClientError> {
         format!("{seconds} is no time to wait"),
         "give seconds, for example 2.5",
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::{Request, Response, Vm};
+    use std::io::{BufRead, BufReader};
+    use std::os::unix::net::UnixListener;
+
+    /// What a daemon does with a request.
+    enum Does {
+        /// Answers `vms` for one VM.
+        Vms(bool),
+        Thaws,
+        IsNotFrozen,
+        /// Closes the connection, as a core that dies.
+        Dies,
+    }
+
+    /// `vmgmtctl thaw` against a daemon that does this, one request after the other: the exit code.
+    fn thaw(story: Vec<Does>) -> u8 {
+        let folder = tempfile::tempdir().unwrap();
+        let control = folder.path().join("control");
+        let listener = UnixListener::bind(&control).unwrap();
+        let daemon = std::thread::spawn(move || {
+            let mut story = story.into_iter().peekable();
+            while story.peek().is_some() {
+                let (mut stream, _) = listener.accept().unwrap();
+                for line in BufReader::new(stream.try_clone().unwrap()).lines() {
+                    let Request { id, call } = Request::from_line(line.unwrap().as_bytes()).unwrap();
+                    let response = match (story.next().unwrap(), call) {
+                        (Does::Vms(frozen), Call::Vms) => {
+                            let name = "web".to_owned();
+                            let vm = Vm {
+                                name,
+                                frozen,
+                                ..Vm::default()
+                            };
+                            Response::result(id, &Vms { vms: vec![vm] })
+                        }
+                        (Does::Thaws, Call::Thaw(_)) => Response::result(id, &()),
+                        (Does::IsNotFrozen, Call::Thaw(_)) => {
+                            Response::failed(Some(id), Failure::new(ErrorCode::Stale, "not frozen", ""))
+                        }
+                        (Does::Dies, Call::Thaw(_)) => break,
+                        (_, call) => panic!("{call:?} was not expected"),
+                    };
+                    stream.write_all(&response.to_line()).unwrap();
+                }
+            }
+        });
+        let session = Session { control, json: false };
+        let code = session.thaw("web").map_or_else(|error| exit_code(&error), |()| 0);
+        daemon.join().unwrap();
+        code
+    }
+
+    #[test]
+    fn a_thaw_whose_answer_is_lost_is_looked_after() {
+        use Does::{Dies, IsNotFrozen, Thaws, Vms};
+        assert_eq!(thaw(vec![Vms(true), Thaws]), 0);
+        // It was done, and nobody heard; it was not done.
+        assert_eq!(thaw(vec![Vms(true), Dies, Vms(false)]), 0);
+        assert_eq!(thaw(vec![Vms(true), Dies, Vms(true), Dies, Vms(true), Thaws]), 0);
+        // It was not frozen any more when it was asked for.
+        assert_eq!(thaw(vec![Vms(false), IsNotFrozen]), 1);
+        assert_eq!(thaw(vec![Vms(true), IsNotFrozen]), 1);
+        assert_eq!(thaw(vec![Vms(false), Dies, Vms(false)]), 7);
+    }
 }
