@@ -20,6 +20,7 @@ use vmgmt_driver::{Mode, TransferOptions};
 use vmgmt_testkit::client::Client as Device;
 use vmgmt_testkit::guest::SimulatedVm;
 use vmgmt_testkit::process::{Daemon, DaemonBuilder, wait_until};
+use vmgmt_testkit::skipped;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const EPERM: &str = "Operation not permitted (os error 1)";
@@ -29,11 +30,6 @@ const DENIED: &str = "Permission denied (os error 13)";
 
 fn is_root() -> bool {
     rustix::process::geteuid().is_root()
-}
-
-/// What cannot be tried here is said, not passed over in silence.
-fn skipped(reason: &str) {
-    eprintln!("SKIPPED: {reason}");
 }
 
 /// A daemon with a VM `vm0` and the share `work`.

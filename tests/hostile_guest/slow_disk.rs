@@ -16,7 +16,7 @@ fn slow_street() -> Result<Option<(SlowDisk, Street)>> {
     let disk = match SlowDisk::mount(data.clone()) {
         Ok(disk) => disk,
         Err(error) => {
-            println!("skipped: no file system of our own here: {error:#}");
+            vmgmt_testkit::skipped(format_args!("no file system of our own here: {error:#}"));
             return Ok(None);
         }
     };

@@ -17,7 +17,7 @@ fn site() -> Result<Option<(LateDisk, Site)>> {
     let disk = match LateDisk::mount() {
         Ok(disk) => disk,
         Err(error) => {
-            println!("skipped: no file system of our own here: {error:#}");
+            vmgmt_testkit::skipped(format_args!("no file system of our own here: {error:#}"));
             return Ok(None);
         }
     };

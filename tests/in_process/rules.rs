@@ -100,7 +100,7 @@ fn no_rule_of_the_filters_is_unused_and_none_is_missing() -> Result<()> {
             std::env::var_os("CI").is_none(),
             "strace is missing: apt-get install strace"
         );
-        eprintln!("SKIPPED: strace is missing (apt-get install strace)");
+        vmgmt_testkit::skipped("strace is missing (apt-get install strace)");
         return Ok(());
     }
     let folder = tempfile::tempdir()?;

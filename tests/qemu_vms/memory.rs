@@ -47,7 +47,7 @@ fn memory_of_huge_pages() -> Result<()> {
     let _pages = match HugePages::borrow(HUGE_PAGES) {
         Ok(pages) => pages,
         Err(reason) => {
-            println!("skipped: {reason}");
+            vmgmt_testkit::skipped(reason);
             return Ok(());
         }
     };

@@ -70,6 +70,12 @@ pub fn fuzz(options: &Options) -> Result<()> {
 
 /// The short form, as a part of `cargo xtask test`. `Ok(Some(reason))`: skipped.
 pub fn fuzz_short() -> Result<Option<String>> {
+    if missing().is_some() {
+        // A new machine may have the stable compiler alone. Whether it worked is seen below.
+        let mut install = Command::new("rustup");
+        install.args(["toolchain", "install", "nightly", "--profile", "minimal"]);
+        let _ = install.status();
+    }
     if let Some(reason) = missing() {
         return Ok(Some(reason));
     }

@@ -491,7 +491,7 @@ fn rounds_of_a_ring_between_two_processors() {
     );
     if sleeps == 0 || core_sleeps == 0 {
         // A machine that is busy otherwise may never run both at once.
-        println!("skipped: one of the two never slept on this machine, so its sleep was not tried");
+        vmgmt_testkit::skipped("one of the two never slept on this machine, so its sleep was not tried");
     }
 }
 
@@ -548,6 +548,6 @@ fn sleeps_of_front_and_core_between_two_processors() {
     println!("{round} rounds: the front slept {sleeps} times, the core {core_sleeps} times");
     if sleeps == 0 || core_sleeps == 0 {
         // A machine that is busy otherwise may never run both at once.
-        println!("skipped: one of the two never slept on this machine, so its sleep was not tried");
+        vmgmt_testkit::skipped("one of the two never slept on this machine, so its sleep was not tried");
     }
 }

@@ -57,7 +57,7 @@ pub fn tools_or_skip(image: Image) -> Result<Option<Tools>> {
             bail!("CI=true and no VM can be booted: {reason}")
         }
         Err(reason) => {
-            println!("skipped: no VM can be booted here: {reason}");
+            crate::skipped(format_args!("no VM can be booted here: {reason}"));
             Ok(None)
         }
     }

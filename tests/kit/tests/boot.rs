@@ -205,7 +205,7 @@ fn the_large_image_has_its_tools() -> Result<()> {
 fn firmware_reaches_the_uefi_shell() -> Result<()> {
     let Some(tools) = small()? else { return Ok(()) };
     if tools.qemu.ovmf.is_none() {
-        println!("skipped: no OVMF beside this QEMU");
+        vmgmt_testkit::skipped("no OVMF beside this QEMU");
         return Ok(());
     }
     let vm = VmBuilder::new(&tools, "firmware")
@@ -222,7 +222,7 @@ fn huge_pages_where_the_host_gives_some() -> Result<()> {
     let _pages = match HugePages::borrow(96) {
         Ok(pages) => pages,
         Err(reason) => {
-            println!("skipped: {reason}");
+            vmgmt_testkit::skipped(reason);
             return Ok(());
         }
     };

@@ -63,7 +63,7 @@ fn the_configuration_is_passed_with_its_folder_named() -> Result<()> {
 fn a_socket_can_be_the_sign_of_being_ready() -> Result<()> {
     let program = "import socket, sys, time\ns = socket.socket(socket.AF_UNIX)\ns.bind(sys.argv[1])\ns.listen(9)\ntime.sleep(1000)";
     if !Path::new("/usr/bin/python3").exists() {
-        println!("skipped: no python3 to play a daemon with a socket");
+        vmgmt_testkit::skipped("no python3 to play a daemon with a socket");
         return Ok(());
     }
     let daemon = DaemonBuilder::new("/usr/bin/python3")

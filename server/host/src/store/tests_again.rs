@@ -225,7 +225,7 @@ fn what_nobody_owns_is_swept_at_adoption() {
 #[test]
 fn where_nobody_can_look_nothing_is_said_to_be_done_or_not_done() {
     if !rustix::process::geteuid().is_root() {
-        println!("skipped: only root can lose the right to look");
+        vmgmt_testkit::skipped("only root can lose the right to look");
         return;
     }
     let mut bench = bench(None, None);

@@ -259,7 +259,7 @@ fn huge_pages_are_reached_and_survive_a_punch_with_an_empty_pool() {
     let pages = match HugePages::reserve(4) {
         Ok(pages) => pages,
         Err(reason) => {
-            eprintln!("skipped: no huge pages can be reserved here: {reason}");
+            vmgmt_testkit::skipped(format_args!("no huge pages can be reserved here: {reason}"));
             return;
         }
     };
