@@ -438,3 +438,96 @@ fn a_keeper_that_cannot_take_over_changes_nothing() -> Result<()> {
     ensure!(end.code() == Some(0), "{end:?}");
     Ok(())
 }
+
+/// Other processes that the keeper has started and not collected.
+fn dead_children(keeper: u32) -> Vec<u32> {
+    let children =
+        std::fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children")).unwrap_or_default();
+    let pids = children.split_whitespace().filter_map(|pid| pid.parse().ok());
+    pids.filter(|pid| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.rsplit_once(") ")
+            .is_some_and(|(_, rest)| rest.starts_with('Z'))
+    })
+    .collect()
+}
+
+#[test]
+fn the_shares_stay_open_and_no_child_is_left_when_all_parts_were_replaced() -> Result<()> {
+    let site = SitePlan::new(DAEMON, 1).start()?;
+    std::fs::write(site.share().join("file"), b"the one that was opened")?;
+    let vm = site.vm(0)?;
+    let mut ring = vm.ring(Mode::FILE)?;
+    for part in [Part::Core, Part::Front, Part::Keeper] {
+        done(&site, None, part)?;
+    }
+    wait_until("no dead child", PATIENCE, || {
+        Ok(dead_children(site.daemon.pid()).is_empty().then_some(()))
+    })?;
+    // Another directory in its place.
+    std::fs::rename(site.share(), site.daemon.path("elsewhere"))?;
+    std::fs::create_dir(site.share())?;
+    std::fs::write(site.share().join("file"), b"another")?;
+    let core = site.daemon.kill_role("core")?;
+    site.daemon.wait_for_new("core", core, PATIENCE)?;
+    let (memory, read) = ring
+        .get_to_memory("work/file", &TransferOptions::default())
+        .with_context(|| site.daemon.log().tail())?;
+    let bytes = memory.to_vec(0, usize::try_from(read.bytes)?)?;
+    ensure!(
+        bytes == b"the one that was opened",
+        "{:?}",
+        String::from_utf8_lossy(&bytes)
+    );
+    Ok(())
+}
+
+#[test]
+fn a_plain_upgrade_takes_what_is_where_the_daemon_was_started_whatever_was_tried_before() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("vmgmtd");
+    let put =
+        |path: &Path| std::fs::hard_link(DAEMON, path).or_else(|_| std::fs::copy(DAEMON, path).map(drop));
+    put(&path)?;
+    let site = SitePlan::new(&path, 1)
+        .variable("VMGMT_FAULT", "resume@vmgmtd=refuse")
+        .start()?;
+    // Another program is put in its place, is tried, and cannot go on.
+    std::fs::remove_file(&path)?;
+    put(&path)?;
+    for _ in 0..2 {
+        let report = upgrade(&site, None, Part::Keeper)?;
+        ensure!(
+            report.state == UpgradeState::RolledBack && Path::new(&report.binary) == path,
+            "{report:?}"
+        );
+    }
+    // And so it is after one from elsewhere.
+    let other = another(folder.path())?;
+    done(&site, Some(&other), Part::Keeper)?;
+    let report = upgrade(&site, None, Part::Keeper)?;
+    ensure!(Path::new(&report.binary) == path, "{report:?}");
+    Ok(())
+}
+
+#[test]
+fn a_new_front_that_hangs_when_it_is_to_serve_is_told_of_and_holds_up_nothing_else() -> Result<()> {
+    let site = SitePlan::new(DAEMON, 1)
+        .variable("VMGMT_FAULT", "serve=hang")
+        .start()?;
+    let report = upgrade(&site, None, Part::Front)?;
+    ensure!(
+        report.state == UpgradeState::Failed && report.reason.contains("has not said within 5 s"),
+        "{report:?}"
+    );
+    let status: Status = call(&site, &Call::Status)?;
+    ensure!(
+        status
+            .notices
+            .iter()
+            .any(|line| line.contains("is failed: front: ")),
+        "{status:?}"
+    );
+    done(&site, None, Part::Keeper)?;
+    Ok(())
+}

@@ -102,7 +102,10 @@ pub(crate) fn upgrade(report: &UpgradeReport) -> String {
     );
     for part in &report.parts {
         let _ = write!(text, "    {}: {}", part.part.name(), part.state.name());
-        if matches!(part.state, UpgradeState::Done | UpgradeState::RolledBack) {
+        if matches!(
+            part.state,
+            UpgradeState::Done | UpgradeState::RolledBack | UpgradeState::Failed
+        ) {
             let _ = write!(text, ", out of service for {} ms", part.stall_ms);
         }
         if !part.reason.is_empty() {

@@ -1,7 +1,8 @@
 //! Faults on demand, for the tests of survival: in debug builds only, and only where `VMGMT_FAULT` asks for them.
 //!
 //! `VMGMT_FAULT=PLACE[@PROGRAM]=WHAT,…`. PROGRAM is the file name of the program that it is for (all, if left out), so that one daemon
-//! can have a good old and a bad new program. PLACE `check`, `trial`, `go`, `rehearse`: WHAT is `abort`, `hang` or `exit`. PLACE `resume`:
+//! can have a good old and a bad new program. PLACE `check`, `trial`, `go`, `rehearse`, `serve` (a front that takes over; it
+//! cannot see its program's name): WHAT is `abort`, `hang` or `exit`. PLACE `resume`:
 //! WHAT is `refuse` or `panic`. PLACE `submission`,
 //! `worker`: the process aborts when a submission's data, or the names that a worker is given, contain WHAT.
 

@@ -61,6 +61,8 @@ pub enum UpgradeState {
     Denied,
     /// The new program was tried, and the old one is in service again.
     RolledBack,
+    /// Neither program says that it is in service: the reason tells what to look at.
+    Failed,
     /// Not begun, because a part before it was not done.
     Skipped,
     /// One that this version does not know.
@@ -79,6 +81,7 @@ impl UpgradeState {
             Self::Done => "done",
             Self::Denied => "denied",
             Self::RolledBack => "rolled back",
+            Self::Failed => "failed",
             Self::Skipped => "skipped",
             Self::Unknown => "unknown",
         }

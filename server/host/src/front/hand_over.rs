@@ -152,7 +152,7 @@ impl Front {
             descriptors,
         });
         match self.verdict()? {
-            KeeperToFront::Serve => {}
+            KeeperToFront::Serve => crate::fault::at("serve"),
             other => bail!("the keeper says {other:?} to a front that waits for its turn"),
         }
         self.now = now()?;

@@ -139,7 +139,14 @@ impl Keeper {
         checker.flush();
         // Looked at before its words, so that its last ones are not missed.
         let exit = checker.ended();
-        if let Ok(Some(packet)) = checker.receive() {
+        let received = checker.receive();
+        let late = since.elapsed() > CHECK_DEADLINE;
+        if matches!(received, Ok(Some(_))) || late {
+            self.dismiss(*checker);
+        } else if exit.is_none() {
+            return running(CoreStep::Checking { checker, since });
+        }
+        if let Ok(Some(packet)) = received {
             return match packet.header {
                 CoreToKeeper::Checked => self.begin_drain(),
                 CoreToKeeper::Refused { reason } => {
@@ -154,14 +161,16 @@ impl Keeper {
                 exit.text
             ));
         }
-        if since.elapsed() > CHECK_DEADLINE {
-            let text = format!(
-                "the new program did not answer within {} s",
-                CHECK_DEADLINE.as_secs()
-            );
-            return Progress::Denied(text);
-        }
-        running(CoreStep::Checking { checker, since })
+        Progress::Denied(format!(
+            "the new program did not answer within {} s",
+            CHECK_DEADLINE.as_secs()
+        ))
+    }
+
+    /// Ends a child that was only asked something, and waits for it some time later.
+    pub(super) fn dismiss(&mut self, mut child: Child<KeeperToCore>) {
+        child.kill(None);
+        self.undead.push(child);
     }
 
     fn begin_drain(&mut self) -> Progress {

@@ -9,7 +9,7 @@
 
 use super::binary::Binary;
 use super::child::Child;
-use super::limits::{CHECK_DEADLINE, HAND_OVER_DEADLINE, LEAVE_DEADLINE};
+use super::limits::{CHECK_DEADLINE, HAND_OVER_DEADLINE, LEAVE_DEADLINE, SERVE_DEADLINE};
 use super::upgrade::{Progress, Step};
 use super::{Keeper, watch};
 use crate::channel::Channel;
@@ -49,12 +49,11 @@ impl Keeper {
             },
         };
         let HandOver { phase, since } = hand_over;
-        // While the new one starts, the old one serves.
-        let starts = matches!(phase, Phase::Starting(_));
-        let deadline = if starts {
-            CHECK_DEADLINE
-        } else {
-            HAND_OVER_DEADLINE
+        let deadline = match phase {
+            // While the new one starts, the old one serves.
+            Phase::Starting(_) => CHECK_DEADLINE,
+            Phase::Serving | Phase::Resuming(_) => SERVE_DEADLINE,
+            Phase::Moving(_) | Phase::Killing(..) => HAND_OVER_DEADLINE,
         };
         let late = (since.elapsed() > deadline).then_some(deadline);
         let stay = |phase| Progress::Running(Step::Front(HandOver { phase, since }));
@@ -85,10 +84,7 @@ impl Keeper {
                         tracing::info!(
                             "the front is handed over: {sessions} sessions, {descriptors} descriptors"
                         );
-                        return match self.decide(new) {
-                            Ok(()) => go(Phase::Serving),
-                            Err(error) => Progress::RolledBack(error.to_string(), Duration::ZERO),
-                        };
+                        return go(self.decide(new));
                     }
                     (Ok(Some(FrontToKeeper::CannotHandOver { reason })), _)
                     | (Err(reason), _)
@@ -108,15 +104,23 @@ impl Keeper {
                 self.front.go_on(KeeperToFront::Resume);
                 go(Phase::Resuming(reason))
             }
+            // Nothing can be taken back from here on; but the operator is told, and other parts can be replaced.
             Phase::Serving => match self.front_said.take() {
                 Some(FrontToKeeper::Serves { stood_still_ns }) => {
                     Progress::Done(Duration::from_nanos(stood_still_ns))
+                }
+                _ if late.is_some() => {
+                    Progress::Failed(silent("the new front was told to serve"), since.elapsed())
                 }
                 _ => stay(Phase::Serving),
             },
             Phase::Resuming(reason) => match self.front_said.take() {
                 Some(FrontToKeeper::Serves { stood_still_ns }) => {
                     Progress::RolledBack(reason, Duration::from_nanos(stood_still_ns))
+                }
+                _ if late.is_some() => {
+                    let silent = silent("the old front was told to go on");
+                    Progress::Failed(format!("{reason}; {silent}"), since.elapsed())
                 }
                 _ => stay(Phase::Resuming(reason)),
             },
@@ -179,10 +183,19 @@ impl Keeper {
         Ok(())
     }
 
-    /// The new front serves from now on.
-    fn decide(&mut self, new: Child<KeeperToFront>) -> anyhow::Result<()> {
+    /// The new front serves from now on; or the old one cannot be understood, and goes on as when the new one fails.
+    fn decide(&mut self, mut new: Child<KeeperToFront>) -> Phase {
         // What the old one has said before it stopped comes first.
-        while self.take_from_front()? {}
+        loop {
+            match self.take_from_front() {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(error) => {
+                    new.kill(None);
+                    return Phase::Killing(new, error.to_string());
+                }
+            }
+        }
         self.front_said = None;
         let mut old = std::mem::replace(&mut self.front, new);
         self.front.take_held(&mut old);
@@ -191,7 +204,7 @@ impl Keeper {
         old.go_on(KeeperToFront::Leave);
         old.flush();
         self.leaving.push((old, Instant::now() + LEAVE_DEADLINE));
-        Ok(())
+        Phase::Serving
     }
 
     /// Fronts that have nothing to do any more: they end, or are ended.
@@ -202,5 +215,90 @@ impl Keeper {
             }
             front.ended().is_none()
         });
+    }
+}
+
+/// What is known of a front that does not say that it serves.
+fn silent(what: &str) -> String {
+    format!(
+        "{what} and has not said within {} s that it does: devices may stand still until it does (a front that is stuck ends all devices when \
+         vmgmtd is started anew)",
+        SERVE_DEADLINE.as_secs()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::saved_tests::{child, scene};
+    use super::*;
+
+    /// One step of a hand-over in this phase; what it became.
+    fn step(keeper: &mut Keeper, phase: Phase, age: Duration) -> Progress {
+        let since = Instant::now().checked_sub(age).unwrap();
+        let binary = Binary::own().unwrap();
+        keeper.upgrade_front(&binary, Step::Front(HandOver { phase, since }))
+    }
+
+    #[test]
+    fn an_old_front_that_cannot_be_understood_is_told_to_go_on_and_gets_what_was_held_back() {
+        let mut keeper = scene();
+        keeper.front.waiting.clear();
+        keeper.front.hold();
+        keeper.front.queue(KeeperToFront::CloseVm { vm: 7 }, Vec::new());
+        let (ours, theirs) = Channel::pair().unwrap();
+        let mut new = child(102, Vec::new(), None);
+        new.channel = ours;
+        let said = FrontToKeeper::CanServe {
+            sessions: 1,
+            descriptors: 1,
+        };
+        theirs.send(&said, &[], &[]).unwrap();
+        // (The scene's channels are none: what the old front said cannot be taken.)
+        let Progress::Running(Step::Front(moved)) = step(&mut keeper, Phase::Moving(new), Duration::ZERO)
+        else {
+            panic!("it is over");
+        };
+        assert_eq!(keeper.front.pid, 100, "the old one is the front");
+        let Phase::Killing(..) = moved.phase else {
+            panic!("another phase");
+        };
+        let Progress::Running(Step::Front(moved)) = step(&mut keeper, moved.phase, Duration::ZERO) else {
+            panic!("it is over");
+        };
+        let told: Vec<_> = keeper.front.waiting.iter().map(|(message, _)| message).collect();
+        assert!(
+            matches!(
+                told[..],
+                [KeeperToFront::Resume, KeeperToFront::CloseVm { vm: 7 }]
+            ),
+            "{told:?}"
+        );
+        assert!(keeper.front.held.is_none());
+        keeper.front_said = Some(FrontToKeeper::Serves { stood_still_ns: 5 });
+        let over = step(&mut keeper, moved.phase, Duration::ZERO);
+        let Progress::RolledBack(reason, stall) = over else {
+            panic!("it is not over");
+        };
+        assert!(
+            reason.contains("cannot be understood") && stall.as_nanos() == 5,
+            "{reason}"
+        );
+    }
+
+    #[test]
+    fn fronts_that_do_not_say_that_they_serve_hold_up_nothing_else() {
+        let mut keeper = scene();
+        for (phase, why) in [
+            (Phase::Serving, "the new front was told to serve"),
+            (
+                Phase::Resuming("it died".into()),
+                "it died; the old front was told to go on",
+            ),
+        ] {
+            let Progress::Failed(reason, _) = step(&mut keeper, phase, SERVE_DEADLINE * 2) else {
+                panic!("it goes on");
+            };
+            assert!(reason.starts_with(why), "{reason}");
+        }
     }
 }

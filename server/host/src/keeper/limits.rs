@@ -33,6 +33,8 @@ pub(super) const DRAIN_GRACE: Duration = Duration::from_secs(1);
 pub(super) const TRIAL_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a hand-over to a front that has started may take, while no client is served: QEMU waits 5 s for an answer.
 pub(super) const HAND_OVER_DEADLINE: Duration = Duration::from_secs(2);
+/// How long a front that was told to serve, or to go on, may take to say that it does: as long as QEMU waits for an answer.
+pub(super) const SERVE_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a front that was replaced may take to leave.
 pub(super) const LEAVE_DEADLINE: Duration = Duration::from_secs(1);
 /// How long front and core may take to end in order.

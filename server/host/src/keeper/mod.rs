@@ -442,6 +442,8 @@ impl Keeper {
 
     fn notice(&mut self, text: String) {
         tracing::warn!("{text}");
+        // The one that serves now; the next is told of all at its start.
+        self.tell_core(KeeperToCore::Notice { text: text.clone() }, Vec::new());
         self.notices.push_back(text);
         if self.notices.len() > NOTICES_MAX {
             self.notices.pop_front();

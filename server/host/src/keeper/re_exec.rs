@@ -14,9 +14,10 @@
 
 use super::binary::Binary;
 use super::limits::CHECK_DEADLINE;
+use super::saved::Packed;
 use super::upgrade::{Progress, Step};
 use super::{Keeper, Signals};
-use crate::channel::{Channel, PACKET_FDS_MAX};
+use crate::channel::{Channel, ChannelError, PACKET_FDS_MAX};
 use crate::control::protocol::UpgradeState;
 use crate::fault;
 use crate::packed::Refusal;
@@ -86,8 +87,7 @@ impl Keeper {
     }
 
     fn start_rehearsal(&self, binary: &Binary) -> anyhow::Result<Check> {
-        let (bytes, fds) = self.save()?;
-        let (channel, stdin) = fill(&bytes, Binary::own()?.file.as_fd(), None, &fds)?;
+        let (channel, stdin) = fill(&self.save()?, Binary::own()?.file.as_fd(), None)?;
         let said = File::from(memfd_create("vmgmt-said", MemfdFlags::CLOEXEC)?);
         let flags = Flags {
             log: &self.arguments,
@@ -115,10 +115,10 @@ impl Keeper {
     /// Returns only where it did not work; then nothing has changed.
     fn become_another(&mut self, binary: &Binary) -> anyhow::Error {
         let tried = (|| {
-            let (bytes, fds) = self.save()?;
+            let packed = self.save()?;
             let own = Binary::own()?;
-            let (_, spare) = fill(&bytes, own.file.as_fd(), None, &fds)?;
-            let (_, stdin) = fill(&bytes, own.file.as_fd(), Some(spare.as_fd()), &fds)?;
+            let (_, spare) = fill(&packed, own.file.as_fd(), None)?;
+            let (_, stdin) = fill(&packed, own.file.as_fd(), Some(spare.as_fd()))?;
             let flags = Flags {
                 log: &self.arguments,
                 since: now()?,
@@ -267,7 +267,15 @@ impl Handed {
             let packet = self.channel.receive::<usize>()?;
             fds.extend(packet.context("descriptors are missing")?.fds);
         }
-        Keeper::restore(&bytes, fds, Signals::catch()?, flush_log)
+        let mut shares = Vec::new();
+        loop {
+            match self.channel.receive::<usize>() {
+                Ok(Some(packet)) => shares.extend(packet.fds),
+                Ok(None) | Err(ChannelError::Closed) => break,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Keeper::restore(&bytes, fds, shares, Signals::catch()?, flush_log)
     }
 }
 
@@ -284,19 +292,19 @@ fn memory(bytes: &[u8]) -> anyhow::Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// A socket that holds all: the state, the program that wrote it, another such socket for that one, and the descriptors. The end to talk
-/// to the reader by, and the end that is to be read.
+/// A socket that holds all: the state, the program that wrote it, another such socket for that one, and the descriptors, those that the
+/// state names by number first. The end to talk to the reader by, and the end that is to be read.
 fn fill(
-    bytes: &[u8],
+    packed: &Packed<'_>,
     program: BorrowedFd<'_>,
     spare: Option<BorrowedFd<'_>>,
-    fds: &[BorrowedFd<'_>],
 ) -> anyhow::Result<(Channel, OwnedFd)> {
+    let Packed { bytes, fds, shares } = packed;
     let (writer, reader) = Channel::pair()?;
     let state = memory(bytes)?;
     let first: Vec<_> = [state.as_fd(), program].into_iter().chain(spare).collect();
     writer.send(&fds.len(), &[], &first)?;
-    for fds in fds.chunks(PACKET_FDS_MAX) {
+    for fds in fds.chunks(PACKET_FDS_MAX).chain(shares.chunks(PACKET_FDS_MAX)) {
         writer
             .send(&fds.len(), &[], fds)
             .context("too many descriptors at once")?;

@@ -21,7 +21,7 @@ use crate::packed::{self, Carried, Packer, Refusal, Unpacker};
 use crate::sandbox::Shares;
 use crate::words::MappedWords;
 use mio::Poll;
-use rustix::fd::{BorrowedFd, OwnedFd};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -60,6 +60,22 @@ pub(super) struct SavedKeeper {
     announced: bool,
     notices: Vec<String>,
     front_sandbox: Option<SandboxedRole>,
+    /// A keeper of the first days was where its program was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    path: Option<PathBuf>,
+    /// Paths of the shares' directories, whose descriptors come behind all others, in this order: a program of the first days takes all that
+    /// it is given by number, and does not look there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    shares: Vec<PathBuf>,
+}
+
+/// A packed keeper.
+pub(super) struct Packed<'a> {
+    pub(super) bytes: Vec<u8>,
+    /// The descriptors that the bytes name by number.
+    pub(super) fds: Vec<BorrowedFd<'a>>,
+    /// Those of the shares' directories.
+    pub(super) shares: Vec<BorrowedFd<'a>>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -98,14 +114,14 @@ struct SavedCore {
 }
 
 impl Keeper {
-    /// Packs the keeper: bytes, and the descriptors that they name. Nothing changes by it.
-    pub(super) fn save(&self) -> Result<(Vec<u8>, Vec<BorrowedFd<'_>>), Refusal> {
+    /// Packs the keeper. Nothing changes by it.
+    pub(super) fn save(&self) -> Result<Packed<'_>, Refusal> {
         // Exhaustive, so that a new field cannot be forgotten.
         let Self {
             poll: _,
             signals: _,
             drain_deadline_ms,
-            path: _,
+            path,
             core_binary,
             upgrades,
             // Its part is what is going on; no other comes after it.
@@ -115,8 +131,7 @@ impl Keeper {
             control,
             // Who asks it asks again.
             fallback: _,
-            // Made anew when they are needed.
-            shares: _,
+            shares,
             listeners,
             last_listener,
             vms,
@@ -215,18 +230,31 @@ impl Keeper {
             announced: *announced,
             notices: notices.iter().cloned().collect(),
             front_sandbox: front_sandbox.clone(),
+            path: Some(path.clone()),
+            shares: shares.opened().map(|(path, _)| path.clone()).collect(),
         };
-        Ok((packed::write(VERSION, &saved, packer.fds.len())?, packer.fds))
+        Ok(Packed {
+            bytes: packed::write(VERSION, &saved, packer.fds.len())?,
+            fds: packer.fds,
+            shares: shares.opened().map(|(_, fd)| fd.as_fd()).collect(),
+        })
     }
 
     /// The keeper that was packed. On an error nothing has happened to its children and sockets.
     pub(super) fn restore(
         bytes: &[u8],
         fds: Vec<OwnedFd>,
+        shares: Vec<OwnedFd>,
         signals: Signals,
         flush_log: Box<dyn Fn()>,
     ) -> anyhow::Result<Self> {
         let saved: SavedKeeper = packed::read(bytes, VERSION_OLDEST..=VERSION, fds.len())?;
+        anyhow::ensure!(
+            shares.len() == saved.shares.len(),
+            "{} shares came with {} directories",
+            saved.shares.len(),
+            shares.len()
+        );
         let mut unpacker = Unpacker::new(fds);
         // From the first child on nothing may fail: each descriptor is named once, and all are.
         unpacker.expect_each(&saved.named())?;
@@ -259,7 +287,7 @@ impl Keeper {
             poll,
             signals,
             drain_deadline_ms: saved.drain_deadline_ms,
-            path: own.path,
+            path: saved.path.unwrap_or(own.path),
             core_binary: Binary {
                 path: saved.core_binary.path,
                 file: take(saved.core_binary.file)?.into(),
@@ -271,7 +299,7 @@ impl Keeper {
             arguments: saved.arguments,
             control: restore_socket(saved.control, &mut take)?,
             fallback: None,
-            shares: Shares::default(),
+            shares: Shares::of_opened(saved.shares.into_iter().zip(shares)),
             listeners: saved
                 .listeners
                 .into_iter()
@@ -336,7 +364,7 @@ impl Keeper {
 
 impl SavedKeeper {
     /// All descriptors that it names.
-    fn named(&self) -> Vec<Carried> {
+    pub(super) fn named(&self) -> Vec<Carried> {
         let sockets = self
             .listeners
             .iter()
@@ -359,6 +387,12 @@ impl SavedKeeper {
 
 #[cfg(test)]
 impl SavedKeeper {
+    /// Leaves out what a keeper of the first days did not have.
+    pub(super) fn forget_later_fields(&mut self) {
+        self.path = None;
+        self.shares.clear();
+    }
+
     /// Sets all that depends on when it was saved.
     pub(super) fn set_times(&mut self, ago: Duration) {
         (self.restart_in, self.begun_ago) = (ago, ago);

@@ -39,7 +39,7 @@ fn signals() -> Signals {
     }
 }
 
-fn child<T>(pid: u32, waiting: Vec<(T, Vec<OwnedFd>)>, fault: Option<&'static str>) -> Child<T> {
+pub(super) fn child<T>(pid: u32, waiting: Vec<(T, Vec<OwnedFd>)>, fault: Option<&'static str>) -> Child<T> {
     Child {
         pid,
         pidfd: any(),
@@ -90,7 +90,7 @@ fn listener(listener: u32, identity: Identity) -> ListenerConfig {
 }
 
 /// A keeper with something in each field, in the middle of its own upgrade.
-fn scene() -> Keeper {
+pub(super) fn scene() -> Keeper {
     let now = Instant::now();
     let (page, page_ro) = create_page("vmgmt-life", LifePage::<MappedWords>::WORDS).unwrap();
     LifePage::new(MappedWords::writable(&page).unwrap()).init();
@@ -229,9 +229,20 @@ fn scene() -> Keeper {
 
 /// Descriptors as they would come with a state, in its order: copies of the scene's.
 fn saved(keeper: &Keeper) -> (Vec<u8>, Vec<OwnedFd>) {
-    let (bytes, fds) = keeper.save().unwrap();
-    let copies = fds.iter().map(|fd| fd.try_clone_to_owned().unwrap()).collect();
-    (at_rest(&bytes, fds.len()), copies)
+    let packed = keeper.save().unwrap();
+    let copies = packed.fds.iter().map(|fd| fd.try_clone_to_owned().unwrap());
+    (at_rest(&packed.bytes, packed.fds.len()), copies.collect())
+}
+
+/// As a keeper of the first days would have written it.
+fn as_first(bytes: &[u8], fds: usize) -> Vec<u8> {
+    let mut saved: SavedKeeper = packed::read(bytes, VERSION..=VERSION, fds).unwrap();
+    saved.forget_later_fields();
+    packed::write(VERSION, &saved, fds).unwrap()
+}
+
+fn restored(bytes: &[u8], fds: Vec<OwnedFd>) -> Keeper {
+    Keeper::restore(bytes, fds, Vec::new(), signals(), Box::new(|| ())).unwrap()
 }
 
 /// The state with the times that cannot be the same twice set to [`AGO`], and no process of today's.
@@ -247,7 +258,7 @@ fn a_state_of_version_1_is_read_and_this_version_writes_it_as_it_was() {
     let scene = scene();
     let (bytes, fds) = saved(&scene);
     if std::env::var_os("UPDATE_GOLDEN").is_some() {
-        std::fs::write(golden(), &bytes).unwrap();
+        std::fs::write(golden(), as_first(&bytes, fds.len())).unwrap();
     }
     let golden = std::fs::read(golden())
         .expect("tests/golden/keeper-state-v1.cbor is there; UPDATE_GOLDEN=1 makes it");
@@ -257,7 +268,7 @@ fn a_state_of_version_1_is_read_and_this_version_writes_it_as_it_was() {
         VERSION > 1 || again == golden,
         "the format has changed, but not its version"
     );
-    let keeper = Keeper::restore(&golden, fds, signals(), Box::new(|| ())).unwrap();
+    let keeper = restored(&golden, fds);
     let core = keeper.core.as_ref().unwrap();
     assert_eq!((core.life, core.child.pid, core.child.waiting.len()), (4, 101, 3));
     assert_eq!(core.child.waiting[2].1.len(), 2);
@@ -277,9 +288,11 @@ fn a_state_of_version_1_is_read_and_this_version_writes_it_as_it_was() {
     assert_eq!(keeper.listeners.keys().copied().collect::<Vec<_>>(), [1, 2]);
     assert!(keeper.front_ready && keeper.announced && keeper.front_sandbox.is_some());
     assert_eq!(keeper.notices.len() + keeper.session_states.len(), 3);
-    let (bytes, fds) = keeper.save().unwrap();
+    assert_eq!(keeper.path, std::env::current_exe().unwrap());
+    let packed = keeper.save().unwrap();
+    let bytes = at_rest(&packed.bytes, packed.fds.len());
     assert!(
-        VERSION > 1 || at_rest(&bytes, fds.len()) == golden,
+        VERSION > 1 || as_first(&bytes, packed.fds.len()) == golden,
         "it is not all kept"
     );
 }
@@ -289,8 +302,30 @@ fn whose_files_sleeping_workers_may_still_write_is_kept() {
     let mut scene = scene();
     scene.undead_vms = [1, 7].into();
     let (bytes, fds) = saved(&scene);
-    let keeper = Keeper::restore(&bytes, fds, signals(), Box::new(|| ())).unwrap();
-    assert_eq!(keeper.undead_vms, [1, 7].into());
+    assert_eq!(restored(&bytes, fds).undead_vms, [1, 7].into());
+}
+
+#[test]
+fn its_path_and_the_directories_of_the_shares_are_kept() {
+    let mut scene = scene();
+    scene.path = "/usr/local/bin/vmgmtd".into();
+    let (one, other) = (any(), any());
+    scene.shares = Shares::of_opened([("/a".into(), one), ("/b".into(), other)]);
+    let (bytes, fds) = saved(&scene);
+    // A program of the first days takes what is named by number, and finds no more.
+    let old: SavedKeeper = packed::read(&bytes, VERSION..=VERSION, fds.len()).unwrap();
+    assert_eq!(old.named().len(), fds.len());
+    let missing = Keeper::restore(&bytes, fds, vec![any()], signals(), Box::new(|| ()));
+    let text = missing.map(drop).unwrap_err().to_string();
+    assert_eq!(text, "2 shares came with 1 directories");
+    let (bytes, fds) = saved(&scene);
+    let shares = scene.save().unwrap().shares;
+    let shares: Vec<_> = shares.iter().map(|fd| fd.try_clone_to_owned().unwrap()).collect();
+    let keeper = Keeper::restore(&bytes, fds, shares, signals(), Box::new(|| ())).unwrap();
+    assert_eq!(keeper.path, PathBuf::from("/usr/local/bin/vmgmtd"));
+    let paths: Vec<_> = keeper.shares.opened().map(|(path, _)| path.clone()).collect();
+    assert_eq!(paths, [PathBuf::from("/a"), "/b".into()]);
+    assert_eq!(keeper.save().unwrap().shares.len(), 2);
 }
 
 // The keeper waits for the process.
@@ -330,7 +365,7 @@ fn when_the_last_sleeper_is_gone_the_core_is_told_once() {
 fn another_version_and_descriptors_that_do_not_fit_are_refused_before_anything_is_taken_over() {
     let scene = scene();
     let restore = |bytes: &[u8], fds| {
-        let restored = Keeper::restore(bytes, fds, signals(), Box::new(|| ()));
+        let restored = Keeper::restore(bytes, fds, Vec::new(), signals(), Box::new(|| ()));
         restored.map(drop).map_err(|error| error.to_string()).unwrap_err()
     };
     let (bytes, fds) = saved(&scene);

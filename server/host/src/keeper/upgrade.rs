@@ -5,8 +5,8 @@
 //! How a part plugs in: it has one function on [`Keeper`], `fn upgrade_PART(&mut self, binary: &Binary, step: Step) -> Progress`, in a
 //! file of its own, and a variant of [`Step`] with what it remembers between turns. The function is called with [`Step::Begin`] first,
 //! then in each turn of the loop (at least every `LOOK_AGAIN`) with the step that it returned, until it returns something else than
-//! [`Progress::Running`]. It must never wait. `Denied`: the old program was never touched; `RolledBack`: it is in service again; both
-//! end the upgrade. The part that is the keeper itself saves [`Upgrades::report`] before it executes the new program; that one goes on
+//! [`Progress::Running`]. It must never wait. `Denied`: the old program was never touched; `RolledBack`: it is in service again; `Failed`:
+//! neither says that it is. All three end the upgrade. The part that is the keeper itself saves [`Upgrades::report`] before it executes the new program; that one goes on
 //! with [`Upgrades::resume`] and ends the part with [`Keeper::end_part`].
 
 use super::Keeper;
@@ -35,6 +35,8 @@ pub(super) enum Progress {
     Done(Duration),
     Denied(String),
     RolledBack(String, Duration),
+    /// Neither is known to be in service, since then.
+    Failed(String, Duration),
 }
 
 /// The last upgrade. Pure.
@@ -168,6 +170,7 @@ impl Keeper {
                 Progress::Done(stall) => self.end_part(UpgradeState::Done, String::new(), stall),
                 Progress::Denied(reason) => self.end_part(UpgradeState::Denied, reason, Duration::ZERO),
                 Progress::RolledBack(reason, stall) => self.end_part(UpgradeState::RolledBack, reason, stall),
+                Progress::Failed(reason, stall) => self.end_part(UpgradeState::Failed, reason, stall),
             };
             self.upgrading = more.then_some((binary, Step::Begin));
         }

@@ -27,6 +27,20 @@ pub struct Shares {
 }
 
 impl Shares {
+    /// What is open, for a keeper that goes on as another program. (The namespaces were only needed to open it.)
+    pub fn opened(&self) -> impl Iterator<Item = (&PathBuf, &OwnedFd)> {
+        self.opened.iter()
+    }
+
+    /// What was open there.
+    #[must_use]
+    pub fn of_opened(opened: impl IntoIterator<Item = (PathBuf, OwnedFd)>) -> Self {
+        Self {
+            opened: opened.into_iter().collect(),
+            namespaces: BTreeMap::new(),
+        }
+    }
+
     /// The directories, in the order of the configuration.
     ///
     /// # Errors
