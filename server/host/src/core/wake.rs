@@ -77,7 +77,10 @@ impl Wake {
     /// Says that the core is about to sleep. False: something was touched meanwhile, it must not.
     pub fn fall_asleep(&mut self) -> bool {
         let sleeps = self.life.core_falls_asleep(&self.touched, self.seen);
-        if !sleeps {
+        if sleeps {
+            // All touches so far were looked at: one that came in the middle of this turn would else seem to wait as long as nothing else happens.
+            self.beat();
+        } else {
             self.life.set_core_asleep(false);
         }
         sleeps

@@ -62,17 +62,23 @@ impl CoreLink {
 
     /// Words of the session in `slot` changed; wakes the core if it sleeps.
     pub fn touch(&mut self, now: Tick, slot: usize) {
+        let beat = self.page.beat();
         self.touched.touch(slot);
-        self.wake(now);
+        self.wake_after(now, beat);
     }
 
-    /// Wakes the core if it sleeps.
+    /// Wakes the core if it sleeps, for what is about to be sent to it.
     pub fn wake(&mut self, now: Tick) {
+        let beat = self.page.beat();
+        self.wake_after(now, beat);
+    }
+
+    /// `beat`: from before the core could know. Read later, it could be the last one of a core that has seen everything and sleeps.
+    fn wake_after(&mut self, now: Tick, beat: u64) {
         if self.page.must_wake_core() {
             // A full counter is as good as a signal.
             let _ = rustix::io::write(&self.wake_core, &1u64.to_ne_bytes());
         }
-        let beat = self.page.beat();
         // What was watched before is done when the beat has moved since; this is not.
         if self.watch.is_none_or(|(seen, _)| seen != beat) {
             self.watch = Some((beat, now));
@@ -135,8 +141,12 @@ impl CoreLink {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::core::wake::Wake;
     use crate::words::create_page;
     use rustix::event::{EventfdFlags, eventfd};
+
+    /// Enough to meet every step of a core that falls asleep, on a machine with two processors.
+    const TOUCHES: u64 = 100_000;
 
     #[test]
     fn a_touch_after_a_sign_of_life_is_watched_like_the_first() {
@@ -161,5 +171,59 @@ mod tests {
         );
         assert_eq!(link.deadline(), touched.after_ns(BEAT_NS_MAX));
         assert!(link.is_stuck(touched.after_ns(BEAT_NS_MAX), false));
+    }
+
+    /// Touches that meet a core at any moment of its falling asleep: one that has seen them and sleeps has beaten since.
+    #[test]
+    fn a_core_that_has_seen_everything_and_sleeps_is_not_taken_for_stuck() {
+        let (channel, _core) = Channel::pair().unwrap();
+        let (touched, touched_read) = create_page("touched", TouchedPage::<MappedWords>::WORDS).unwrap();
+        let (life, life_read) = create_page("life", LifePage::<MappedWords>::WORDS).unwrap();
+        let page = LifePage::new(MappedWords::writable(&life).unwrap());
+        page.init();
+        let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
+        let (wake_core, wake_front) = (event(), event());
+        let mut core = Wake::new(
+            TouchedPage::new(MappedWords::read_only(&touched_read).unwrap()),
+            LifePage::new(MappedWords::writable(&life).unwrap()),
+            wake_core.try_clone().unwrap(),
+            wake_front.try_clone().unwrap(),
+        );
+        let fds = vec![channel.into_fd(), touched, life_read, wake_core, wake_front];
+        let mut link = CoreLink::new(1, fds).unwrap();
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(std::sync::atomic::Ordering::SeqCst) {
+                    core.beat();
+                    core.is_touched();
+                    if core.fall_asleep() {
+                        let mut set = [rustix::event::PollFd::from_borrowed_fd(
+                            core.core_fd(),
+                            rustix::event::PollFlags::IN,
+                        )];
+                        rustix::event::poll(&mut set, None).unwrap();
+                        core.wake_up();
+                        core.drain();
+                    }
+                }
+            });
+            let mut stuck = None;
+            for number in 1..=TOUCHES {
+                link.touch(Tick(number), 0);
+                let (beat, _) = link.watch.unwrap();
+                let begin = std::time::Instant::now();
+                while page.beat() == beat && stuck.is_none() {
+                    std::hint::spin_loop();
+                    stuck = (begin.elapsed() > std::time::Duration::from_secs(10)).then_some(number);
+                }
+                if stuck.is_some() {
+                    break;
+                }
+            }
+            stop.store(true, std::sync::atomic::Ordering::SeqCst);
+            rustix::io::write(&link.wake_core, &1u64.to_ne_bytes()).unwrap();
+            assert_eq!(stuck, None, "at this touch the beat stands still for ever");
+        });
     }
 }

@@ -62,8 +62,8 @@ impl Front {
                         self.tell_frozen(vm, Some(until), 0);
                     }
                     if let Some(core) = &mut self.core {
-                        core.outbox.send(FrontToCore::Adopted, Vec::new(), Vec::new());
                         core.wake(self.now);
+                        core.outbox.send(FrontToCore::Adopted, Vec::new(), Vec::new());
                     }
                 }
             }
