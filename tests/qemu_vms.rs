@@ -5,6 +5,8 @@
 
 #[path = "qemu_vms/drivers.rs"]
 mod drivers;
+#[path = "qemu_vms/held.rs"]
+mod held;
 #[path = "qemu_vms/lives.rs"]
 mod lives;
 #[path = "qemu_vms/memory.rs"]

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 use vmgmt_testkit::deaths::while_cores_die;
 use vmgmt_testkit::process::wait_until;
-use vmgmt_testkit::vm::Vm;
+use vmgmt_testkit::vm::{Driver, Vm, VmBuilder};
 
 fn both(site: &crate::site::Site) -> Result<(Vm, Vm)> {
     thread::scope(|scope| {
@@ -165,21 +165,52 @@ fn one_qemu_is_killed_during_a_transfer_and_the_other_goes_on() -> Result<()> {
 fn a_device_is_unplugged_and_plugged_again() -> Result<()> {
     let Some(site) = site(2)? else { return Ok(()) };
     let socket = site.daemon.path("vm1.sock");
-    let vm1 = vmgmt_testkit::vm::VmBuilder::new(&site.tools, "vm1")
-        .driver(vmgmt_testkit::vm::Driver::Uio)
-        .ports(1)
-        .start()?;
-    site.check(&[&vm1], || {
-        for _ in 0..2 {
+    let (vm1, vm2) = thread::scope(|scope| {
+        let second = scope.spawn(|| site.vm("vm2"));
+        let first = VmBuilder::new(&site.tools, "vm1")
+            .driver(Driver::Uio)
+            .ports(1)
+            .start()?;
+        anyhow::Ok((first, second.join().ok().context("a thread died")??))
+    })?;
+    site.check(&[&vm1, &vm2], || {
+        site.fill("big.bin", 4 << 20)?;
+        let mut living = vm2.spawn(TRANSFERS)?;
+        living.wait_for("moved", LONG)?;
+        for what in ["plugged in", "and once more", "and at last"] {
+            // To a VM without a device: its mailbox keeps it.
+            site.operator(&["send", "vm1", what])?;
             vm1.plug(&socket, "mgmt", 0)?;
             wait_until("the guest sees the device", SHORT, || {
                 Ok((vm1.run("grep -q 0x10f0 /sys/bus/pci/devices/*/device")?.status == 0).then_some(()))
             })?;
             vm1.ok_for("vmgmt bind --driver uio && vmgmt selftest", LONG)?;
+            as_before(&site, &vm1, what)?;
+            // Between two looks, so that the neighbour is in the middle of something.
+            living.wait_for("moved", LONG)?;
             vm1.unplug("mgmt")?;
         }
+        vm2.ok("touch /tmp/enough")?;
+        living
+            .wait(LONG)?
+            .ok()
+            .context("the neighbour's transfer failed")?;
         Ok(())
     })
+}
+
+/// The share can be read, and the mailbox holds the one message `what`, once.
+fn as_before(site: &crate::site::Site, vm: &Vm, what: &str) -> Result<()> {
+    vm.ok_for("vmgmt get --force data/big.bin /tmp/got.bin", LONG)?;
+    ensure!(
+        checksum(vm, "/tmp/got.bin")? == host_checksum(&site.shared("big.bin"))?,
+        "{what}: the share"
+    );
+    let mail = vm.ok_for("vmgmt recv --count 1 --timeout 30", LONG)?;
+    ensure!(mail.contains(what), "{what}: the mail is {mail:?}");
+    let more = vm.run("vmgmt recv --count 1 --timeout 1")?;
+    ensure!(more.status == 5, "{what}: {}", more.text());
+    Ok(())
 }
 
 #[test]
@@ -270,19 +301,7 @@ fn mail_and_shares_are_there_after_whatever_happens_to_the_device_while_others_r
         site.fill("big.bin", 4 << 20)?;
         let mut living = vm2.spawn(TRANSFERS)?;
         living.wait_for("moved", LONG)?;
-        let as_before = |what: &str| -> Result<()> {
-            vm1.ok_for("vmgmt get --force data/big.bin /tmp/got.bin", LONG)?;
-            ensure!(
-                checksum(&vm1, "/tmp/got.bin")? == host_checksum(&site.shared("big.bin"))?,
-                "{what}: the share"
-            );
-            let mail = vm1.ok_for("vmgmt recv --count 1 --timeout 30", LONG)?;
-            ensure!(mail.contains(what), "{what}: the mail is {mail:?}");
-            // Once.
-            let more = vm1.run("vmgmt recv --count 1 --timeout 1")?;
-            ensure!(more.status == 5, "{what}: {}", more.text());
-            Ok(())
-        };
+        let as_before = |what: &str| as_before(&site, &vm1, what);
         for (what, command) in UPHEAVALS {
             site.operator(&["send", "vm1", what])?;
             vm1.ok_for(command, LONG).context(what)?;

@@ -1,6 +1,6 @@
 //! A host for tests: vmgmtd with a share and a socket per VM, and the VMs on it.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -92,9 +92,20 @@ impl Site {
         Ok(said)
     }
 
-    /// Runs what a test does; if it fails, with all that the VMs and vmgmtd said.
+    /// Runs what a test does; the VMs' kernels must have nothing to complain about. If it fails, with all that the VMs and vmgmtd said.
     pub fn check(&self, vms: &[&Vm], work: impl FnOnce() -> Result<()>) -> Result<()> {
-        work().map_err(|error| {
+        let clean = || {
+            let unclean = |vm: &&Vm| {
+                vm.kernel_complaints()
+                    .first()
+                    .map(|line| (vm.name().to_owned(), line.clone()))
+            };
+            match vms.iter().find_map(unclean) {
+                Some((vm, line)) => bail!("the kernel of {vm} says: {line}"),
+                None => Ok(()),
+            }
+        };
+        work().and_then(|()| clean()).map_err(|error| {
             let said: String = vms.iter().map(|vm| vm.evidence()).collect();
             error.context(format!("vmgmtd said:\n{}\n{said}", self.daemon.log().tail()))
         })

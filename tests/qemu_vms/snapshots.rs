@@ -124,8 +124,6 @@ fn ends_well(site: &Site, vm: &Vm) -> Result<()> {
     let mail = vm.ok_for("vmgmt recv --count 1 --timeout 30", LONG)?;
     ensure!(mail.contains("mail from before"), "{mail}");
     vm.ok_for("vmgmt selftest", LONG)?;
-    let log = vm.run("dmesg | grep -E 'nobody cared|BUG|WARNING|Oops|DMAR:.*fault|lockup'")?;
-    ensure!(log.status == 1, "the guest's kernel complains: {}", log.text());
     Ok(())
 }
 

@@ -329,6 +329,11 @@ pub trait Channel: Send {
     /// The device does not come back.
     fn reopen(&mut self) -> Result<()>;
 
+    /// Completions that were published before [`Self::reopen`] and not reaped, in their order: for a caller to whom they matter.
+    fn late(&mut self) -> Vec<Finished> {
+        Vec::new()
+    }
+
     /// Waits until `descriptor` is readable or somebody cancels. For reading the program's own input.
     ///
     /// # Errors

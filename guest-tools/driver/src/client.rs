@@ -209,8 +209,21 @@ impl Client {
     /// # Errors
     /// The device does not come back.
     pub fn reopen(&mut self) -> Result<()> {
-        self.stash.clear();
-        self.abandoned.clear();
-        self.channel.reopen()
+        self.reopen_keeping().map(drop)
+    }
+
+    /// The same; gives the answers that had come and were not asked for yet.
+    pub(crate) fn reopen_keeping(&mut self) -> Result<BTreeMap<Tag, Finished>> {
+        let mut late = std::mem::take(&mut self.stash);
+        let abandoned = std::mem::take(&mut self.abandoned);
+        self.channel.reopen()?;
+        late.extend(
+            self.channel
+                .late()
+                .into_iter()
+                .filter(|finished| !abandoned.contains(&finished.tag))
+                .map(|finished| (finished.tag, finished)),
+        );
+        Ok(late)
     }
 }

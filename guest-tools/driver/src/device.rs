@@ -15,7 +15,8 @@ use vmgmt_abi::{ABI_VERSION, MAGIC, Status, feature};
 use crate::backing::{Backing, InterruptKind, Interrupts};
 use crate::error::{DriverError, Result};
 use crate::limits::{
-    ABSENT_ATTEMPTS, ABSENT_PAUSE, HEALTH_INTERVAL, SETTLE_PAUSE_FIRST, SETTLE_PAUSE_LAST, SETTLE_TIMEOUT,
+    ABSENT_ATTEMPTS, ABSENT_PAUSE, HEALTH_INTERVAL, SET_UP_ATTEMPTS, SET_UP_PAUSE, SETTLE_PAUSE_FIRST,
+    SETTLE_PAUSE_LAST, SETTLE_TIMEOUT,
 };
 
 /// Features that this driver uses where they are offered.
@@ -88,18 +89,7 @@ impl Device {
     /// # Errors
     /// No vmgmt device, another version of the contract, quarantined, or it does not settle.
     pub fn open(backing: Arc<dyn Backing>) -> Result<Arc<Self>> {
-        let (facts, interrupts) = match set_up(&*backing) {
-            // A VM that is restored at this moment has no base addresses, and reads nothing that makes sense: put back, and once more.
-            Err(
-                DriverError::DeviceMagic { .. }
-                | DriverError::DeviceAbsent
-                | DriverError::DeviceTimeout { .. },
-            ) => {
-                backing.restore_function()?;
-                set_up(&*backing)?
-            }
-            set_up => set_up?,
-        };
+        let (facts, interrupts) = set_up_patiently(&*backing)?;
         let state = Mutex::new(State {
             facts,
             interrupts,
@@ -158,7 +148,7 @@ impl Device {
     /// As [`Self::open`].
     pub fn recover(&self) -> Result<()> {
         self.backing.restore_function()?;
-        let (facts, interrupts) = set_up(&*self.backing)?;
+        let (facts, interrupts) = set_up_patiently(&*self.backing)?;
         let mut state = self.lock();
         state.facts = facts;
         state.interrupts = interrupts;
@@ -176,18 +166,21 @@ impl Device {
         reset(&*self.backing)
     }
 
-    /// Looks whether this is still the device that was set up.
+    /// Looks whether this is still the device that was set up, and gives it back what somebody else took from COMMAND: with bus mastering off it
+    /// would only wait.
     ///
     /// # Errors
     /// `DeviceReplaced`, `DeviceFailed`, `DeviceAbsent`, … as the registers say.
     pub fn check_health(&self) -> Result<()> {
         let facts = self.facts();
         let backing = &*self.backing;
-        let magic = read_patiently(backing, registers::MAGIC)?;
-        if magic != MAGIC {
-            // BARs that a restore cleared read as something else.
+        if backing.read32(registers::MAGIC)? != MAGIC {
+            // BARs that a reset or a restore cleared read as something else, or as nothing.
+            backing.restore_function()?;
+            read_patiently(backing, registers::MAGIC)?;
             return Err(DriverError::DeviceReplaced);
         }
+        backing.keep_function()?;
         if backing.read64(registers::SESSION_LOW)? != facts.session
             || backing.read32(registers::GENERATION)? != facts.generation
         {
@@ -366,6 +359,26 @@ fn limit(what: &'static str, value: u32, most: u32) -> Result<u32> {
         });
     }
     Ok(value)
+}
+
+/// Sets up; again, where what was read makes no sense: a VM that is restored, or whose function is reset, at this moment has no base addresses.
+fn set_up_patiently(backing: &dyn Backing) -> Result<(DeviceFacts, Interrupts)> {
+    for _ in 1..SET_UP_ATTEMPTS {
+        match set_up(backing) {
+            Err(
+                DriverError::DeviceMagic { .. }
+                | DriverError::DeviceAbsent
+                | DriverError::DeviceVersion { .. }
+                | DriverError::DeviceLimit { .. }
+                | DriverError::DeviceTimeout { .. },
+            ) => {
+                std::thread::sleep(SET_UP_PAUSE);
+                backing.restore_function()?;
+            }
+            other => return other,
+        }
+    }
+    set_up(backing)
 }
 
 fn set_up(backing: &dyn Backing) -> Result<(DeviceFacts, Interrupts)> {

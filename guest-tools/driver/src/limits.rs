@@ -13,6 +13,17 @@ pub const ABSENT_ATTEMPTS: u32 = 5;
 /// Pause between two such attempts.
 pub const ABSENT_PAUSE: Duration = Duration::from_millis(20);
 
+/// How often a device is set up when somebody resets the function meanwhile: the kernel needs 100 ms for that, in which registers read as anything.
+pub const SET_UP_ATTEMPTS: u32 = 4;
+/// Pause before the next attempt.
+pub const SET_UP_PAUSE: Duration = Duration::from_millis(50);
+/// Looks at a ring that opens before COMMAND is looked at: without bus mastering it would not open.
+pub const LOOKS_BEFORE_COMMAND: u32 = 8;
+
+/// How often a vfio device is opened while its function is being reset, which takes 100 ms and may take a second, and the pause between.
+pub const OPEN_DEVICE_ATTEMPTS: u32 = 40;
+pub const OPEN_DEVICE_PAUSE: Duration = Duration::from_millis(50);
+
 /// How long a reset, or the opening of a ring, may take. The core may be replaced meanwhile (back-off up to 1 s), and
 /// DMA that had begun is fenced within QEMU's own 5 s.
 pub const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);

@@ -65,6 +65,8 @@ pub struct Ring {
     /// Completions of submissions that the ring made itself (CANCEL) are swallowed.
     own: Vec<Tag>,
     counters: Counters,
+    /// Completions that were published before the ring was opened anew.
+    late: Vec<Finished>,
 }
 
 impl std::fmt::Debug for Ring {
@@ -91,6 +93,7 @@ impl Ring {
             spare_lists: Vec::new(),
             own: Vec::new(),
             counters: Counters::default(),
+            late: Vec::new(),
         };
         for _ in 1..OPEN_ATTEMPTS {
             match ring.start() {
@@ -295,7 +298,14 @@ impl Ring {
 
     /// Closes the ring and waits until no DMA of it is under way. Memory the device may still reach is not given back.
     fn close(&mut self) {
-        let Some(lanes) = self.lanes.take() else { return };
+        self.close_after(|_| {});
+    }
+
+    /// The same, with a last look at a ring that nobody writes to any more.
+    fn close_after(&mut self, last_look: impl FnOnce(&mut Lanes)) {
+        let Some(mut lanes) = self.lanes.take() else {
+            return;
+        };
         let backing = self.device.backing();
         let block = RINGS + lanes.index * RING_STRIDE;
         let closed = if self.device.is_current(lanes.set_up) {
@@ -310,6 +320,7 @@ impl Ring {
             Ok(())
         };
         if closed.or_else(|_| self.device.reset()).is_ok() {
+            last_look(&mut lanes);
             self.device.return_ring(lanes.index, lanes.set_up);
             self.spare_lists.clear();
         } else {
@@ -412,12 +423,30 @@ impl Channel for Ring {
     }
 
     fn reopen(&mut self) -> Result<()> {
-        self.close();
+        // First: a register that is not decoded would say that the ring is closed while the device still writes to it.
+        self.device.backing().restore_function()?;
+        let mut late = Vec::new();
+        self.close_after(|lanes| {
+            while let Ok(Some(completion)) = lanes.take_completion() {
+                let tag = Tag(completion.tag);
+                // One that nobody waits for is not believed, nor what follows it.
+                let Some(Pending { request, .. }) = lanes.pending.remove(tag) else {
+                    break;
+                };
+                late.push(Finished::new(tag, request, &completion));
+            }
+        });
+        late.retain(|finished| !self.own.contains(&finished.tag));
+        self.late = late;
         self.own.clear();
         if self.device.check_health().is_err() {
             self.device.recover()?;
         }
         self.start()
+    }
+
+    fn late(&mut self) -> Vec<Finished> {
+        std::mem::take(&mut self.late)
     }
 
     fn wait_readable(&self, descriptor: std::os::fd::BorrowedFd<'_>) -> Result<()> {

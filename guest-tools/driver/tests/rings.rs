@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use fake::{Fake, Mischief};
 use vmgmt_driver::abi::chat::MessageHeader;
 use vmgmt_driver::abi::ring::completion_flag;
+use vmgmt_driver::backing::COMMAND_MASTER;
 use vmgmt_driver::channel::Request;
 use vmgmt_driver::operations::chat::Receiver;
 use vmgmt_driver::transfer::Descriptor;
@@ -266,6 +267,49 @@ fn a_restore_between_the_device_and_its_ring_is_nothing() {
     // The ring's enable falls into a device that is being reset for a restore.
     fake.replace_at_enable();
     let mut client = Client::new(Ring::open(&device, RingOptions::new(Mode::COMMON)).unwrap());
+    client.noop().unwrap();
+}
+
+#[test]
+fn bus_mastering_that_somebody_turned_off_is_turned_on_again() {
+    let fake = Fake::new(false);
+    let (_device, mut client) = open(&fake, Mode::COMMON, Duration::ZERO);
+    fake.state().command &= !COMMAND_MASTER;
+    // Nothing was reset: the question is not asked again, its answer only comes later.
+    let tag = client.start(Request::new(Opcode::NOOP)).unwrap();
+    assert_eq!(client.await_ok(tag).unwrap().status, Status::OK);
+    assert_eq!(fake.state().command & COMMAND_MASTER, COMMAND_MASTER);
+}
+
+#[test]
+fn a_message_that_was_delivered_before_a_reset_is_not_lost_with_it() {
+    let fake = Fake::new(false);
+    let (_device, mut client) = open(&fake, Mode::CHAT, Duration::ZERO);
+    let mut receiver = Receiver::default();
+    client.post_receives(&mut receiver, 4).unwrap();
+    client.noop().unwrap();
+    let deliver = |text: &[u8]| {
+        let head = MessageHeader {
+            sequence: 1,
+            source: 3,
+            message_bytes: text.len() as u64,
+            accepted_ns: 1,
+            source_name_bytes: 2,
+            flags: 0,
+        };
+        let bytes = [head.as_bytes(), b"vm", text].concat();
+        fake.answer_receive(&bytes, text.len() as u64, 0);
+    };
+    // One that was taken off the ring and not asked for, two that nobody looked at.
+    deliver(b"first");
+    client.noop().unwrap();
+    deliver(b"second");
+    deliver(b"third");
+    fake.replace();
+    let late = client.reopen_receiving(&mut receiver).unwrap();
+    let texts: Vec<&[u8]> = late.iter().map(|message| &*message.bytes).collect();
+    assert_eq!(texts, [&b"first"[..], b"second", b"third"]);
+    assert_eq!(receiver.posted(), 0);
     client.noop().unwrap();
 }
 

@@ -72,8 +72,10 @@ pub fn receive(session: &Session, order: &ReceiveOrder) -> Result<()> {
             }
             Ok(None) => break,
             Err(error) if error.is_recoverable() => {
-                client.reopen()?;
-                receiver = Receiver::default();
+                for message in client.reopen_receiving(&mut receiver)? {
+                    show(&message, session.general.json, order.raw)?;
+                    got += 1;
+                }
             }
             Err(error) => return Err(error.into()),
         }

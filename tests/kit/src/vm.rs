@@ -6,6 +6,7 @@
 mod arguments;
 mod builder;
 mod channel;
+mod complaints;
 mod qmp;
 
 pub use builder::VmBuilder;
@@ -151,6 +152,11 @@ impl Vm {
     /// What the console said so far.
     pub fn console(&self) -> String {
         String::from_utf8_lossy(&std::fs::read(&self.evidence.console).unwrap_or_default()).into_owned()
+    }
+
+    /// What its kernel said and must not say: warnings, faults, stalls ([`complaints`]).
+    pub fn kernel_complaints(&self) -> Vec<String> {
+        complaints::complaints(&self.console())
     }
 
     /// Waits until the console has said `needle`.

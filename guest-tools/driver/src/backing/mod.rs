@@ -170,6 +170,14 @@ pub trait Backing: Send + Sync {
         self.set_command(COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER, 0)
     }
 
+    /// Puts back what somebody else took from COMMAND while the device was in use: nothing is written where nothing is missing.
+    ///
+    /// # Errors
+    /// The configuration space failed.
+    fn keep_function(&self) -> Result<()> {
+        self.set_command(COMMAND_MEMORY | COMMAND_MASTER, 0)
+    }
+
     /// Resets the PCI function; false where this backing cannot.
     ///
     /// # Errors

@@ -160,6 +160,12 @@ impl Backing for Uio {
         self.set_command(COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER, 0)
     }
 
+    fn keep_function(&self) -> Result<()> {
+        // A reset through sysfs puts back the COMMAND of its beginning: with the line disabled where an interrupt was being taken just then.
+        // Where one waits to be taken, the kernel disables the line once more.
+        self.set_command(COMMAND_MEMORY | COMMAND_MASTER, COMMAND_INTX_DISABLE)
+    }
+
     fn reset_function(&self) -> Result<bool> {
         // The kernel saves and restores configuration space around it.
         let path = self.function.path("reset");

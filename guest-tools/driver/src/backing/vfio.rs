@@ -21,7 +21,7 @@ use super::{
     Width,
 };
 use crate::error::{DriverError, Result};
-use crate::limits::HUGE_PAGE_BYTES;
+use crate::limits::{HUGE_PAGE_BYTES, OPEN_DEVICE_ATTEMPTS, OPEN_DEVICE_PAUSE};
 use crate::memory::{DmaMemory, Piece};
 
 /// Device addresses are dealt from here: above all RAM below 4 GiB and its reserved windows (MSI at 0xfee00000).
@@ -118,8 +118,17 @@ impl Vfio {
         name.get_mut(..bytes.len().min(31))
             .unwrap_or_default()
             .copy_from_slice(bytes.get(..bytes.len().min(31)).unwrap_or_default());
-        let raw = interface::call(group.as_fd(), interface::GROUP_GET_DEVICE_FD, &mut name)
-            .map_err(failed("device"))?;
+        let mut attempt = 1;
+        let raw = loop {
+            match interface::call(group.as_fd(), interface::GROUP_GET_DEVICE_FD, &mut name) {
+                // Somebody resets the function at this moment (sysfs, another program that ends): vfio wants to do the same, and does not wait.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && attempt < OPEN_DEVICE_ATTEMPTS => {
+                    attempt += 1;
+                    std::thread::sleep(OPEN_DEVICE_PAUSE);
+                }
+                opened => break opened.map_err(failed("device"))?,
+            }
+        };
         // SAFETY: the kernel has just made this descriptor for us.
         let device = unsafe { File::from_raw_fd(raw) };
 

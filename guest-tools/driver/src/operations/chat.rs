@@ -178,6 +178,24 @@ impl Client {
         }
     }
 
+    /// Opens the channel anew as [`Client::reopen`] does, with no receive posted. Gives the messages that were delivered before, as far as they are whole:
+    /// they do not come again.
+    ///
+    /// # Errors
+    /// As [`Client::reopen`].
+    pub fn reopen_receiving(&mut self, receiver: &mut Receiver) -> Result<Vec<Message>> {
+        let mut old = std::mem::take(receiver);
+        let mut answers = self.reopen_keeping()?;
+        let mut delivered = Vec::new();
+        while let Some(tag) = old.posted.pop_front() {
+            let answer = answers.remove(&tag);
+            if let Some(finished) = answer.filter(|finished| finished.status == vmgmt_abi::Status::OK) {
+                delivered.extend(assemble(&mut old, &finished)?);
+            }
+        }
+        Ok(delivered)
+    }
+
     /// Takes back the receives that are posted. A message that came meanwhile is given.
     ///
     /// # Errors

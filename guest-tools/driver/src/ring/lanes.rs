@@ -15,7 +15,7 @@ use super::RingOptions;
 use crate::channel::{Request, Tag};
 use crate::device::{Device, settle};
 use crate::error::{DriverError, Result};
-use crate::limits::PAGE_BYTES;
+use crate::limits::{LOOKS_BEFORE_COMMAND, PAGE_BYTES};
 use crate::memory::DmaMemory;
 use crate::tags::TagTable;
 
@@ -80,19 +80,30 @@ impl Lanes {
             completion_head: 0,
             pending: TagTable::new(capacity),
         };
+        let mut looks = 0;
         let opened = settle("opening a ring", || {
             let status = backing.read32(block + registers::RING_STATUS)?;
             match RingState(status & 0xff) {
                 _ if status == u32::MAX => Err(DriverError::DeviceAbsent),
                 RingState::OPEN => Ok(Some(())),
                 RingState::REFUSED => Err(DriverError::RingRefused(Status((status >> 16) as u16))),
-                RingState::OPENING => Ok(None),
+                RingState::OPENING => {
+                    looks += 1;
+                    if looks >= LOOKS_BEFORE_COMMAND {
+                        backing.keep_function()?;
+                    }
+                    Ok(None)
+                }
                 // Not latched: the device is being reset or has failed.
                 RingState::CLOSED => device.check_health().map(|()| None),
                 other => Err(DriverError::contract(format!("unknown ring state {}", other.0))),
             }
         });
-        if let Err(error) = opened {
+        if let Err(mut error) = opened {
+            // Whatever was read: of a device that was reset meanwhile it means nothing.
+            if let Err(replaced @ DriverError::DeviceReplaced) = device.check_health() {
+                error = replaced;
+            }
             let undone = backing
                 .write32(block + registers::RING_ENABLE, 0)
                 .and_then(|()| device.reset());

@@ -14,7 +14,9 @@ use vmgmt_driver::abi::ring::{
 };
 use vmgmt_driver::abi::{self, Completion, ListEntry, Opcode, Status, Submission};
 use vmgmt_driver::backing::memfd::MemfdMemory;
-use vmgmt_driver::backing::{Backing, InterruptKind, Interrupts, Width};
+use vmgmt_driver::backing::{
+    Backing, COMMAND_MASTER, COMMAND_MEMORY, CONFIG_COMMAND, InterruptKind, Interrupts, Width,
+};
 use vmgmt_driver::{DmaMemory, DriverError, Result};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -73,6 +75,8 @@ pub struct State {
     /// Reads of MAGIC that give all ones.
     pub absent_reads: u32,
     replace_at_enable: bool,
+    /// COMMAND of configuration space: without bus mastering the device only waits.
+    pub command: u32,
     kicks: u64,
     stop: bool,
 }
@@ -112,6 +116,7 @@ impl Fake {
             resets: 0,
             absent_reads: 0,
             replace_at_enable: false,
+            command: COMMAND_MEMORY | COMMAND_MASTER,
             kicks: 0,
             stop: false,
         };
@@ -258,7 +263,7 @@ impl Shared {
         while !state.stop {
             let mut worked = false;
             for index in 0..RINGS_MAX {
-                if state.rings[index].open {
+                if state.rings[index].open && state.command & COMMAND_MASTER != 0 {
                     worked |= self.serve(&mut state, index);
                 }
             }
@@ -275,10 +280,11 @@ impl Shared {
                     .unwrap();
             }
             fence(Ordering::SeqCst);
-            let news = state
-                .rings
-                .iter()
-                .any(|ring| ring.open && self.tail(ring) != ring.head);
+            let news = state.command & COMMAND_MASTER != 0
+                && state
+                    .rings
+                    .iter()
+                    .any(|ring| ring.open && self.tail(ring) != ring.head);
             if !news && state.kicks == seen {
                 state = self.kick.wait(state).unwrap();
             }
@@ -620,11 +626,17 @@ impl Backing for Fake {
         }
     }
 
-    fn config_read(&self, _offset: u32, _width: Width) -> Result<u32> {
-        Ok(0)
+    fn config_read(&self, offset: u32, _width: Width) -> Result<u32> {
+        assert_eq!(offset, CONFIG_COMMAND);
+        Ok(self.state().command)
     }
 
-    fn config_write(&self, _offset: u32, _width: Width, _value: u32) -> Result<()> {
+    fn config_write(&self, offset: u32, _width: Width, value: u32) -> Result<()> {
+        assert_eq!(offset, CONFIG_COMMAND);
+        let mut state = self.state();
+        state.command = value;
+        state.kicks += 1;
+        self.shared.kick.notify_all();
         Ok(())
     }
 }

@@ -148,8 +148,9 @@ fn memory_object(builder: &VmBuilder, wiring: &Wiring<'_>) -> Result<Option<Valu
 /// What the kernel and our init are told.
 fn kernel_line(builder: &VmBuilder, wiring: &Wiring<'_>) -> String {
     let mut line = String::from(
+        // loglevel=5: warnings too, so that the console is the evidence that `complaints` judges.
         // no_timer_check: on a loaded host an emulated timer can miss the kernel's test of it, which then panics.
-        "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off nokaslr random.trust_cpu=on no_timer_check",
+        "console=ttyS0 quiet loglevel=5 panic=-1 mitigations=off nokaslr random.trust_cpu=on no_timer_check",
     );
     if builder.iommu == Iommu::Intel {
         line.push_str(" intel_iommu=on");
