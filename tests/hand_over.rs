@@ -1,6 +1,10 @@
-//! The front and the keeper are replaced under running guests: nobody notices, and a program that is no good changes nothing.
+//! The front and the keeper are replaced under running guests: nobody notices, and a program that is no good changes nothing. And a fault
+//! of the front's own in one session ends that session alone.
 //!
 //! "Another program" is the same one under another name. Programs that fail are made so from outside: by limits, by SIGSTOP, by SIGKILL.
+
+#[path = "hand_over/faults.rs"]
+mod faults;
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};

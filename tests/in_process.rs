@@ -12,6 +12,10 @@ mod core_dies;
 mod files;
 #[path = "in_process/freeze.rs"]
 mod freeze;
+#[path = "in_process/freeze_fails.rs"]
+mod freeze_fails;
+#[path = "in_process/interrupts.rs"]
+mod interrupts;
 #[path = "in_process/memory.rs"]
 mod memory;
 #[path = "in_process/rules.rs"]

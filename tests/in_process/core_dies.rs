@@ -4,7 +4,7 @@ use super::*;
 use rustix::process::{Pid, Signal, kill_process};
 use std::os::fd::AsFd;
 use vmgmt_ctl::Client as Operator;
-use vmgmt_ctl::protocol::{Call, Pull, Push, Transferred, new_key};
+use vmgmt_ctl::protocol::{Call, Peers, Pull, Push, Transferred, Vms, new_key};
 use vmgmt_driver::abi::registers;
 use vmgmt_driver::backing::Backing;
 use vmgmt_driver::operations::chat::Receiver;
@@ -59,6 +59,105 @@ fn registers_answer_while_the_core_is_dead_and_work_goes_on_after() -> Result<()
         "{before:?} became {after:?}"
     );
     ensure!(vm.device().check_health().is_ok(), "the guest saw another device");
+    Ok(())
+}
+
+/// The core dies, and before another one is started `meanwhile` happens.
+pub(super) fn without_a_core(site: &Site, meanwhile: impl FnOnce() -> Result<()>) -> Result<()> {
+    signal(site.daemon.pid(), Signal::STOP)?;
+    let done: Result<u32> = (|| {
+        let old = site.daemon.kill_role("core")?;
+        wait_until("the core's death", PATIENCE, || Ok(is_dead(old).then_some(())))?;
+        meanwhile()?;
+        Ok(old)
+    })();
+    signal(site.daemon.pid(), Signal::CONT)?;
+    site.daemon.wait_for_new("core", done?, PATIENCE)?;
+    Ok(())
+}
+
+#[test]
+fn handles_go_on_or_say_that_their_file_is_another_or_gone() -> Result<()> {
+    let site = site(1)?;
+    let vm = site.vm(0)?;
+    let mut files = vm.ring(Mode::FILE)?;
+    let at = |name: &str| site.share().join(name);
+    for name in ["same", "replaced", "removed"] {
+        std::fs::write(at(name), name)?;
+    }
+    let buffer = files.allocate(64)?;
+    let mut open = |name: &str| Ok(files.open_for_reading(&format!("work/{name}"))?.handle);
+    let handles: Vec<u64> = ["same", "replaced", "removed"]
+        .into_iter()
+        .map(&mut open)
+        .collect::<Result<_>>()?;
+    for round in 0..2 {
+        without_a_core(&site, || {
+            if round == 0 {
+                std::fs::write(at("new"), "replaced")?;
+                std::fs::rename(at("new"), at("replaced"))?;
+                std::fs::remove_file(at("removed"))?;
+            }
+            Ok(())
+        })?;
+        let mut read = |handle: u64| files.read_at(handle, 0, &buffer, 0, 64);
+        ensure!(read(handles[0])? == 4, "round {round}");
+        for handle in &handles[1..] {
+            let error = read(*handle).err().context("a stale handle reads")?;
+            ensure!(
+                error.status() == Some(vmgmt_driver::Status::STALE),
+                "round {round}: {error}"
+            );
+        }
+    }
+    ensure!(buffer.to_vec(0, 4)? == b"same");
+    // The name is another file's, which is opened as any.
+    let again = files.open_for_reading("work/replaced")?.handle;
+    ensure!(files.read_at(again, 0, &buffer, 0, 64)? == 8);
+    Ok(())
+}
+
+#[test]
+fn presence_is_as_before() -> Result<()> {
+    let site = site(4)?;
+    let vms: Vec<SimulatedVm> = (0..3).map(|number| site.vm(number)).collect::<Result<_>>()?;
+    let mut chats: Vec<Client> = vms.iter().map(|vm| vm.ring(Mode::CHAT)).collect::<Result<_>>()?;
+    let mut receiver = Receiver::default();
+    chats[0].publish(Some("listens"))?;
+    chats[0].post_receives(&mut receiver, 4)?;
+    chats[1].publish(Some("does not"))?;
+    chats[2].publish(Some("is not there any more"))?;
+    chats[2].publish(None)?;
+    let mut operator = Operator::connect(&site.control())?;
+    let mut seen = |chats: &mut Vec<Client>| -> Result<_> {
+        let mut ask = |call: &Call| operator.call(call, &[], Some(PATIENCE), &mut |_| true);
+        let peers: Peers = serde_json::from_value(ask(&Call::Peers)?)?;
+        let mut vms: Vms = serde_json::from_value(ask(&Call::Vms)?)?;
+        // (What was counted since this core's start is another matter.)
+        vms.vms.iter_mut().for_each(|vm| vm.counters.clear());
+        let of_guests: Vec<_> = chats.iter_mut().map(Client::peers).collect::<Result<_, _>>()?;
+        let of_guests: Vec<Vec<_>> = of_guests
+            .into_iter()
+            .map(|peers| {
+                peers
+                    .into_iter()
+                    .map(|peer| (peer.number, peer.name, peer.description, peer.presence))
+                    .collect()
+            })
+            .collect();
+        Ok((peers, vms, of_guests))
+    };
+    let before = seen(&mut chats)?;
+    ensure!(
+        before.0.peers.len() == 2 && before.0.peers.iter().filter(|peer| peer.listening).count() == 1,
+        "{before:?}"
+    );
+    for round in 0..3 {
+        let old = site.daemon.kill_role("core")?;
+        site.daemon.wait_for_new("core", old, PATIENCE)?;
+        let after = seen(&mut chats)?;
+        ensure!(after == before, "round {round}: {before:?} became {after:?}");
+    }
     Ok(())
 }
 

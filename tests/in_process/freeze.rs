@@ -17,7 +17,7 @@ use vmgmt_testkit::guest::Sharing;
 const PAGE_BYTES: usize = 4096;
 
 /// vmgmtctl: (exit code, what it says on both outputs).
-fn operator(site: &Site, words: &[&str]) -> Result<(i32, String)> {
+pub(super) fn operator(site: &Site, words: &[&str]) -> Result<(i32, String)> {
     let output = Command::new(env!("CARGO_BIN_EXE_vmgmtctl"))
         .arg("--control")
         .arg(site.control())
@@ -31,7 +31,7 @@ fn operator(site: &Site, words: &[&str]) -> Result<(i32, String)> {
     ))
 }
 
-fn done(site: &Site, words: &[&str]) -> Result<String> {
+pub(super) fn done(site: &Site, words: &[&str]) -> Result<String> {
     let (code, text) = operator(site, words)?;
     ensure!(code == 0, "vmgmtctl {words:?} ended with {code}: {text}");
     Ok(text)
@@ -549,33 +549,4 @@ fn a_forgotten_freeze_ends_by_itself_and_the_thaw_says_so() -> Result<()> {
     let (code, text) = operator(&site, &["freeze", "vm7"])?;
     ensure!(code == 4 && text.contains("vmgmtctl vms"), "{code}: {text}");
     Ok(())
-}
-
-#[test]
-fn a_vm_that_does_not_become_quiet_is_named_and_let_go() -> Result<()> {
-    let site = site(1)?;
-    let vm = site.vm_with(0, GuestOptions::default().sharing(Sharing::Messages))?;
-    let mut ring = vm.ring(Mode::COMMON)?;
-    echoes(&mut ring)?;
-    // A client that does not answer the message to which the doorbell leads.
-    let refused = vm.backing().with_client(|client| -> Result<_> {
-        let doorbell = u64::from(vmgmt_driver::abi::registers::DOORBELLS);
-        client.region_write_posted(0, doorbell, &[9, 0, 0, 0])?;
-        wait_until("a message is under way", PATIENCE, || {
-            use rustix::event::{PollFd, PollFlags, Timespec, poll};
-            let mut polled = [PollFd::new(client.socket(), PollFlags::IN)];
-            let none = Timespec {
-                tv_sec: 0,
-                tv_nsec: 0,
-            };
-            Ok((poll(&mut polled, Some(&none))? > 0).then_some(()))
-        })?;
-        operator(&site, &["freeze", "vm0"])
-    })?;
-    ensure!(
-        refused.0 == 5 && refused.1.contains("QEMU has not answered a message"),
-        "{refused:?}"
-    );
-    ensure!(!done(&site, &["vms"])?.contains("frozen"));
-    echoes(&mut ring)
 }

@@ -147,6 +147,10 @@ pub(crate) fn vms(vms: Vms) -> String {
                 (true, None) => format!("{} (frozen)", vm.sessions.len()),
                 (true, Some(seconds)) => format!("{} (frozen, {seconds} s)", vm.sessions.len()),
             };
+            let devices = match vm.counters.get("messages_given_up") {
+                None | Some(0) => devices,
+                Some(count) => format!("{devices}, {count} messages given up"),
+            };
             let mailbox = format!("{} ({})", vm.mailbox_messages, bytes(vm.mailbox_bytes));
             let listening = yes(vm.listening);
             let shares = words(&vm.shares);

@@ -4,7 +4,8 @@
 //! can have a good old and a bad new program. PLACE `check`, `trial`, `go`, `rehearse`, `serve` (a front that takes over; it
 //! cannot see its program's name): WHAT is `abort`, `hang` or `exit`. PLACE `resume`:
 //! WHAT is `refuse` or `panic`. PLACE `submission`,
-//! `worker`: the process aborts when a submission's data, or the names that a worker is given, contain WHAT.
+//! `worker`: the process aborts when a submission's data, or the names that a worker is given, contain WHAT. PLACE `register`, `end`: the
+//! front panics when a register is written with a value that contains WHAT, or in the middle of the end of a session of the VM WHAT.
 
 #[cfg(debug_assertions)]
 mod on_demand {
@@ -57,15 +58,23 @@ mod on_demand {
         Ok(())
     }
 
-    pub(crate) fn on(place: &str, bytes: &[u8]) {
+    fn hits(place: &str, bytes: &[u8]) -> bool {
         let hit = |what: &str| {
             bytes
                 .windows(what.len().max(1))
                 .any(|part| part == what.as_bytes())
         };
-        if faults().iter().any(|(at, what)| at == place && hit(what)) {
+        faults().iter().any(|(at, what)| at == place && hit(what))
+    }
+
+    pub(crate) fn on(place: &str, bytes: &[u8]) {
+        if hits(place, bytes) {
             std::process::abort();
         }
+    }
+
+    pub(crate) fn panic_on(place: &str, bytes: &[u8]) {
+        assert!(!hits(place, bytes), "a fault was asked for");
     }
 
     pub(crate) fn on_any(place: &str, value: &impl std::fmt::Debug) {
@@ -84,7 +93,8 @@ mod on_demand {
         Ok(())
     }
     pub(crate) const fn on(_: &str, _: &[u8]) {}
+    pub(crate) const fn panic_on(_: &str, _: &[u8]) {}
     pub(crate) const fn on_any<T: std::fmt::Debug>(_: &str, _: &T) {}
 }
 
-pub(crate) use on_demand::{at, fails, on, on_any, read};
+pub(crate) use on_demand::{at, fails, on, on_any, panic_on, read};

@@ -188,11 +188,14 @@ pub enum FrontToCore {
     /// Answer to a DMA request of this life. payload: what was read. `error`: the client's errno, 0: done.
     DmaAnswer { session: u64, request: u64, error: u32 },
     /// Until when a VM is frozen ([`Tick::NEVER`]: until it is thawed; `None`: it is not), after all its front pages say so. Answer to
-    /// [`CoreToFront::Freeze`]; `request` 0: its time is over, or the core life begins.
+    /// [`CoreToFront::Freeze`]; `request` 0: its time is over, or the core life begins. `kept`: a core life has said `kept` of it, so that
+    /// somebody counts on it. (A front of the version before keeps all that it is told.)
     Frozen {
         vm: u64,
         until: Option<Tick>,
         request: u64,
+        #[serde(default = "yes")]
+        kept: bool,
     },
 }
 
@@ -215,12 +218,21 @@ pub enum CoreToFront {
         fence: u64,
         iova: u64,
     },
-    /// All sessions of this VM, those to come too, are frozen until then, or (`None`) let go. `request` is not 0.
+    /// All sessions of this VM, those to come too, are frozen until then, or (`None`) let go. `request` is not 0. `kept`: `Some(false)`: nobody
+    /// was told of it yet; if this core life ends before it says more, and nobody asks again, the VM is let go. `Some(true)`: it is quiet, and
+    /// somebody will be told so when the front has answered: it stays so whatever becomes of the core (if it is still frozen; nothing else changes).
+    /// `None`: the word of a core of the version before, which means it as of then.
     Freeze {
         vm: u64,
         until: Option<Tick>,
         request: u64,
+        #[serde(default)]
+        kept: Option<bool>,
     },
+}
+
+const fn yes() -> bool {
+    true
 }
 
 /// Bytes of one message-DMA request: what QEMU's client takes with room to spare, and a packet holds.
@@ -245,6 +257,50 @@ mod tests {
         let mut bytes = Vec::new();
         ciborium::into_writer(message, &mut bytes).unwrap();
         ciborium::from_reader(bytes.as_slice()).unwrap()
+    }
+
+    /// What the version before knew of a freeze, on both sides.
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    enum FreezeBefore {
+        Freeze {
+            vm: u64,
+            until: Option<Tick>,
+            request: u64,
+        },
+        Frozen {
+            vm: u64,
+            until: Option<Tick>,
+            request: u64,
+        },
+    }
+
+    #[test]
+    fn a_freeze_between_two_versions_is_kept() {
+        let (vm, until, request) = (3, Some(Tick(9)), 7);
+        let before = FreezeBefore::Freeze { vm, until, request };
+        let CoreToFront::Freeze { kept: None, .. } = told(&before) else {
+            panic!("another message");
+        };
+        let kept = Some(false);
+        let now = CoreToFront::Freeze {
+            vm,
+            until,
+            request,
+            kept,
+        };
+        assert_eq!(told::<FreezeBefore>(&now), before);
+        let before = FreezeBefore::Frozen { vm, until, request };
+        let FrontToCore::Frozen { kept: true, .. } = told(&before) else {
+            panic!("another message");
+        };
+        let kept = false;
+        let now = FrontToCore::Frozen {
+            vm,
+            until,
+            request,
+            kept,
+        };
+        assert_eq!(told::<FreezeBefore>(&now), before);
     }
 
     #[test]

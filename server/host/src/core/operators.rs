@@ -6,6 +6,7 @@
 mod views;
 
 use super::lines::Lines;
+use super::sessions::Sessions;
 use crate::config::{CoreConfig, ListenerConfig, VmConfig, added_vm};
 use crate::control::protocol::{
     self, Call, Done, ErrorCode, Event, Failure, Hello, LogLine, Message, Peers, Progress, Received, Sent,
@@ -104,7 +105,7 @@ pub struct Books<'a> {
     pub life: u64,
     pub started: Instant,
     /// Sessions connected now.
-    pub sessions: usize,
+    pub sessions: &'a Sessions,
     /// The last upgrade.
     pub upgrade: Option<&'a UpgradeReport>,
     /// Until when which VM is frozen.
@@ -122,7 +123,7 @@ impl Books<'_> {
             life: self.life,
             uptime_seconds: self.started.elapsed().as_secs(),
             vms: self.vms.len() as u64,
-            sessions: self.sessions as u64,
+            sessions: self.sessions.count() as u64,
             notices: self
                 .lines
                 .since(0)

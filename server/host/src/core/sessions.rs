@@ -198,6 +198,15 @@ impl Sessions {
             .map(|(number, session)| (*number, session))
     }
 
+    /// Messages to a VM's process that were given up, unanswered, of the devices that it has now.
+    #[must_use]
+    pub fn messages_given_up(&self, vm: u64) -> u64 {
+        let sessions = self.of_vm(vm);
+        sessions
+            .map(|(_, session)| session.memory.counters().messages_given_up)
+            .sum()
+    }
+
     /// Guest memory of a session, within its turn.
     pub fn memory(&mut self, session: u64) -> Option<&mut SessionMemory> {
         self.sessions.get_mut(&session).map(|session| &mut session.memory)

@@ -157,6 +157,7 @@ impl Front {
         }
         self.now = now()?;
         self.tell_sandbox();
+        self.give_up_lost();
         let stood_still_ns = self.now.since_ns(stopped);
         self.tell_keeper(FrontToKeeper::Serves { stood_still_ns });
         Ok(())

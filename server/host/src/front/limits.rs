@@ -55,6 +55,9 @@ pub const MESSAGE_DMA_WAITING_MAX: usize = crate::messages::MESSAGE_DMA_OUTSTAND
 /// Frozen VMs kept in mind: as many as there can be sessions.
 pub const FROZEN_VMS_MAX: usize = SESSIONS_MAX;
 
+/// A freeze whose core died before it was answered is let go when nobody has asked again for so long: twice the time for which `vmgmtctl` does.
+pub const FREEZE_ORPHANED_NS_MAX: u64 = 10_000_000_000;
+
 /// Freezes that are not answered yet; the core has fewer operators than that.
 pub const FREEZES_ASKED_MAX: usize = 64;
 

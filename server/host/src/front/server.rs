@@ -330,6 +330,8 @@ impl Front {
                 continue;
             };
             session.queued = false;
+            let core = self.core.as_ref().map(|core| core.life);
+            session.done |= session.abandoned && (core.is_none() || session.told_life != core);
             let mut more = false;
             self.serve(slot, |session, outside| more = session.work(outside));
             if more {
@@ -374,26 +376,35 @@ impl Front {
 
     /// Calls a session and books what came of it. A panic in it ends that session alone.
     pub(super) fn serve(&mut self, slot: usize, call: impl FnOnce(&mut Session, &mut Outside<'_>)) {
+        if catch_unwind(AssertUnwindSafe(|| self.serve_uncaught(slot, call))).is_ok() {
+            return;
+        }
+        let Some(session) = self.sessions.get(slot) else {
+            return;
+        };
+        let name = &session.name;
+        tracing::error!(session = session.number, vm = session.vm, client = %name, "a fault of ours in the device of {name}: the device ends, all others go on. The VM gets another by a restart, or by device_del and device_add; please report the panic above");
+        let end = |session: &mut Session, outside: &mut Outside<'_>| session.end(outside, "internal error");
+        let ends = session.socket.is_some()
+            && catch_unwind(AssertUnwindSafe(|| self.serve_uncaught(slot, end))).is_ok();
+        if !ends {
+            self.lose(slot);
+        }
+    }
+
+    fn serve_uncaught(&mut self, slot: usize, call: impl FnOnce(&mut Session, &mut Outside<'_>)) {
         let Some(session) = self.sessions.get_mut(slot) else {
             return;
         };
-        let socket_before = session.socket.as_ref().map(AsRawFd::as_raw_fd);
+        let socket_before = session.socket.is_some();
         let mut outside = Outside {
             now: self.now,
             core: self.core.as_mut(),
             buffer: &mut self.buffer,
         };
-        let calm = catch_unwind(AssertUnwindSafe(|| call(session, &mut outside)));
-        if calm.is_err() {
-            tracing::error!(session = session.number, client = %session.name, "a fault of ours in this session: it is closed");
-            let ended = catch_unwind(AssertUnwindSafe(|| session.end(&mut outside, "internal error")));
-            if ended.is_err() {
-                // Its fence cannot be asked for any more: nothing of it is freed, no other session uses its slot.
-                session.abandon();
-            }
-        }
+        call(session, &mut outside);
         // A closed descriptor has left the event loop by itself, unless somebody else holds it too.
-        if session.socket.is_none() && socket_before.is_some() {
+        if session.socket.is_none() && socket_before {
             self.watch_unmask(slot, None);
         }
         let Some(session) = self.sessions.get_mut(slot) else {
@@ -405,11 +416,33 @@ impl Front {
         self.book(slot);
     }
 
+    /// The end of a session that cannot even be ended in order: nothing can be asked of its device any more, its fence least of all. So the
+    /// core life that has its memory is given up (its death is the fence, and no VM sees it), and the session is gone with it.
+    fn lose(&mut self, slot: usize) {
+        self.watch_unmask(slot, None);
+        if let Some(session) = self.sessions.get_mut(slot) {
+            session.abandon();
+        }
+        self.give_up_lost();
+        self.enqueue(slot);
+    }
+
+    /// Has the core killed if it knows of an abandoned session.
+    pub(super) fn give_up_lost(&mut self) {
+        let life = self.core.as_ref().map(|core| core.life);
+        let known =
+            |session: &Session| session.abandoned && session.told_life.is_some() && session.told_life == life;
+        if self.sessions.iter().any(|(_, session)| known(session)) {
+            self.core_broken();
+        }
+    }
+
     /// Keeps deadlines, debts and turns up to date, and lets a session go that is done.
     pub(super) fn book(&mut self, slot: usize) {
         let Some(session) = self.sessions.get_mut(slot) else {
             return;
         };
+        session.messages_out = session.has_messages_out();
         let deadline = session.next_deadline();
         if deadline != session.deadline {
             self.deadlines.remove(&(session.deadline, slot));

@@ -3,7 +3,7 @@
 //! In: core lives, packets and kicks of the core. Out: packets for it; calls of sessions. Must never know: what a client asks.
 
 use super::core_link::CoreLink;
-use super::limits::{self, FREEZES_ASKED_MAX};
+use super::limits::{self, FREEZE_ORPHANED_NS_MAX, FREEZES_ASKED_MAX};
 use super::message_dma::Ask;
 use super::server::{CORE, Front, WAKE};
 use super::session::Session;
@@ -58,8 +58,8 @@ impl Front {
                 Some(slot) => self.serve(slot, Session::tell_core),
                 None => {
                     self.adopting = None;
-                    for (vm, until) in self.frozen.all() {
-                        self.tell_frozen(vm, Some(until), 0);
+                    for (vm, _) in self.frozen.all() {
+                        self.tell_frozen(vm, 0);
                     }
                     if let Some(core) = &mut self.core {
                         core.wake(self.now);
@@ -82,7 +82,7 @@ impl Front {
 
     fn drop_core(&mut self) {
         self.adopting = None;
-        self.frozen.asked.clear();
+        self.frozen.core_gone(self.now.after_ns(FREEZE_ORPHANED_NS_MAX));
         self.core_ready = false;
         if let Some(core) = self.core.take() {
             self.deregister(core.outbox.channel().as_fd().as_raw_fd());
@@ -134,7 +134,12 @@ impl Front {
                     data: packet.payload,
                 },
             ),
-            CoreToFront::Freeze { vm, until, request } => return self.freeze(vm, until, request),
+            CoreToFront::Freeze {
+                vm,
+                until,
+                request,
+                kept,
+            } => return self.freeze(vm, until, request, kept),
         };
         let slot = self.numbers.get(&number).copied();
         let live = slot.filter(|slot| {
@@ -164,8 +169,12 @@ impl Front {
     }
 
     /// The operator's wish: a level that outlives sessions and core lives.
-    fn freeze(&mut self, vm: u64, until: Option<Tick>, request: u64) {
-        if !self.frozen.set(vm, until) {
+    fn freeze(&mut self, vm: u64, until: Option<Tick>, request: u64, kept: Option<bool>) {
+        if kept == Some(true) {
+            self.frozen.keep(vm);
+            return self.tell_frozen(vm, request);
+        }
+        if !self.frozen.set(vm, until, kept.is_none()) {
             tracing::error!(vm, "more VMs are frozen than the front keeps in mind");
         }
         let until = self.frozen.until(vm);
@@ -179,7 +188,7 @@ impl Front {
         }
         match until {
             Some(_) if self.frozen.asked.len() < FREEZES_ASKED_MAX => self.frozen.asked.push((vm, request)),
-            _ => self.tell_frozen(vm, until, request),
+            _ => self.tell_frozen(vm, request),
         }
     }
 
@@ -187,22 +196,33 @@ impl Front {
     /// answers do not matter, but a write that comes late would).
     pub(super) fn freezes(&mut self) {
         while let Some(vm) = self.frozen.due(self.now) {
-            tracing::warn!(vm, "the time that the VM was to be frozen is over");
-            self.freeze(vm, None, 0);
+            let kept = self.frozen.is_kept(vm);
+            tracing::warn!(
+                vm,
+                kept,
+                "thawed: the time that the VM was to be frozen is over, or (not kept) the core died before it answered who asked"
+            );
+            self.freeze(vm, None, 0, None);
         }
         for (vm, request) in std::mem::take(&mut self.frozen.asked) {
             let of_vm = self.sessions.iter().filter(|(_, session)| session.vm == vm);
-            if of_vm.into_iter().any(|(_, session)| session.has_messages_out()) {
+            if of_vm.into_iter().any(|(_, session)| session.messages_out) {
                 self.frozen.asked.push((vm, request));
             } else {
-                self.tell_frozen(vm, self.frozen.until(vm), request);
+                self.tell_frozen(vm, request);
             }
         }
     }
 
-    fn tell_frozen(&mut self, vm: u64, until: Option<Tick>, request: u64) {
+    fn tell_frozen(&mut self, vm: u64, request: u64) {
+        let (until, kept) = (self.frozen.until(vm), self.frozen.is_kept(vm));
         if let Some(core) = &mut self.core {
-            let told = FrontToCore::Frozen { vm, until, request };
+            let told = FrontToCore::Frozen {
+                vm,
+                until,
+                request,
+                kept,
+            };
             core.outbox.send(told, Vec::new(), Vec::new());
         }
     }
@@ -220,7 +240,7 @@ impl Front {
     }
 
     /// The keeper kills a core that does not speak any more; nothing is sent to it until its death is told.
-    fn core_broken(&mut self) {
+    pub(super) fn core_broken(&mut self) {
         let told = self
             .core
             .as_mut()

@@ -6,7 +6,7 @@ use super::limits;
 use super::server::{Front, LISTENERS, Listener};
 use super::session::Device;
 use crate::channel::{ChannelError, Packet};
-use crate::config::ListenerConfig;
+use crate::config::{DeviceConfig, ListenerConfig};
 use crate::messages::{FrontToKeeper, KeeperToFront};
 use crate::words::MappedWords;
 use anyhow::{Context, bail};
@@ -129,47 +129,56 @@ impl Front {
         let Some(slot) = self.numbers.get(&number).copied() else {
             return;
         };
-        match self.new_device(slot, number, vm, fds) {
-            Ok(mut device) => {
-                if self.frozen.until(vm).is_some() {
-                    device.function.handle(self.now, Input::Freeze(true));
-                }
-                self.serve(slot, |session, outside| session.admit(outside, vm, name, device));
-            }
-            Err(error) => self.serve(slot, |session, _| session.refuse(&format!("{error:#}"))),
-        }
-        self.enqueue(slot);
-    }
-
-    fn new_device(&self, slot: usize, number: u64, vm: u64, fds: Vec<OwnedFd>) -> anyhow::Result<Device> {
-        let Ok([writable, front_page, state]) = <[OwnedFd; 3]>::try_from(fds) else {
-            bail!("it was admitted without its three descriptors");
-        };
         let listener = self
             .sessions
             .get(slot)
             .and_then(|session| self.listeners.get(&session.listener));
-        let device = &listener.context("its listener is gone")?.device;
-        let settings = Settings {
-            session: number,
-            vm,
-            pci_vendor: device.pci_vendor,
-            pci_device: device.pci_device,
-            msix: device.msix,
-            vectors: device.vectors,
-            rings: device.rings,
-            maps_max: device.maps_max,
-            mapped_bytes_max: device.mapped_bytes_max,
-            objects_max: device.objects_max,
-            features: limits::FEATURES,
-        };
-        let words = MappedWords::writable(&writable).context("its front page")?;
-        Ok(Device {
-            function: Function::new(settings, words)?,
-            front_page_writable: Rc::new(writable),
-            core_pages: BTreeMap::new(),
-            front_page: Rc::new(front_page),
-            state: Rc::new(state),
-        })
+        let config = listener.map(|listener| listener.device.clone());
+        let frozen = self.frozen.until(vm).is_some();
+        self.serve(slot, |session, outside| {
+            match new_device(config, number, vm, fds) {
+                Ok(mut device) => {
+                    if frozen {
+                        device.function.handle(outside.now, Input::Freeze(true));
+                    }
+                    session.admit(outside, vm, name, device);
+                }
+                Err(error) => session.refuse(&format!("{error:#}")),
+            }
+        });
+        self.enqueue(slot);
     }
+}
+
+fn new_device(
+    device: Option<DeviceConfig>,
+    session: u64,
+    vm: u64,
+    fds: Vec<OwnedFd>,
+) -> anyhow::Result<Device> {
+    let Ok([writable, front_page, state]) = <[OwnedFd; 3]>::try_from(fds) else {
+        bail!("it was admitted without its three descriptors");
+    };
+    let device = device.context("its listener is gone")?;
+    let settings = Settings {
+        session,
+        vm,
+        pci_vendor: device.pci_vendor,
+        pci_device: device.pci_device,
+        msix: device.msix,
+        vectors: device.vectors,
+        rings: device.rings,
+        maps_max: device.maps_max,
+        mapped_bytes_max: device.mapped_bytes_max,
+        objects_max: device.objects_max,
+        features: limits::FEATURES,
+    };
+    let words = MappedWords::writable(&writable).context("its front page")?;
+    Ok(Device {
+        function: Function::new(settings, words)?,
+        front_page_writable: Rc::new(writable),
+        core_pages: BTreeMap::new(),
+        front_page: Rc::new(front_page),
+        state: Rc::new(state),
+    })
 }

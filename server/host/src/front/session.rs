@@ -9,6 +9,7 @@ use super::limits;
 use super::log_budget::LogBudget;
 use super::message_dma::{Answer, Ask, MessageDma};
 use super::socket::{self, Read};
+use crate::fault;
 use crate::messages::FrontToCore;
 use crate::words::MappedWords;
 use rustix::fd::OwnedFd;
@@ -76,8 +77,10 @@ pub struct Session {
     pub watch_unmask: Option<Option<Rc<OwnedFd>>>,
     /// Everything may be freed.
     pub done: bool,
-    /// A fault of ours ended it: nothing of it is trusted or freed.
+    /// Its end failed by a fault of ours: its number and slot are kept until no core knows of it.
     pub abandoned: bool,
+    /// [`Session::has_messages_out`], as it was last booked.
+    pub messages_out: bool,
     /// The core life that was told of this session.
     pub(super) told_life: Option<u64>,
     pub(super) kicked: u64,
@@ -111,6 +114,7 @@ impl Session {
             watch_unmask: None,
             done: false,
             abandoned: false,
+            messages_out: false,
             told_life: None,
             kicked: 0,
             connection: Connection::new(),
@@ -196,6 +200,10 @@ impl Session {
         } else {
             self.dma.ask(&mut self.connection, life, request, ask)
         };
+        if answers.iter().any(|answer| answer.error == Errno::EBUSY) {
+            let count = self.connection.dma_outstanding();
+            self.complain(outside.now, &format!("its process answers none of {count} messages that read or write its memory: no other is sent"));
+        }
         self.tell_answers(outside, answers);
         self.flush(outside);
     }
@@ -303,6 +311,7 @@ impl Session {
         }
         self.readable = false;
         self.stalled_map = None;
+        fault::panic_on("end", self.name.as_bytes());
         for slot in self.connection.take_descriptors() {
             self.descriptors.remove(slot);
         }
@@ -324,12 +333,18 @@ impl Session {
         }
     }
 
-    /// After a panic of ours in this session: nothing of it is trusted any more but that it must end.
+    /// After a panic of ours in its end: nothing of it is trusted, so nothing of it is kept but its name.
     pub fn abandon(&mut self) {
         self.abandoned = true;
         self.socket = None;
-        self.readable = false;
+        self.device = None;
+        self.connection = Connection::new();
+        self.descriptors.clear();
+        self.objects.clear();
+        self.dma = MessageDma::default();
         self.stalled_map = None;
+        self.watch_unmask = None;
+        (self.readable, self.held_back_since) = (false, None);
     }
 
     // ---- the client's side
@@ -407,6 +422,9 @@ impl Session {
     }
 
     fn command(&mut self, outside: &mut Outside<'_>, handle: ReplyHandle, command: Command) {
+        if let Command::RegionWrite(write) = &command {
+            fault::panic_on("register", write.data());
+        }
         if let Command::DeviceSetIrqs(request) = &command
             && let IrqOperation::Assign { eventfds, .. } = &request.operation
             && !eventfds

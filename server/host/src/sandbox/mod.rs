@@ -80,6 +80,7 @@ pub fn enter(
         process: std::process::id(),
         ..SandboxedRole::default()
     };
+    crate::fault::read();
     if !config.enabled {
         report.notes.push("the sandbox is off by configuration".into());
         users::describe(&mut report);

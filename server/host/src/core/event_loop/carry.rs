@@ -222,7 +222,7 @@ impl EventLoop {
             sandbox: &self.sandbox,
             life: self.life,
             started: self.started,
-            sessions: self.sessions.count(),
+            sessions: &self.sessions,
             upgrade: self.upgrade.as_deref(),
             frozen: self.freezes.levels(),
             now: now(),

@@ -5,6 +5,7 @@
 
 use super::*;
 use crate::control::protocol::{Done, ErrorCode, Failure, Frozen};
+use std::collections::BTreeSet;
 
 /// How long a VM may take to become quiet. Transfers let go of its memory within 100 ms; what can take longer is QEMU's answer to a message.
 const QUIET_NS_MAX: u64 = 6_000_000_000;
@@ -13,6 +14,8 @@ const QUIET_NS_MAX: u64 = 6_000_000_000;
 #[derive(Debug, Default)]
 pub(super) struct Freezes {
     levels: BTreeMap<u64, Tick>,
+    /// Those that somebody counts on: who was told, of this life or an earlier one.
+    kept: BTreeSet<u64>,
     asked: BTreeMap<u64, Asked>,
     requests: u64,
 }
@@ -30,9 +33,11 @@ enum Wish {
     Freeze {
         /// The front has put it into all pages.
         told: bool,
-        /// It was frozen before: what fails now leaves it so.
-        before: bool,
         give_up: Tick,
+    },
+    /// So many devices are quiet: said when the front keeps it, so that no death of ours lets the VM go afterwards.
+    Keep {
+        devices: u64,
     },
     Thaw,
     /// A freeze that failed: said when the front has taken it back, so that what the operator sees next agrees with it.
@@ -47,7 +52,7 @@ impl Freezes {
     pub(super) fn poll_timeout(&self) -> Option<Tick> {
         let times = self.asked.values().filter_map(|asked| match asked.wish {
             Wish::Freeze { give_up, .. } => Some(give_up),
-            Wish::Thaw | Wish::TakeBack(_) => None,
+            Wish::Keep { .. } | Wish::Thaw | Wish::TakeBack(_) => None,
         });
         times.min()
     }
@@ -61,10 +66,9 @@ impl EventLoop {
         let until = timeout_ns.map_or(Tick::NEVER, |timeout_ns| now.after_ns(timeout_ns));
         let wish = Wish::Freeze {
             told: false,
-            before: self.freezes.levels.contains_key(&vm),
             give_up: now.after_ns(QUIET_NS_MAX),
         };
-        let request = self.ask_front(vm, Some(until));
+        let request = self.ask_front(vm, Some(until), false);
         let asked = Asked { client, id, vm, wish };
         self.freezes.asked.insert(request, asked);
     }
@@ -73,7 +77,7 @@ impl EventLoop {
         let Some(vm) = self.vm_named(client, id, name) else {
             return;
         };
-        let request = self.ask_front(vm, None);
+        let request = self.ask_front(vm, None, false);
         let asked = Asked {
             client,
             id,
@@ -84,16 +88,24 @@ impl EventLoop {
     }
 
     /// The front says how it stands.
-    pub(super) fn frozen(&mut self, vm: u64, until: Option<Tick>, request: u64) {
+    pub(super) fn frozen(&mut self, vm: u64, until: Option<Tick>, request: u64, kept: bool) {
         let before = match until {
             Some(until) => self.freezes.levels.insert(vm, until),
             None => self.freezes.levels.remove(&vm),
         };
+        let was_kept = self.freezes.kept.contains(&vm);
+        match until {
+            None => drop(self.freezes.kept.remove(&vm)),
+            // As an earlier life left it.
+            Some(_) if request == 0 && kept => drop(self.freezes.kept.insert(vm)),
+            Some(_) => {}
+        }
         if request == 0 && until.is_none() {
-            self.log(
-                Some(vm),
-                "thawed: the time that it was to be frozen is over".into(),
-            );
+            let text = match was_kept {
+                true => "thawed: the time that it was to be frozen is over",
+                false => "thawed: the core died before it answered the freeze, and nobody asked again",
+            };
+            self.log(Some(vm), text.into());
         }
         if let Some(Wish::Freeze { told, .. }) =
             self.freezes.asked.get_mut(&request).map(|asked| &mut asked.wish)
@@ -106,7 +118,11 @@ impl EventLoop {
         };
         let failure = match wish {
             Wish::TakeBack(failure) => failure,
-            _ if before.is_some() => return self.operators.answer(client, id, &Done {}),
+            Wish::Keep { devices } if until.is_some() => {
+                self.freezes.kept.insert(vm);
+                return self.operators.answer(client, id, &Frozen { devices });
+            }
+            Wish::Thaw if before.is_some() => return self.operators.answer(client, id, &Done {}),
             _ => Failure::new(
                 ErrorCode::Stale,
                 format!("VM {:?} is not frozen, or not any more", self.name_of(vm)),
@@ -130,22 +146,14 @@ impl EventLoop {
                 client,
                 id,
                 vm,
-                wish:
-                    Wish::Freeze {
-                        told,
-                        before,
-                        give_up,
-                    },
+                wish: Wish::Freeze { told, give_up },
             } = *asked
             else {
                 continue;
             };
             let busy = self.busy_with(vm, told);
             let verdict = match busy {
-                None => {
-                    let devices = self.sessions.of_vm(vm).count() as u64;
-                    Ok(Frozen { devices })
-                }
+                None => Ok(self.sessions.of_vm(vm).count() as u64),
                 Some(_) if told && !self.freezes.levels.contains_key(&vm) => {
                     Err("it was thawed meanwhile".into())
                 }
@@ -154,18 +162,23 @@ impl EventLoop {
             };
             self.freezes.asked.remove(&request);
             match verdict {
-                Ok(frozen) => self.operators.answer(client, id, &frozen),
+                Ok(devices) => {
+                    let until = self.freezes.levels.get(&vm).copied();
+                    let request = self.ask_front(vm, until, true);
+                    let wish = Wish::Keep { devices };
+                    self.freezes.asked.insert(request, Asked { client, id, vm, wish });
+                }
                 Err(busy) => {
                     let failure = Failure::new(
                         ErrorCode::Busy,
                         format!("VM {:?} does not become quiet: {busy}", self.name_of(vm)),
-                        "the freeze is taken back unless it was frozen before; try again",
+                        "the freeze is taken back unless it was frozen before, or others wait for it; try again",
                     );
-                    if before {
+                    if self.is_wanted(vm) {
                         self.operators.refuse(client, id, failure);
                         continue;
                     }
-                    let request = self.ask_front(vm, None);
+                    let request = self.ask_front(vm, None, false);
                     let wish = Wish::TakeBack(failure);
                     self.freezes.asked.insert(request, Asked { client, id, vm, wish });
                 }
@@ -181,24 +194,40 @@ impl EventLoop {
             .extract_if(.., |_, asked| asked.client == client);
         let gone: Vec<Asked> = gone.map(|(_, asked)| asked).collect();
         for asked in gone {
-            if matches!(asked.wish, Wish::Freeze { before: false, .. }) {
-                self.ask_front(asked.vm, None);
+            let unanswered = matches!(asked.wish, Wish::Freeze { .. } | Wish::Keep { .. });
+            if unanswered && !self.is_wanted(asked.vm) {
+                self.ask_front(asked.vm, None, false);
             }
         }
+    }
+
+    /// Somebody else counts on a VM's freeze, or waits for it: who fails leaves it as it is.
+    fn is_wanted(&self, vm: u64) -> bool {
+        let waits =
+            |asked: &Asked| asked.vm == vm && matches!(asked.wish, Wish::Freeze { .. } | Wish::Keep { .. });
+        self.freezes.kept.contains(&vm) || self.freezes.asked.values().any(waits)
     }
 
     /// Levels of VMs that have ended are of no use.
     pub(super) fn thaw_unknown(&mut self) {
         let unknown = self.freezes.levels.keys().filter(|vm| !self.vms.contains_key(vm));
         for vm in unknown.copied().collect::<Vec<_>>() {
-            self.ask_front(vm, None);
+            self.ask_front(vm, None, false);
         }
     }
 
     /// What of a VM is busy; `told`: the front has put the level into all its pages.
     fn busy_with(&self, vm: u64, told: bool) -> Option<String> {
         if !told {
-            return Some("QEMU has not answered a message that reads or writes its memory".into());
+            let mut text = "QEMU has not answered a message that reads or writes its memory".to_owned();
+            let given_up = self.sessions.messages_given_up(vm);
+            if given_up > 0 {
+                text += &format!(
+                    " ({given_up} were given up after {} s each: if its process is stopped, let it go on; a VM that never answers is quiet when it has ended)",
+                    MESSAGE_WAIT_NS / 1_000_000_000
+                );
+            }
+            return Some(text);
         }
         self.sessions.of_vm(vm).find_map(|(number, session)| {
             let busy = session.memory.busy_with()?;
@@ -206,11 +235,18 @@ impl EventLoop {
         })
     }
 
-    fn ask_front(&mut self, vm: u64, until: Option<Tick>) -> u64 {
+    fn ask_front(&mut self, vm: u64, until: Option<Tick>, kept: bool) -> u64 {
         self.freezes.requests += 1;
         let request = self.freezes.requests;
-        self.to_front
-            .push_back((CoreToFront::Freeze { vm, until, request }, Vec::new()));
+        self.to_front.push_back((
+            CoreToFront::Freeze {
+                vm,
+                until,
+                request,
+                kept: Some(kept),
+            },
+            Vec::new(),
+        ));
         request
     }
 

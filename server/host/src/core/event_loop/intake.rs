@@ -184,7 +184,12 @@ impl EventLoop {
                 self.bulk.handle_memory();
                 self.look_again(session);
             }
-            FrontToCore::Frozen { vm, until, request } => self.frozen(vm, until, request),
+            FrontToCore::Frozen {
+                vm,
+                until,
+                request,
+                kept,
+            } => self.frozen(vm, until, request, kept),
         }
     }
 
@@ -263,7 +268,7 @@ impl EventLoop {
                 sandbox: &self.sandbox,
                 life: self.life,
                 started: self.started,
-                sessions: self.sessions.count(),
+                sessions: &self.sessions,
                 upgrade: self.upgrade.as_deref(),
                 frozen: self.freezes.levels(),
                 now,

@@ -18,6 +18,7 @@ use crate::core::bulk::Bulk;
 use crate::core::journal::{Fill, Journal, JournalError};
 use crate::core::lines::{Line, Lines};
 use crate::core::memory::MemoryLimits;
+use crate::core::memory::limits::MESSAGE_WAIT_NS;
 use crate::core::operators::{Ask, Books, Operators, Transfer};
 use crate::core::sessions::{Session, Sessions};
 use crate::core::trial::Held;

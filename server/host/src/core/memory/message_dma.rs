@@ -419,8 +419,8 @@ impl MessageQueue {
         outstanding.chain(given_up).min()
     }
 
-    /// Gives up what is due.
-    pub fn handle_timeout(&mut self, now: Tick) {
+    /// Gives up what is due; how many that are.
+    pub fn handle_timeout(&mut self, now: Tick) -> u64 {
         self.now = now;
         self.given_up.time_out(now);
         let due: Vec<u64> = self
@@ -429,11 +429,13 @@ impl MessageQueue {
             .filter(|(_, given_out)| given_out.until <= now)
             .map(|(request, _)| *request)
             .collect();
+        let count = due.len() as u64;
         for request in due {
             if let Some(Outstanding { operation, .. }) = self.outstanding.remove(&request) {
                 self.finish(operation, None);
             }
         }
+        count
     }
 
     /// Everything is void: a reset, a quarantine, the session's end. Late answers only say whether a write was done all the same.

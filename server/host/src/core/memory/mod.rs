@@ -71,6 +71,8 @@ pub struct MemoryCounters {
     pub revoked: u64,
     /// Message-DMA answers that came too late so far.
     pub late_answers: u64,
+    /// Messages of ours that were given up, unanswered, so far.
+    pub messages_given_up: u64,
     /// Notices that found no room.
     pub notices_lost: u64,
 }
@@ -250,7 +252,16 @@ impl SessionMemory {
 
     /// Time has come for something: a fence's patience or a message's. Gives what [`SessionMemory::poll_fences`] gives.
     pub fn handle_timeout(&mut self, now: Tick) -> bool {
-        self.messages.handle_timeout(now);
+        let given_up = self.messages.handle_timeout(now);
+        if given_up > 0 {
+            self.counters.messages_given_up += given_up;
+            self.notice(format!(
+                "session {}: the VM's process (QEMU) has not answered {given_up} messages that read or write its memory for {} s: is it \
+                 stopped? Until it answers, there is less room for others, and it cannot be frozen",
+                self.session,
+                limits::MESSAGE_WAIT_NS / 1_000_000_000
+            ));
+        }
         self.poll_fences(now)
     }
 

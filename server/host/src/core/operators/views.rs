@@ -61,6 +61,7 @@ pub(super) fn vm_of(vm: &VmStatus, books: &Books<'_>) -> Vm {
         ("bytes_from_vm", vm.bytes_from_vm),
         ("bytes_to_vm", vm.bytes_to_vm),
         ("refusals", vm.refusals),
+        ("messages_given_up", books.sessions.messages_given_up(vm.vm)),
     ];
     Vm {
         vm: vm.vm,

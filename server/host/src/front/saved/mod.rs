@@ -51,6 +51,9 @@ struct SavedFrozen {
     vms: Vec<(u64, Tick)>,
     /// VM and the core's request, not answered yet.
     asked: Vec<(u64, u64)>,
+    /// VMs of whose freeze nobody was told, and when they are let go.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    untold: Vec<(u64, Tick)>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -117,6 +120,7 @@ impl Front {
             frozen: SavedFrozen {
                 vms: frozen.all(),
                 asked: frozen.asked.clone(),
+                untold: frozen.untold.iter().map(|(vm, until)| (*vm, *until)).collect(),
             },
             adopting: adopting.as_ref().map(|slots| slots.iter().copied().collect()),
         };
@@ -137,14 +141,18 @@ impl Front {
             sessions,
             core,
             adopting,
-            frozen: SavedFrozen { vms, asked },
+            frozen: SavedFrozen { vms, asked, untold },
         } = packed::read(bytes, VERSION_OLDEST..=VERSION, fds.len())?;
         let mut unpacker = Unpacker::new(fds);
-        let room = vms.iter().all(|(vm, until)| self.frozen.set(*vm, Some(*until)));
+        let room = (vms.iter()).all(|(vm, until)| self.frozen.set(*vm, Some(*until), true));
         if !room || asked.len() > limits::FREEZES_ASKED_MAX {
             return Err("more VMs are frozen than can be".into());
         }
+        if untold.iter().any(|(vm, _)| self.frozen.until(*vm).is_none()) {
+            return Err("a VM is to be thawed that is not frozen".into());
+        }
         self.frozen.asked = asked;
+        self.frozen.untold = untold.into_iter().collect();
         self.next_session = next_session;
         self.accept_again = accept_again;
         self.log = log.into();

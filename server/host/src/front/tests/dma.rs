@@ -305,3 +305,50 @@ fn a_request_from_before_a_fence_never_reaches_the_client() {
     assert_eq!(ram.read(0x200, 4).unwrap(), [0; 4]);
     bench.stop();
 }
+
+#[test]
+fn a_client_that_answers_late_gets_its_places_back() {
+    let mut bench = Bench::new();
+    let (mut client, admitted) = bench.client();
+    bus_master(&mut client);
+    let core = bench.core(1);
+    core.session();
+    core.adopted();
+    let session = admitted.session;
+    let ask = |request: u64| {
+        let (fence, iova, bytes) = (u64::MAX, 0, 8);
+        let read = CoreToFront::DmaRead {
+            session,
+            request,
+            fence,
+            iova,
+            bytes,
+        };
+        core.send(&read, b"");
+    };
+    // As many as are sent, as many as wait, and one for which there is no room.
+    (0..9).for_each(ask);
+    let answer = core.next().header;
+    assert!(
+        matches!(answer, FrontToCore::DmaAnswer { request: 8, error, .. } if error == Errno::EBUSY.0),
+        "{answer:?}"
+    );
+    // It answers in the end: what waited goes out, and so does what is asked after that.
+    for expected in 0..8 {
+        let message = client.recv_raw().unwrap();
+        client.send_raw(&refusal(&message), &[]).unwrap();
+        let answer = core.next().header;
+        assert!(
+            matches!(answer, FrontToCore::DmaAnswer { request, .. } if request == expected),
+            "{answer:?}"
+        );
+    }
+    ask(9);
+    let message = client.recv_raw().unwrap();
+    client.send_raw(&refusal(&message), &[]).unwrap();
+    assert!(matches!(
+        core.next().header,
+        FrontToCore::DmaAnswer { request: 9, .. }
+    ));
+    bench.stop();
+}

@@ -382,6 +382,8 @@ impl Stage {
         let (again, _) = new.save().unwrap();
         assert!(bytes == again, "a second packing differs");
         drop(old);
+        // As when the keeper has said that it serves.
+        new.give_up_lost();
         self.front = Some(new);
         self.hand_overs += 1;
         self.settle();
