@@ -3,6 +3,9 @@
 //! "Another program" is the same one under another name (a hard link): what is tested is the way, the report and the state. Faults of a
 //! bad program are asked for by `VMGMT_FAULT`, which debug builds honour and which names the program that is to have them.
 
+#[path = "upgrade/way_back.rs"]
+mod way_back;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

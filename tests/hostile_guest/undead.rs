@@ -22,6 +22,7 @@ fn site() -> Result<Option<(LateDisk, Site)>> {
         }
     };
     let site = SitePlan::new(env!("CARGO_BIN_EXE_vmgmtd"), 2)
+        .server("drain-deadline-ms = 300")
         .share_at(disk.path())
         .start()?;
     Ok(Some((disk, site)))
@@ -113,6 +114,11 @@ fn an_upgrade_does_not_wait_for_what_waits_and_the_next_core_goes_on_with_it() -
     on_late_disk(upgraded_meanwhile)
 }
 
+#[test]
+fn an_upgrade_ends_although_the_old_core_sleeps_in_the_disk_and_no_file_is_torn() -> Result<()> {
+    on_late_disk(drained_too_late)
+}
+
 fn lands_late(disk: &LateDisk, site: &Site) -> Result<()> {
     let (vm, neighbour) = (site.vm(0)?, site.vm(1)?);
     let mut files = vm.ring(Mode::FILE)?;
@@ -181,20 +187,7 @@ fn upgraded_meanwhile(disk: &LateDisk, site: &Site) -> Result<()> {
     buffer.write(0, &vec![b'2'; PIECE])?;
     let written = files.start(write(handle, 0, &buffer))?;
     moves_a_file(&mut vm.ring(Mode::FILE)?, "other")?;
-    let wish = Call::Upgrade(Upgrade {
-        to: Some(env!("CARGO_BIN_EXE_vmgmtd").into()),
-        parts: vec![Part::Core],
-    });
-    let asked = |call: &Call| -> Result<serde_json::Value> {
-        let mut client = vmgmt_ctl::Client::connect(&site.control())?;
-        Ok(client.call(call, &[], Some(PATIENCE), &mut |_| true)?)
-    };
-    asked(&wish)?;
-    let report = wait_until("the end of the upgrade", PATIENCE, || {
-        let status: vmgmt_ctl::protocol::Status = serde_json::from_value(asked(&Call::Status)?)?;
-        Ok(status.upgrade.filter(|report| report.is_over()))
-    })?;
-    ensure!(report.state == UpgradeState::Done, "{report:?}");
+    upgrade(site)?;
     moves_a_file(&mut vm.ring(Mode::FILE)?, "other")?;
     ensure!(is_there(dead), "the killed core was to sleep all the time");
     disk.release();
@@ -207,5 +200,67 @@ fn upgraded_meanwhile(disk: &LateDisk, site: &Site) -> Result<()> {
         disk.contents("mine") == Some(wanted),
         "what a dead core wrote is in the file"
     );
+    Ok(())
+}
+
+/// Another program becomes the core.
+fn upgrade(site: &Site) -> Result<()> {
+    let wish = Call::Upgrade(Upgrade {
+        to: Some(env!("CARGO_BIN_EXE_vmgmtd").into()),
+        parts: vec![Part::Core],
+    });
+    let asked = |call: &Call| -> Result<serde_json::Value> {
+        let mut client = vmgmt_ctl::Client::connect(&site.control())?;
+        Ok(client.call(call, &[], Some(PATIENCE), &mut |_| true)?)
+    };
+    asked(&wish)?;
+    let report = wait_until("the end of the upgrade", PATIENCE, || {
+        // Between two cores nobody may be there to answer.
+        let status = asked(&Call::Status).and_then(|told| Ok(serde_json::from_value(told)?));
+        let status = status
+            .ok()
+            .and_then(|status: vmgmt_ctl::protocol::Status| status.upgrade);
+        Ok(status.filter(|report| report.is_over()))
+    })?;
+    ensure!(report.state == UpgradeState::Done, "{report:?}");
+    Ok(())
+}
+
+/// A write sleeps in the disk when the core is to drain, past its deadline.
+fn drained_too_late(disk: &LateDisk, site: &Site) -> Result<()> {
+    let (vm, neighbour) = (site.vm(0)?, site.vm(1)?);
+    let mut files = vm.ring(Mode::FILE)?;
+    let put = files.put("work/mine", SIZE_UNKNOWN, 0)?;
+    let buffer = files.allocate(PIECE)?;
+    buffer.write(0, &vec![b'0'; PIECE])?;
+    for piece in 0..2 {
+        files.call(write(put.handle, piece * PIECE, &buffer))?;
+    }
+    buffer.write(0, &vec![b'1'; PIECE])?;
+    disk.hold_next_write();
+    let held = files.start(write(put.handle, 0, &buffer))?;
+    disk.wait_for_write(PATIENCE)?;
+    let old = site.daemon.role("core")?;
+    upgrade(site)?;
+    ensure!(
+        is_there(old),
+        "the old core was to sleep in the kernel beyond its end"
+    );
+    // It hinders nobody but this put.
+    moves_a_file(&mut neighbour.ring(Mode::FILE)?, "theirs")?;
+    moves_a_file(&mut vm.ring(Mode::FILE)?, "other")?;
+    disk.release();
+    let deadline = std::time::Instant::now() + PATIENCE;
+    let finished = files.finish(held, Some(deadline))?.context("it hangs")?;
+    ensure!(finished.status == Status::OK, "{:?}", finished.status);
+    let wanted = [vec![b'1'; PIECE], vec![b'0'; PIECE]].concat();
+    files.commit(
+        put.handle,
+        wanted.len() as u64,
+        Some(crc32fast::hash(&wanted)),
+        false,
+    )?;
+    ensure!(disk.contents("mine") == Some(wanted), "the file is torn");
+    ensure!(disk.names() == ["mine"], "{:?}", disk.names());
     Ok(())
 }

@@ -56,6 +56,12 @@ impl Timers {
         self.set.first().map(|(at, _)| *at)
     }
 
+    /// What it is for.
+    #[must_use]
+    pub fn first(&self) -> Option<Timer> {
+        self.set.first().map(|(_, timer)| *timer)
+    }
+
     /// The next one that is due at `now`.
     pub fn pop_due(&mut self, now: Tick) -> Option<Timer> {
         let (at, timer) = *self.set.first()?;

@@ -98,18 +98,35 @@ impl Hub {
 
     /// Does what is due.
     pub fn handle_timeout(&mut self, now: Tick) {
+        while self.handle_next_timeout(now) {}
+    }
+
+    /// Only the first that is due; false: none is.
+    pub fn handle_next_timeout(&mut self, now: Tick) -> bool {
         self.office.now = self.office.now.max(now);
-        while let Some(timer) = self.office.timers.pop_due(self.office.now) {
-            match timer {
-                Timer::Deadline(token) => self.end_early(token, Status::TIMED_OUT.0),
-                Timer::Release { vm } => self.release(vm),
-                Timer::Expiry { vm } => delivery::expire(&mut self.office, vm),
-                Timer::ControlReceive { .. } | Timer::ControlOffer { .. } | Timer::ControlStream { .. } => {
-                    self.control_timer(timer);
-                }
-                Timer::Sweep => self.sweep(),
+        let Some(timer) = self.office.timers.pop_due(self.office.now) else {
+            return false;
+        };
+        match timer {
+            Timer::Deadline(token) => self.end_early(token, Status::TIMED_OUT.0),
+            Timer::Release { vm } => self.release(vm),
+            Timer::Expiry { vm } => delivery::expire(&mut self.office, vm),
+            Timer::ControlReceive { .. } | Timer::ControlOffer { .. } | Timer::ControlStream { .. } => {
+                self.control_timer(timer);
             }
-            self.settle();
+            Timer::Sweep => self.sweep(),
+        }
+        self.settle();
+        true
+    }
+
+    /// For whom the next timeout is: session and VM, as far as it is somebody's (0: nobody's).
+    #[must_use]
+    pub fn next_timeout_of(&self) -> (u64, u64) {
+        match self.office.timers.first() {
+            Some(Timer::Deadline(token)) => (token.session, 0),
+            Some(Timer::Release { vm } | Timer::Expiry { vm }) => (0, vm),
+            _ => (0, 0),
         }
     }
 

@@ -334,6 +334,7 @@ fn receives_end_by_cancel_deadline_and_budget() {
     assert_eq!(house.status(cancelled), Status::CANCELLED);
     house.pass_ns(SECOND_NS - 1);
     assert!(!house.answers.contains_key(&late));
+    assert_eq!(house.hub.next_timeout_of(), (late.session, 0), "whose it is");
     house.pass_ns(1);
     assert_eq!(house.status(late), Status::TIMED_OUT);
     house.fails(A, Ask::new(Opcode::RECEIVE).room(50), Status::TOO_LARGE);

@@ -1,11 +1,17 @@
 //! Faults on demand, for the tests of survival: in debug builds only, and only where `VMGMT_FAULT` asks for them.
 //!
-//! `VMGMT_FAULT=PLACE[@PROGRAM]=WHAT,…`. PROGRAM is the file name of the program that it is for (all, if left out), so that one daemon
-//! can have a good old and a bad new program. PLACE `check`, `trial`, `go`, `rehearse`, `serve` (a front that takes over; it
-//! cannot see its program's name): WHAT is `abort`, `hang` or `exit`. PLACE `resume`:
-//! WHAT is `refuse` or `panic`. PLACE `submission`,
-//! `worker`: the process aborts when a submission's data, or the names that a worker is given, contain WHAT. PLACE `register`, `end`: the
-//! front panics when a register is written with a value that contains WHAT, or in the middle of the end of a session of the VM WHAT.
+//! `VMGMT_FAULT=PLACE[@PROGRAM][?PATH]=WHAT,…`. PROGRAM is the file name of the program that it is for (all, if left out), so that one daemon
+//! can have a good old and a bad new program; with PATH the fault is there in processes that find that file when they start.
+//!
+//! * `start`, `check`, `trial`, `go`, `adopt-N` (N sessions are taken over), `ready` (all are), `rehearse`, `serve` (a front that takes over; it
+//!   cannot see its program's name): WHAT is `abort`, `hang` or `exit`.
+//! * `resume`: WHAT is `refuse` or `panic`.
+//! * `snapshot`: WHAT is written in the place of any snapshot of the hub.
+//! * `worker`, `outcome`: the process aborts when the names that a worker is given, or the number of the VM whose bulk work has ended, contain WHAT.
+//! * `submission` (aborts), `submission-panics`, `submission-hangs`, `submission-waits` (hangs, and goes on to beat): the core does so when a
+//!   submission's data contain WHAT.
+//! * `register`, `end`: the front panics when a register is written with a value that contains WHAT, or in the middle of the end of a session
+//!   of the VM WHAT.
 
 #[cfg(debug_assertions)]
 mod on_demand {
@@ -21,6 +27,10 @@ mod on_demand {
             wanted
                 .split(',')
                 .filter_map(|fault| fault.split_once('='))
+                .filter_map(|(place, what)| match place.split_once('?') {
+                    Some((place, path)) => std::path::Path::new(path).exists().then_some((place, what)),
+                    None => Some((place, what)),
+                })
                 .filter_map(|(place, what)| match place.split_once('@') {
                     Some((place, of)) => (of == program).then_some((place, what)),
                     None => Some((place, what)),
@@ -35,12 +45,13 @@ mod on_demand {
         faults();
     }
 
+    fn wanted(place: &str) -> Option<&'static str> {
+        let mut faults = faults().iter();
+        faults.find(|(at, _)| at == place).map(|(_, what)| what.as_str())
+    }
+
     pub(crate) fn at(place: &str) {
-        match faults()
-            .iter()
-            .find(|(at, _)| at == place)
-            .map(|(_, what)| what.as_str())
-        {
+        match wanted(place) {
             Some("abort") => std::process::abort(),
             Some("exit") => std::process::exit(1),
             Some("hang") => loop {
@@ -48,6 +59,18 @@ mod on_demand {
             },
             _ => {}
         }
+    }
+
+    /// At a place that is passed for the `number`th time.
+    pub(crate) fn nth(place: &str, number: usize) {
+        if !faults().is_empty() {
+            at(&format!("{place}-{number}"));
+        }
+    }
+
+    /// Bytes to be written in the place of others.
+    pub(crate) fn replaced(place: &str) -> Option<&'static [u8]> {
+        wanted(place).map(str::as_bytes)
     }
 
     /// An error or a panic.
@@ -67,7 +90,7 @@ mod on_demand {
         faults().iter().any(|(at, what)| at == place && hit(what))
     }
 
-    pub(crate) fn on(place: &str, bytes: &[u8]) {
+    fn on(place: &str, bytes: &[u8]) {
         if hits(place, bytes) {
             std::process::abort();
         }
@@ -75,6 +98,27 @@ mod on_demand {
 
     pub(crate) fn panic_on(place: &str, bytes: &[u8]) {
         assert!(!hits(place, bytes), "a fault was asked for");
+    }
+
+    /// While a submission with these bytes is handled.
+    pub(crate) fn on_submission(bytes: &[u8], beat: impl Fn()) {
+        if faults().is_empty() {
+            return;
+        }
+        on("submission", bytes);
+        panic_on("submission-panics", bytes);
+        let hangs = hits("submission-hangs", bytes);
+        let waits = hits("submission-waits", bytes);
+        if !hangs && !waits {
+            return;
+        }
+        tracing::warn!("a fault was asked for: this core stands still in a submission");
+        loop {
+            if waits {
+                beat();
+            }
+            std::thread::park_timeout(std::time::Duration::from_millis(10));
+        }
     }
 
     pub(crate) fn on_any(place: &str, value: &impl std::fmt::Debug) {
@@ -88,13 +132,17 @@ mod on_demand {
 mod on_demand {
     pub(crate) const fn read() {}
     pub(crate) const fn at(_: &str) {}
+    pub(crate) const fn nth(_: &str, _: usize) {}
+    pub(crate) const fn replaced(_: &str) -> Option<&'static [u8]> {
+        None
+    }
+    pub(crate) const fn on_submission(_: &[u8], _: impl Fn()) {}
     #[allow(clippy::unnecessary_wraps)] // as the other
     pub(crate) const fn fails(_: &str) -> anyhow::Result<()> {
         Ok(())
     }
-    pub(crate) const fn on(_: &str, _: &[u8]) {}
     pub(crate) const fn panic_on(_: &str, _: &[u8]) {}
     pub(crate) const fn on_any<T: std::fmt::Debug>(_: &str, _: &T) {}
 }
 
-pub(crate) use on_demand::{at, fails, on, on_any, panic_on, read};
+pub(crate) use on_demand::{at, fails, nth, on_any, on_submission, panic_on, read, replaced};

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 /// What of the keeper runs every day: starts, deaths, admissions, ends.
 const KEEPER_DAILY_MAX: usize = 1_700;
-/// What of it runs in an upgrade only; most of it packs and unpacks the keeper.
-const KEEPER_UPGRADE_MAX: usize = 1_300;
+/// What of it runs in an upgrade only; most of it packs and unpacks the keeper, much of the rest are the ways back of each step.
+const KEEPER_UPGRADE_MAX: usize = 1_350;
 /// The front without its saved form. (A hundred of these only hold a fault of its own, or a core's death, to the one VM that it is about.)
 const FRONT_DAILY_MAX: usize = 2_320;
 /// What of it packs and unpacks it for a hand-over.

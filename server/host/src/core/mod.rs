@@ -74,6 +74,7 @@ impl Start {
             bail!("the keeper speaks version {channel} of the roles' words, this program {CHANNEL_VERSION}");
         }
         crate::fault::read();
+        crate::fault::at("start");
         let (count, shares) = (fds.len(), config.shares.len());
         if count != event_loop::START_FDS + shares {
             bail!(
@@ -122,11 +123,11 @@ pub fn run(start: Start, sandbox: Entered) -> anyhow::Result<()> {
     let hands = event_loop::Hands::new(start)?;
     // All threads run, and nothing of a guest was read yet.
     let sandbox = sandbox.seal()?;
-    let mut held = trial::Held::default();
+    let mut held = None;
     if let Some(seen) = seen {
-        match trial::run(hands.keeper(), hands.life(), &seen)? {
-            Some(told) => held = told,
-            None => return Ok(()),
+        held = trial::run(hands.keeper(), hands.life(), &seen)?;
+        if held.is_none() {
+            return Ok(());
         }
     }
     event_loop::EventLoop::new(hands, sandbox)?.run(held)

@@ -106,9 +106,12 @@ impl CoreLink {
     }
 
     /// Looks at the beat. `owes`: something else than a touch is outstanding. True, once per life: it stands still for too long.
+    ///
+    /// A core that is awake owes a beat: what it has in hand may have come without a touch, as a ring's next submission does.
     pub fn is_stuck(&mut self, now: Tick, owes: bool) -> bool {
-        let owes = owes || !self.outbox.is_empty();
+        // In this order: a core that is seen awake now beats once more when it falls asleep.
         let beat = self.page.beat();
+        let owes = owes || !self.outbox.is_empty() || !self.page.core_asleep();
         match self.watch {
             None if owes => self.watch = Some((beat, now)),
             None => {}
@@ -148,8 +151,7 @@ mod tests {
     /// Enough to meet every step of a core that falls asleep, on a machine with two processors.
     const TOUCHES: u64 = 100_000;
 
-    #[test]
-    fn a_touch_after_a_sign_of_life_is_watched_like_the_first() {
+    fn link() -> (CoreLink, LifePage<MappedWords>) {
         let (channel, _core) = Channel::pair().unwrap();
         let (touched, _) = create_page("touched", TouchedPage::<MappedWords>::WORDS).unwrap();
         let (life, life_read) = create_page("life", LifePage::<MappedWords>::WORDS).unwrap();
@@ -157,7 +159,12 @@ mod tests {
         core.init();
         let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
         let fds = vec![channel.into_fd(), touched, life_read, event(), event()];
-        let mut link = CoreLink::new(1, fds).unwrap();
+        (CoreLink::new(1, fds).unwrap(), core)
+    }
+
+    #[test]
+    fn a_touch_after_a_sign_of_life_is_watched_like_the_first() {
+        let (mut link, core) = link();
         core.move_beat();
         link.touch(Tick(1), 0);
         // It does that, and has stood still since.
@@ -225,5 +232,24 @@ mod tests {
             rustix::io::write(&link.wake_core, &1u64.to_ne_bytes()).unwrap();
             assert_eq!(stuck, None, "at this touch the beat stands still for ever");
         });
+    }
+
+    #[test]
+    fn a_core_that_hangs_awake_is_stuck_although_all_touches_were_seen_and_one_asleep_is_not() {
+        for asleep in [false, true] {
+            let (mut link, core) = link();
+            core.move_beat();
+            link.touch(Tick(1), 0);
+            core.move_beat();
+            core.set_core_asleep(asleep);
+            let mut time = Tick(1);
+            let mut stuck = false;
+            for _ in 0..3 {
+                time = time.after_ns(BEAT_NS_MAX);
+                stuck |= link.is_stuck(time, false);
+            }
+            assert_eq!(stuck, !asleep);
+            assert_eq!(link.deadline(), Tick::NEVER, "nothing is left to look at");
+        }
     }
 }

@@ -4,14 +4,15 @@
 //!
 //! 1. The old core stands still for as long as its state is copied; the new program looks at the copies (`--check`). 2. The old core ends
 //!    its bulk work, as far as a deadline lets it, and goes. 3. The new one starts on trial, with a copy of the hub's state: it writes
-//!    no page, no table and no guest memory before it hears `Go`. 4. With `Go` its state is the state. Whatever goes wrong before that
-//!    leaves the old program's state as it was, and the old program is started on it.
+//!    no page, no table and no guest memory before it hears `Go`. 4. With `Go` it takes the sessions over, and writes no state and no guest
+//!    memory before it has all of them and says READY: from then on its state is the state. Whatever goes wrong before that leaves the old
+//!    program's state as it was, and the old program is started on it.
 
 use super::Keeper;
 use super::binary::Binary;
 use super::child::Child;
-use super::limits::{CHECK_DEADLINE, DRAIN_GRACE, FREEZE_DEADLINE, TRIAL_DEADLINE};
-use super::lives::Standing;
+use super::limits::{CHECK_DEADLINE, DRAIN_GRACE, FREEZE_DEADLINE, RETURN_DEADLINE, TRIAL_DEADLINE};
+use super::lives::{CoreLife, Standing};
 use super::upgrade::{Progress, Step};
 use super::watch;
 use crate::messages::{CHANNEL_VERSION, CoreToKeeper, KeeperToCore};
@@ -37,9 +38,23 @@ pub(super) enum CoreStep {
         since: Instant,
     },
     /// It was told to go.
-    Going { old: Binary, begun: Instant },
+    Going(Going),
     /// The old program is to be in service again.
-    Returning { reason: String, begun: Instant },
+    Returning {
+        reason: String,
+        begun: Instant,
+        since: Instant,
+    },
+}
+
+/// A new core on its way into service.
+pub(super) struct Going {
+    /// Program and state of before, which the new one has not touched while it does not serve.
+    old: (Binary, OwnedFd),
+    /// How many cores had died in service.
+    deaths: u64,
+    begun: Instant,
+    since: Instant,
 }
 
 impl CoreStep {
@@ -63,18 +78,18 @@ impl Keeper {
             CoreStep::Checking { checker, since } => self.check_core(checker, since),
             CoreStep::Draining { begun } => self.drain_core(binary, begun),
             CoreStep::Trying { hub, begun, since } => self.try_core(binary, hub, begun, since),
-            CoreStep::Going { old, begun } => match &self.core {
-                Some(core) if core.ready.is_some() => Progress::Done(begun.elapsed()),
-                Some(_) => running(CoreStep::Going { old, begun }),
-                None => {
-                    self.core_binary = old;
-                    let reason = format!("the new program ended before it served: {}", self.core_end);
-                    running(CoreStep::Returning { reason, begun })
-                }
-            },
-            CoreStep::Returning { reason, begun } => match &self.core {
+            CoreStep::Going(going) => self.await_service(going),
+            CoreStep::Returning { reason, begun, since } => match &self.core {
                 Some(core) if core.ready.is_some() => Progress::RolledBack(reason, begun.elapsed()),
-                _ => running(CoreStep::Returning { reason, begun }),
+                // It is started again and again all the same; but an upgrade to a third program may be what helps.
+                _ if since.elapsed() > RETURN_DEADLINE => {
+                    let (limit, end) = (RETURN_DEADLINE.as_secs(), &self.core_end);
+                    let text = format!(
+                        "{reason}; and the old program does not serve after {limit} s (the last core: {end}): see the log, or upgrade to another"
+                    );
+                    Progress::RolledBack(text, begun.elapsed())
+                }
+                _ => running(CoreStep::Returning { reason, begun, since }),
             },
         }
     }
@@ -201,39 +216,69 @@ impl Keeper {
                 begun,
                 since: Instant::now(),
             }),
-            Err(error) => running(CoreStep::Returning {
-                reason: format!("the new program cannot be started: {error:#}"),
-                begun,
-            }),
+            Err(error) => returning(format!("the new program cannot be started: {error:#}"), begun),
         }
     }
 
     fn try_core(&mut self, binary: &Binary, hub: OwnedFd, begun: Instant, since: Instant) -> Progress {
         let Some(core) = &mut self.core else {
             let reason = format!("the new program failed on trial: {}", self.core_end);
-            return running(CoreStep::Returning { reason, begun });
+            return returning(reason, begun);
         };
         if core.standing == Standing::Able {
-            core.standing = Standing::Usual;
             core.child.queue(KeeperToCore::Go, Vec::new());
-            self.hub_state = hub;
-            let old = std::mem::replace(&mut self.core_binary, binary.clone());
-            return running(CoreStep::Going { old, begun });
+            let old = (
+                std::mem::replace(&mut self.core_binary, binary.clone()),
+                std::mem::replace(&mut self.hub_state, hub),
+            );
+            let (deaths, since) = (self.restarts.total(), Instant::now());
+            return running(CoreStep::Going(Going {
+                old,
+                deaths,
+                begun,
+                since,
+            }));
         }
-        if since.elapsed() > TRIAL_DEADLINE {
-            let text = || {
-                format!(
-                    "it was not able to take over within {} s",
-                    TRIAL_DEADLINE.as_secs()
-                )
-            };
-            core.refusal.get_or_insert_with(text);
-            core.child.kill(None);
-        }
+        core.end_if_late(since);
         running(CoreStep::Trying { hub, begun, since })
+    }
+
+    /// Until the new core says that it serves, all that it has is the old one's.
+    fn await_service(&mut self, going: Going) -> Progress {
+        match &mut self.core {
+            Some(core) if core.ready.is_some() => Progress::Done(going.begun.elapsed()),
+            Some(core) => {
+                core.end_if_late(going.since);
+                running(CoreStep::Going(going))
+            }
+            // One that served, and died at once, is a core like any other.
+            None if self.restarts.total() > going.deaths => Progress::Done(going.begun.elapsed()),
+            None => {
+                (self.core_binary, self.hub_state) = going.old;
+                let reason = format!("the new program ended before it served: {}", self.core_end);
+                returning(reason, going.begun)
+            }
+        }
+    }
+}
+
+impl CoreLife {
+    /// Kills a new program that has not done in time what it is to do.
+    fn end_if_late(&mut self, since: Instant) {
+        let limit = TRIAL_DEADLINE;
+        if since.elapsed() > limit {
+            let text = || format!("it was not able to take over within {} s", limit.as_secs());
+            self.refusal.get_or_insert_with(text);
+            self.child.kill(None);
+        }
     }
 }
 
 const fn running(step: CoreStep) -> Progress {
     Progress::Running(Step::Core(step))
+}
+
+fn returning(reason: String, begun: Instant) -> Progress {
+    let since = Instant::now();
+    running(CoreStep::Returning { reason, begun, since })
 }

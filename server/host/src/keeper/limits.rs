@@ -14,7 +14,7 @@ pub(super) const BACK_OFF: [Duration; 4] = [
     Duration::from_millis(100),
     Duration::from_secs(1),
 ];
-/// A core that served this long has ended a row of deaths; and two deaths with the same session within it quarantine that one.
+/// A core that served this long has ended a row of deaths; two deaths with the same session, and less service between them, quarantine that one.
 pub(super) const ROW_OF_DEATHS: Duration = Duration::from_secs(10);
 /// Deaths after which all sessions that were handled at each of them are quarantined, although one of them will have been enough.
 pub(super) const SUSPECT_DEATHS_MAX: usize = 4;
@@ -29,8 +29,10 @@ pub(super) const CHECK_DEADLINE: Duration = Duration::from_secs(5);
 pub(super) const FREEZE_DEADLINE: Duration = Duration::from_millis(500);
 /// How long a draining core may take beyond its deadline to write its snapshot and end.
 pub(super) const DRAIN_GRACE: Duration = Duration::from_secs(1);
-/// How long a core on trial may take: it reads what the check has read, and is told all sessions.
+/// How long a core on trial may take: it reads what the check has read, and is told all sessions. And then how long to take them over.
 pub(super) const TRIAL_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the old program may take to serve again after another one failed, before the upgrade's report says that it does not.
+pub(super) const RETURN_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a hand-over to a front that has started may take, while no client is served: QEMU waits 5 s for an answer.
 pub(super) const HAND_OVER_DEADLINE: Duration = Duration::from_secs(2);
 /// How long a front that was told to serve, or to go on, may take to say that it does: as long as QEMU waits for an answer.

@@ -66,6 +66,11 @@ impl Keeper {
         if exit.is_none() && !core.child.is_dead_for_memory() {
             return Ok(());
         }
+        // The last words of one that was to take over: did it?
+        let (tried, mut more) = (core.standing == Standing::Able, true);
+        while tried && more {
+            more = self.take_from_core();
+        }
         let Some(core) = self.core.take() else {
             return Ok(());
         };

@@ -348,9 +348,10 @@ impl Keeper {
         let stopping = self.stop_at.is_some();
         if let Some(core) = self.core.as_mut().filter(|core| core.life == life && !stopping) {
             core.dying.get_or_insert_with(Instant::now);
+            // Stopped by somebody's signal, it is as little to blame as one that somebody's signal kills.
+            let fault = "killed: it stood still while a fence or a doorbell waited";
             if !core.child.is_ending() {
-                core.child
-                    .kill(Some("killed: it stood still while a fence or a doorbell waited"));
+                core.child.kill((!core.child.is_frozen()).then_some(fault));
             }
         }
     }
@@ -375,6 +376,9 @@ impl Keeper {
                 Ok(Some(packet)) => match packet.header {
                     CoreToKeeper::Ready { life } if life == core.life => {
                         core.ready.get_or_insert_with(Instant::now);
+                        if core.standing == Standing::Able {
+                            core.standing = Standing::Usual;
+                        }
                         self.fallback = None;
                     }
                     CoreToKeeper::Ready { life } => tracing::warn!("the core says it is life {life}"),

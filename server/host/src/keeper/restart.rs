@@ -23,7 +23,8 @@ pub(super) struct Death {
 pub(super) struct Restarts {
     in_a_row: usize,
     total: u64,
-    /// The last death with suspects, its own left being those of all such deaths in a row, and how many those were.
+    /// The last death with suspects, its own left being those of all such deaths in a row, and how many those were. What it `served` is what
+    /// the cores after it have.
     blamed: Option<(Death, usize)>,
     quarantined: BTreeSet<u64>,
 }
@@ -31,7 +32,8 @@ pub(super) struct Restarts {
 impl Restarts {
     /// Notes a death; gives the wait before the next start, and the sessions that are to be quarantined from now on.
     ///
-    /// The one that was there at two deaths in time is. Where several were, each further death leaves fewer of them; those that were there
+    /// The one that was there at two deaths is, where cores were in service for less than [`ROW_OF_DEATHS`] between them (however long they took
+    /// to get there: one that hangs when it takes that session over is killed only when it is late). Where several were, each further death leaves fewer of them; those that were there
     /// at [`SUSPECT_DEATHS_MAX`] deaths are quarantined all, because the others must live.
     pub(super) fn died(&mut self, mut death: Death) -> (Duration, Vec<u64>) {
         self.total += 1;
@@ -40,6 +42,9 @@ impl Restarts {
         } else {
             self.in_a_row + 1
         };
+        if let Some((before, _)) = &mut self.blamed {
+            before.served = before.served.saturating_add(death.served);
+        }
         let wait = BACK_OFF[(self.in_a_row - 1).min(BACK_OFF.len() - 1)];
         death
             .suspects
@@ -49,12 +54,13 @@ impl Restarts {
         }
         let mut deaths = 1;
         if let Some((before, count)) = &self.blamed
-            && death.at.saturating_sub(before.at) <= ROW_OF_DEATHS
+            && before.served <= ROW_OF_DEATHS
             && !before.suspects.is_disjoint(&death.suspects)
         {
             death.suspects.retain(|suspect| before.suspects.contains(suspect));
             deaths = count + 1;
         }
+        death.served = Duration::ZERO;
         let found = deaths >= SUSPECT_DEATHS_MAX || (deaths >= 2 && death.suspects.len() == 1);
         if !found {
             self.blamed = Some((death, deaths));
@@ -133,7 +139,12 @@ mod tests {
         assert_eq!(quarantined(death(0, 0, true, 7)), none);
         assert_eq!(quarantined(death(1, 0, true, 8)), none, "another session");
         assert_eq!(quarantined(death(2, 0, false, 8)), none, "killed from outside");
-        assert_eq!(quarantined(death(12, 0, true, 8)), none, "too long ago");
+        assert_eq!(quarantined(death(3, 6, false, 8)), none, "and again");
+        assert_eq!(
+            quarantined(death(12, 5, true, 8)),
+            none,
+            "cores served for eleven seconds"
+        );
         assert_eq!(quarantined(death(13, 0, true, 0)), none, "nobody");
         assert_eq!(quarantined(death(14, 0, true, 8)), [8]);
         assert_eq!(quarantined(death(15, 0, true, 8)), none, "once");
@@ -145,6 +156,21 @@ mod tests {
         assert_eq!(restarts.died(death(17, 0, true, 8)).1, [8]);
         restarts.session_gone(8);
         assert_eq!(restarts.quarantined(), 0);
+    }
+
+    #[test]
+    fn deaths_that_are_far_apart_count_where_no_core_served_between_them() {
+        let mut restarts = Restarts::default();
+        let mut quarantined = |death| restarts.died(death).1;
+        // Killed each time because it was not ready in time.
+        assert!(quarantined(death(30, 0, true, 8)).is_empty());
+        assert!(quarantined(death(60, 0, false, 0)).is_empty());
+        assert_eq!(quarantined(death(90, 0, true, 8)), [8]);
+        // A core that served in between makes it chance.
+        assert!(quarantined(death(120, 0, true, 9)).is_empty());
+        assert!(quarantined(death(500, 300, false, 0)).is_empty());
+        assert!(quarantined(death(501, 0, true, 9)).is_empty());
+        assert_eq!(quarantined(death(540, 8, true, 9)), [9]);
     }
 
     #[test]

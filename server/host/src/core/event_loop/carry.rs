@@ -93,8 +93,8 @@ impl EventLoop {
                 return;
             };
             if let Output::Submission(fetched) = &output {
-                fault::on("submission", &fetched.meta);
-                fault::on("submission", fetched.data.as_deref().unwrap_or_default());
+                fault::on_submission(&fetched.meta, || self.wake.beat());
+                fault::on_submission(fetched.data.as_deref().unwrap_or_default(), || self.wake.beat());
             }
             let mut beside = Beside {
                 session,
@@ -158,6 +158,30 @@ impl EventLoop {
             }
         }
         Ok(worked)
+    }
+
+    /// What is due in the hub, each in its owner's name.
+    pub(super) fn handle_timeouts(&mut self, now: Tick) {
+        while self.hub.poll_timeout().is_some_and(|due| due <= now) {
+            let (session, vm) = self.hub.next_timeout_of();
+            self.wake.blame(session);
+            self.wake.blame_vm(vm);
+            self.hub.handle_next_timeout(now);
+        }
+        self.wake.blame(0);
+        self.wake.blame_vm(0);
+    }
+
+    /// What came of bulk work, each in its owner's name.
+    pub(super) fn tell_outcomes(&mut self, finished: Vec<(EffectId, Outcome)>, now: Tick) {
+        for (effect, outcome) in finished {
+            let owner = self.hub.owner_of(effect);
+            self.wake.blame_vm(owner);
+            fault::on_any("outcome", &owner);
+            self.hub
+                .handle(now, interface::Input::Outcome { effect, outcome });
+        }
+        self.wake.blame_vm(0);
     }
 
     /// Starts an effect.
@@ -315,10 +339,26 @@ impl EventLoop {
     }
 
     pub(super) fn take_snapshot(&mut self) -> anyhow::Result<()> {
+        let snapshot = self.pack_snapshot()?;
+        self.put_snapshot(&snapshot)
+    }
+
+    /// A snapshot that stands for all records so far, and fits.
+    pub(super) fn pack_snapshot(&mut self) -> anyhow::Result<Vec<u8>> {
         let snapshot = self.hub.snapshot().to_bytes();
+        anyhow::ensure!(
+            snapshot.len() <= self.journal.room_bytes(),
+            "the hub's state ({} bytes) does not fit its memory: lower the mailbox limits",
+            snapshot.len()
+        );
+        Ok(snapshot)
+    }
+
+    /// Puts it in force. Nothing may have happened to the hub meanwhile.
+    pub(super) fn put_snapshot(&mut self, snapshot: &[u8]) -> anyhow::Result<()> {
         self.snapshot_bytes = snapshot.len();
         self.journal
-            .snapshot(&snapshot)
+            .snapshot(fault::replaced("snapshot").unwrap_or(snapshot))
             .context("the hub's state does not fit its memory: lower the mailbox limits")?;
         self.tell_fill(self.fill());
         Ok(())

@@ -133,6 +133,7 @@ impl EventLoop {
                     Ok(attached) => {
                         let quarantined = attached.front.control() & control::QUARANTINED != 0;
                         self.sessions.insert(session, attached);
+                        fault::nth("adopt", self.sessions.count());
                         self.hub
                             .handle(now(), interface::Input::SessionOpened { session, vm });
                         if quarantined {

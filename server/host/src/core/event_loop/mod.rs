@@ -8,6 +8,7 @@ mod carry;
 mod freeze;
 mod intake;
 mod slices;
+mod take_over;
 
 use crate::channel::{Channel, ChannelError, Packet};
 use crate::config::{CoreConfig, DeviceConfig, VmConfig};
@@ -248,7 +249,7 @@ impl EventLoop {
         let sandbox = vec![sandbox];
         let journal = Journal::open(MappedWords::writable(&hub_state).context("the hub's state")?)?;
         let hub = recover(&journal, life, undead)?;
-        let mut this = Self {
+        Ok(Self {
             poll,
             keeper,
             front,
@@ -286,21 +287,19 @@ impl EventLoop {
             rota: Rota::default(),
             watched: BTreeSet::new(),
             scan: true,
-        };
-        this.take_snapshot()?;
-        Ok(this)
+        })
     }
 
-    /// Serves until the keeper says stop or is gone. `held`: what came in while this core was on trial.
+    /// Serves until the keeper says stop or is gone. `held`: what came in while this core was on trial, if it was.
     ///
     /// # Errors
     /// What makes it impossible to go on.
-    pub(super) fn run(mut self, held: Held) -> anyhow::Result<()> {
+    pub(super) fn run(mut self, held: Option<Held>) -> anyhow::Result<()> {
         let mut events = Events::with_capacity(256);
-        for packet in held.keeper {
-            self.handle_keeper(packet)?;
+        match held {
+            Some(held) => self.take_over(held)?,
+            None => self.take_snapshot()?,
         }
-        self.held = held.front.into();
         self.take_in_everything()?;
         while !self.stopping {
             let now = now();
@@ -350,9 +349,7 @@ impl EventLoop {
             );
         }
         let mut worked = self.run_sessions(now);
-        if self.hub.poll_timeout().is_some_and(|due| due <= now) {
-            self.hub.handle_timeout(now);
-        }
+        self.handle_timeouts(now);
         let carried = self.carry(now)?;
         worked |= carried;
         self.progressed |= carried;
@@ -368,10 +365,7 @@ impl EventLoop {
             self.bulk
                 .step(&mut self.sessions, &self.store, &mut finished, &mut blame);
             self.wake.blame(0);
-            for (effect, outcome) in finished {
-                self.hub
-                    .handle(now, interface::Input::Outcome { effect, outcome });
-            }
+            self.tell_outcomes(finished, now);
             self.carry(now)?;
         }
         self.close_sessions(now)?;
