@@ -140,7 +140,7 @@ pub fn soak(options: &Options) -> Result<()> {
         .collect();
     let daemon = site::open(&server, &[names.clone(), watched.clone()].concat())?;
 
-    let mut course = Course::new(Ledger::new(false), daemon.path("share"), seed);
+    let mut course = Course::new(Ledger::new(), daemon.path("share"), seed);
     site::stock(&mut course)?;
     if !options.idle {
         course.addressees.clone_from(&names);
@@ -189,15 +189,10 @@ pub fn soak(options: &Options) -> Result<()> {
         &spread(&vms, COMPLETION_WATCHES_MAX),
     )?;
 
-    let mut trouble = Trouble {
-        daemon: &daemon,
-        vmgmtctl,
-        course: &course,
-        watches: &watches,
-        stalls: Stalls::default(),
-    };
-    let result = disturb(options, seed, upgrades, &mut trouble);
-    let stalls = trouble.stalls;
+    let mut trouble = Trouble::new(&daemon, vmgmtctl, &course, &watches)?;
+    let mut chance = ChaCha8Rng::seed_from_u64(seed);
+    let plan = plan(options, upgrades, &mut chance);
+    let result = disturb(options, &plan, &mut chance, &mut trouble);
     if let Err(error) = &result {
         course.ledger.mismatch(format!("{error:#}"));
     }
@@ -209,13 +204,18 @@ pub fn soak(options: &Options) -> Result<()> {
             .ledger
             .mismatch(format!("the operator's last message: {error:#}"));
     }
-    finish(&daemon, course, crew, vms)?.report(options, built, seed, &stalls, &operator)?;
+    course.end();
+    crew.wait(&course, patience(HOME_DEADLINE));
+    site::inspect(&course)?;
+    trouble.account(&plan);
+    drop(vms);
+    let stalls = trouble.stalls;
+    report(&course, options, built, seed, &stalls, &operator)?;
     daemon.stop(STOP_DEADLINE).context("stopping vmgmtd").map(drop)
 }
 
-/// The disruptions in their order, with quiet windows between.
-fn disturb(options: &Options, seed: u64, upgrades: Vec<Kind>, trouble: &mut Trouble<'_>) -> Result<()> {
-    let mut chance = ChaCha8Rng::seed_from_u64(seed);
+/// All that is to happen, in an order of chance's.
+fn plan(options: &Options, upgrades: Vec<Kind>, chance: &mut ChaCha8Rng) -> Vec<Kind> {
     let mut plan = kills(options.kills);
     plan.extend(upgrades);
     // Fisher-Yates.
@@ -223,6 +223,16 @@ fn disturb(options: &Options, seed: u64, upgrades: Vec<Kind>, trouble: &mut Trou
         let other = usize::try_from(chance.next_u64() % (last as u64 + 1)).unwrap_or(0);
         plan.swap(last, other);
     }
+    plan
+}
+
+/// The disruptions in their order, with quiet windows between.
+fn disturb(
+    options: &Options,
+    plan: &[Kind],
+    chance: &mut ChaCha8Rng,
+    trouble: &mut Trouble<'_>,
+) -> Result<()> {
     let spacing = match (options.minutes, options.spacing) {
         (Some(minutes), _) => Duration::try_from_secs_f64(minutes * 60.0 / plan.len().max(1) as f64)?,
         (None, Some(seconds)) => Duration::try_from_secs_f64(seconds)?,
@@ -233,7 +243,7 @@ fn disturb(options: &Options, seed: u64, upgrades: Vec<Kind>, trouble: &mut Trou
         let next = Instant::now() + spacing.mul_f64(0.5 + f64::from(chance.next_u32()) / f64::from(u32::MAX));
         trouble.nothing()?;
         std::thread::sleep(next.saturating_duration_since(Instant::now()));
-        trouble.cause(kind, &mut chance)?;
+        trouble.cause(*kind, chance)?;
     }
     trouble.nothing()
 }
@@ -268,49 +278,34 @@ fn spread(vms: &[Arc<SimulatedVm>], count: usize) -> Vec<Arc<SimulatedVm>> {
         .collect()
 }
 
-/// A run whose crew is home.
-struct Finished {
-    course: Arc<Course>,
-}
-
-fn finish(daemon: &Daemon, course: Arc<Course>, crew: Crew, vms: Vec<Arc<SimulatedVm>>) -> Result<Finished> {
-    course.end();
-    crew.wait(&course, patience(HOME_DEADLINE));
-    site::inspect(daemon, &course)?;
-    drop(vms);
-    Ok(Finished { course })
-}
-
-impl Finished {
-    fn report(
-        self,
-        options: &Options,
-        built: &str,
-        seed: u64,
-        stalls: &Stalls,
-        operator: &Operator,
-    ) -> Result<()> {
-        let balance = self.course.ledger.close();
-        let answers = locked(&operator.answers).clone();
-        report::print_stalls(stalls);
-        if let Some(path) = &options.json {
-            let facts =
-                json!({"sessions": options.sessions, "vmgmtd": built, "seed": seed, "idle": options.idle});
-            write_json(path, &report::document(&facts, &balance, &answers, stalls))?;
-        }
-        for mismatch in &balance.mismatches {
-            println!("MISMATCH {mismatch}");
-        }
-        println!("{}", report::ledger_line(&balance, &answers));
-        ensure!(
-            balance.mismatch_count == 0,
-            "the ledger does not balance; again: cargo xtask soak --sessions {} --kills {} --upgrades {} --seed {seed}",
-            options.sessions,
-            options.kills,
-            options.upgrades
-        );
-        Ok(())
+fn report(
+    course: &Course,
+    options: &Options,
+    built: &str,
+    seed: u64,
+    stalls: &Stalls,
+    operator: &Operator,
+) -> Result<()> {
+    let balance = course.ledger.close();
+    let answers = locked(&operator.answers).clone();
+    report::print_stalls(stalls);
+    if let Some(path) = &options.json {
+        let facts =
+            json!({"sessions": options.sessions, "vmgmtd": built, "seed": seed, "idle": options.idle});
+        write_json(path, &report::document(&facts, &balance, &answers, stalls))?;
     }
+    for mismatch in &balance.mismatches {
+        println!("MISMATCH {mismatch}");
+    }
+    println!("{}", report::ledger_line(&balance, &answers));
+    ensure!(
+        balance.mismatch_count == 0,
+        "the ledger does not balance; again: cargo xtask soak --sessions {} --kills {} --upgrades {} --seed {seed}",
+        options.sessions,
+        options.kills,
+        options.upgrades
+    );
+    Ok(())
 }
 
 pub fn write_json(path: &Path, document: &serde_json::Value) -> Result<()> {

@@ -16,6 +16,7 @@ use vmgmt_ctl::protocol::{Part, UpgradeReport, UpgradeState};
 use vmgmt_testkit::process::{Daemon, wait_until};
 
 use super::crew::Course;
+use super::deaths::{KILLED, STOOD_STILL, unexplained};
 use super::operator::ask_status;
 use super::stall::{Stalls, Watches};
 
@@ -57,6 +58,24 @@ impl Kind {
     }
 }
 
+/// One round of everything: the kinds of deaths with the upgrades between, and then so many plain kills that kills are twice as many.
+pub fn round(upgrades: &[Kind]) -> Vec<Kind> {
+    let deaths = [Kind::Kill, Kind::Stop, Kind::KillTwice, Kind::KillWhileAdopting];
+    let mut plan = Vec::new();
+    let mut upgrades = upgrades.iter().copied();
+    for death in deaths {
+        plan.push(death);
+        plan.extend(upgrades.next());
+    }
+    plan.extend(upgrades);
+    let upgraded = plan.len() - deaths.len();
+    plan.extend(std::iter::repeat_n(
+        Kind::Kill,
+        (2 * upgraded).saturating_sub(deaths.len()),
+    ));
+    plan
+}
+
 /// Plain kills mostly; the others in turn, so that few are enough for all.
 pub fn kills(count: u32) -> Vec<Kind> {
     let kind = |number| match number % 10 {
@@ -71,13 +90,74 @@ pub fn kills(count: u32) -> Vec<Kind> {
 /// Who causes it.
 pub struct Trouble<'a> {
     pub daemon: &'a Daemon,
-    pub vmgmtctl: PathBuf,
-    pub course: &'a Course,
-    pub watches: &'a Watches,
+    vmgmtctl: PathBuf,
+    course: &'a Course,
+    watches: &'a Watches,
     pub stalls: Stalls,
+    /// The deaths of cores that are this run's doing, as the keeper tells of them.
+    deaths: Vec<&'static str>,
+    /// What was done, to the end.
+    done: Vec<Kind>,
+    /// Front and core as they were left: until the next disruption they stay these.
+    left: [u32; 2],
 }
 
-impl Trouble<'_> {
+impl<'a> Trouble<'a> {
+    /// Before anything happens.
+    ///
+    /// # Errors
+    /// A part is not there.
+    pub fn new(
+        daemon: &'a Daemon,
+        vmgmtctl: PathBuf,
+        course: &'a Course,
+        watches: &'a Watches,
+    ) -> Result<Self> {
+        Ok(Self {
+            left: parts(daemon)?,
+            daemon,
+            vmgmtctl,
+            course,
+            watches,
+            stalls: Stalls::default(),
+            deaths: Vec::new(),
+            done: Vec::new(),
+        })
+    }
+
+    /// At the end: everything of this plan happened, and nobody died of anything else.
+    pub fn account(&self, plan: &[Kind]) {
+        for (place, kind) in plan.iter().enumerate() {
+            if plan[..place].contains(kind) {
+                continue;
+            }
+            let planned = plan.iter().filter(|other| *other == kind).count();
+            let done = self.done.iter().filter(|other| *other == kind).count();
+            if done < planned {
+                self.course.ledger.mismatch(format!(
+                    "{} was to happen {planned} times and happened {done} times",
+                    kind.name()
+                ));
+            }
+        }
+        self.look_at_parts();
+        for what in unexplained(&self.daemon.log().text(), &self.deaths) {
+            self.course.ledger.mismatch(what);
+        }
+    }
+
+    /// Nobody may have been replaced since the last disruption.
+    fn look_at_parts(&self) {
+        match parts(self.daemon) {
+            Ok(now) if now == self.left => {}
+            Ok(now) => self.course.ledger.mismatch(format!(
+                "front and core were processes {:?} after the last disruption and are {now:?}: somebody died",
+                self.left
+            )),
+            Err(error) => self.course.ledger.mismatch(format!("{error:#}")),
+        }
+    }
+
     fn control(&self) -> PathBuf {
         self.daemon.path("control.sock")
     }
@@ -94,6 +174,7 @@ impl Trouble<'_> {
     /// Does it, and waits until the daemon is in service again.
     pub fn cause(&mut self, kind: Kind, chance: &mut ChaCha8Rng) -> Result<()> {
         let name = kind.name();
+        self.look_at_parts();
         let deaths = self.back_offs().len();
         let number = self.course.ledger.disruption_begins(&name);
         let window = self.watches.open();
@@ -107,6 +188,8 @@ impl Trouble<'_> {
                 self.daemon.log().tail()
             )
         })?;
+        self.left = parts(self.daemon)?;
+        self.done.push(kind);
         let sample = self.watches.close(back)?;
         // The keeper waits before it starts a core after several deaths in a row: that is its rule, not its slowness.
         let waited: u64 = self.back_offs().values().skip(deaths).sum();
@@ -124,21 +207,28 @@ impl Trouble<'_> {
         Ok(())
     }
 
-    fn act(&self, kind: Kind, chance: &mut ChaCha8Rng) -> Result<()> {
+    fn kill(&mut self) -> Result<u32> {
+        self.deaths.push(KILLED);
+        self.daemon.kill_role("core")
+    }
+
+    fn act(&mut self, kind: Kind, chance: &mut ChaCha8Rng) -> Result<()> {
         match kind {
-            Kind::Kill => self.daemon.kill_role("core").map(drop),
-            Kind::KillTwice => {
-                let old = self.daemon.kill_role("core")?;
-                self.daemon.wait_for_new("core", old, BACK_DEADLINE)?;
-                self.daemon.kill_role("core").map(drop)
+            Kind::Kill => {
+                let old = self.kill()?;
+                self.daemon.wait_for_new("core", old, BACK_DEADLINE).map(drop)
             }
-            Kind::KillWhileAdopting => {
-                let old = self.daemon.kill_role("core")?;
-                self.daemon.wait_for_new("core", old, BACK_DEADLINE)?;
-                std::thread::sleep(Duration::from_millis(chance.next_u64() % ADOPTION_MS));
-                self.daemon.kill_role("core").map(drop)
+            Kind::KillTwice | Kind::KillWhileAdopting => {
+                let old = self.kill()?;
+                let new = self.daemon.wait_for_new("core", old, BACK_DEADLINE)?;
+                if kind == Kind::KillWhileAdopting {
+                    std::thread::sleep(Duration::from_millis(chance.next_u64() % ADOPTION_MS));
+                }
+                self.kill()?;
+                self.daemon.wait_for_new("core", new, BACK_DEADLINE).map(drop)
             }
             Kind::Stop => {
+                self.deaths.push(STOOD_STILL);
                 let old = self.daemon.signal_role("core", Signal::STOP)?;
                 let replaced = self.daemon.wait_for_new("core", old, BACK_DEADLINE);
                 replaced
@@ -146,6 +236,7 @@ impl Trouble<'_> {
                     .context("a stopped core owes doorbells and is not replaced")
             }
             Kind::Upgrade(part) => {
+                let old = self.daemon.role(part.name());
                 let report = upgrade(&self.vmgmtctl, &self.control(), part)?;
                 ensure!(
                     report.state == UpgradeState::Done,
@@ -153,7 +244,14 @@ impl Trouble<'_> {
                     report.state.name(),
                     report.reason
                 );
-                Ok(())
+                match part {
+                    // The same process goes on with another program.
+                    Part::Keeper => Ok(()),
+                    Part::Core | Part::Front => self
+                        .daemon
+                        .wait_for_new(part.name(), old?, BACK_DEADLINE)
+                        .map(drop),
+                }
             }
         }
     }
@@ -177,6 +275,11 @@ impl Trouble<'_> {
         });
         said.collect()
     }
+}
+
+/// The processes of front and core.
+fn parts(daemon: &Daemon) -> Result<[u32; 2]> {
+    Ok([daemon.role("front")?, daemon.role("core")?])
 }
 
 /// Which parts can be upgraded; for the others, why not. Asked by doing it, before anybody works.
@@ -228,6 +331,19 @@ fn longest(times: &[Duration]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_round_has_every_kind_and_twice_as_many_kills() {
+        let upgrades = Part::ALL.map(Kind::Upgrade);
+        let plan = round(&upgrades);
+        let kinds = [Kind::Kill, Kind::Stop, Kind::KillTwice, Kind::KillWhileAdopting];
+        for kind in kinds.into_iter().chain(upgrades) {
+            assert!(plan.contains(&kind), "{kind:?} is not in {plan:?}");
+        }
+        let upgraded = plan.iter().filter(|kind| upgrades.contains(kind)).count();
+        assert_eq!((upgraded, plan.len()), (3, 9));
+        assert_eq!(round(&[]).len(), 4);
+    }
 
     #[test]
     fn ten_kills_are_of_every_kind() {

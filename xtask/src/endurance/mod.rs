@@ -3,6 +3,7 @@
 //! ```text
 //!  guest, operator     who works: simulated guests with the real driver, the host by vmgmtctl's client
 //!  disruption          what happens to the daemon meanwhile
+//!  deaths              whether somebody died of something else
 //!  ledger, content     what was sent and received, to the byte
 //!  stall, report       how long who waited; the table, the JSON, the one line
 //!  crew, site          threads with a name; the daemon
@@ -13,6 +14,7 @@
 
 pub mod content;
 pub mod crew;
+pub mod deaths;
 pub mod disruption;
 pub mod guest;
 pub mod ledger;

@@ -171,12 +171,6 @@ fn send(course: &Course, hand: &Hand, control: &Path, pause: Duration) -> Result
     Ok(())
 }
 
-/// Without the socket's path, so that equal reasons are counted together.
-fn general(what: &str) -> String {
-    let words = what.split(' ').filter(|word| !word.contains('/'));
-    words.collect::<Vec<_>>().join(" ")
-}
-
 fn receive(course: &Course, hand: &Hand, control: &Path) -> Result<()> {
     let call = Call::Recv(Receive {
         follow: true,
@@ -248,20 +242,11 @@ fn files(course: &Course, hand: &Hand, control: &Path, pause: Duration) -> Resul
     Ok(())
 }
 
-/// Makes a request with a file until it is done: with its key it goes on over all disruptions, but for the end of the VM.
-fn insist(
-    course: &Course,
-    control: &Path,
-    call: impl Fn(u64) -> Call,
-    file: &mut std::fs::File,
-    what: &str,
-    mut broke: impl FnMut(),
-) -> Result<Transferred> {
-    let mut key = new_key();
+/// Makes a request with a file until it is done: with its key it goes on over all disruptions.
+fn insist(control: &Path, call: &Call, file: &mut std::fs::File, what: &str) -> Result<Transferred> {
     loop {
-        let since = course.ledger.epoch();
         let mut client = Client::connect(control)?;
-        let error = match client.call(&call(key), &[file.as_fd()], Some(SILENCE_MAX), &mut |_| true) {
+        let error = match client.call(call, &[file.as_fd()], Some(SILENCE_MAX), &mut |_| true) {
             Ok(answer) => return Ok(serde_json::from_value(answer)?),
             Err(error) => error,
         };
@@ -269,22 +254,7 @@ fn insist(
             std::thread::sleep(AGAIN);
             continue;
         }
-        let disturbed = since % 2 == 1 || course.ledger.epoch() != since;
-        let excusable = match &error {
-            ClientError::Failed(failure) => matches!(failure.code, ErrorCode::Cancelled | ErrorCode::Failed),
-            _ => false,
-        };
-        if !(disturbed && excusable && course.ledger.vms_end()) {
-            return Err(anyhow::Error::new(error).context(what.to_owned()));
-        }
-        broke();
-        // What has failed is told again to who asks with the same key.
-        key = new_key();
-        let kind = what.split(' ').next().unwrap_or(what);
-        course
-            .ledger
-            .excuse_said(&format!("{kind}: {}", general(&error.to_string())));
-        std::thread::sleep(AGAIN);
+        return Err(anyhow::Error::new(error).context(what.to_owned()));
     }
 }
 
@@ -294,17 +264,13 @@ pub fn push(course: &Course, hand: &Hand, control: &Path, peer: &str, paper: &Pa
     hand.doing(what.clone());
     let mut file = tempfile::tempfile()?;
     file.write_all(&paper.bytes())?;
-    let call = |key| {
-        Call::Push(Push {
-            to: peer.into(),
-            name: paper.name.clone(),
-            wait_ms: ACCEPT_MS,
-            key: Some(key),
-        })
-    };
-    let done = insist(course, control, call, &mut file, &what, || {
-        course.ledger.broke(HOST_NAME, peer, &paper.name);
-    })?;
+    let call = Call::Push(Push {
+        to: peer.into(),
+        name: paper.name.clone(),
+        wait_ms: ACCEPT_MS,
+        key: Some(new_key()),
+    });
+    let done = insist(control, &call, &mut file, &what)?;
     checksum(paper, &done)?;
     course.ledger.sent(HOST_NAME, peer, &paper.name, paper.length);
     Ok(())
@@ -315,17 +281,13 @@ pub fn pull(course: &Course, hand: &Hand, control: &Path, peer: &str, paper: &Pa
     let what = format!("pull of {} from {peer}", paper.name);
     hand.doing(what.clone());
     let mut file = tempfile::tempfile()?;
-    let call = |key| {
-        Call::Pull(Pull {
-            from: peer.into(),
-            path: paper.name.clone(),
-            wait_ms: ACCEPT_MS,
-            key: Some(key),
-        })
-    };
-    let done = insist(course, control, call, &mut file, &what, || {
-        course.ledger.broke(peer, HOST_NAME, &paper.name);
-    })?;
+    let call = Call::Pull(Pull {
+        from: peer.into(),
+        path: paper.name.clone(),
+        wait_ms: ACCEPT_MS,
+        key: Some(new_key()),
+    });
+    let done = insist(control, &call, &mut file, &what)?;
     checksum(paper, &done)?;
     let mut found = Vec::new();
     file.rewind()?;

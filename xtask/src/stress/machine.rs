@@ -1,8 +1,7 @@
 //! The stress run's machine: one real VM that works, is reset, killed, unplugged and started again.
 //!
 //! In: commands of the guest's own tool, by its shell. Out: their exit codes and what they said, in the ledger. It must never take an error for granted:
-//! a command may fail only while the core was disturbed in its time and it says so (STALE and its like), or because this very file ended its
-//! guest.
+//! a command may fail only where the core was disturbed in its time and it says that it cannot tell, or where a `recv` had nothing to give.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -11,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use vmgmt_testkit::process::wait_until;
 use vmgmt_testkit::setup::Tools;
-use vmgmt_testkit::vm::{Driver, Output, Running, Vm, VmBuilder};
+use vmgmt_testkit::vm::{Driver, Iommu, Memory, Output, Running, Vm, VmBuilder};
 
 use crate::endurance::content;
 use crate::endurance::crew::Course;
@@ -24,30 +23,73 @@ const MEMORY_MIB: u32 = 128;
 const DEVICE: &str = "mgmt";
 /// `vmgmt recv` has at most so many receives posted: what its end can take along.
 const RECEIVES_POSTED: u64 = 4;
-/// What a command says when the VM at the other end of its stream was killed, or a name operation cannot be told.
-const EXCUSABLE: [&str; 3] = [
-    "cannot tell whether it was done",
-    "a stream that has failed",
-    ": cancelled",
+/// The one thing that a command may say instead of being done: a name operation whose core died in the middle.
+const EXCUSABLE: &str = "cannot tell whether it was done";
+/// What `vmgmt recv` says when nothing came in its time, with exit code 5.
+const NOTHING_CAME: &str = "no answer in time";
+
+/// How a machine reaches its device, and where its memory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fashion {
+    pub name: &'static str,
+    driver: Driver,
+    iommu: Iommu,
+    memory: Memory,
+}
+
+/// The machines' fashions in turn: four of them meet every way to a device.
+pub const FASHIONS: [Fashion; 7] = [
+    Fashion::new("uio", Driver::Uio, Iommu::None, Memory::Shared),
+    Fashion::new("vfio, Intel's IOMMU", Driver::Vfio, Iommu::Intel, Memory::Shared),
+    Fashion::new("uio, memory by messages", Driver::Uio, Iommu::None, Memory::Plain),
+    Fashion::new("ports", Driver::None, Iommu::None, Memory::Shared),
+    Fashion::new(
+        "vfio, virtio's IOMMU",
+        Driver::Vfio,
+        Iommu::Virtio,
+        Memory::Shared,
+    ),
+    Fashion::new("uio, memory in a file", Driver::Uio, Iommu::None, Memory::File),
+    Fashion::new(
+        "vfio, memory by messages",
+        Driver::Vfio,
+        Iommu::Intel,
+        Memory::Private,
+    ),
 ];
-/// Words of a guest's kernel that must never be said.
-const KERNEL_COMPLAINTS: [&str; 10] = [
-    "Oops",
-    "BUG:",
-    "WARNING:",
-    "Call Trace",
-    "Kernel panic",
-    "nobody cared",
-    "AER:",
-    "vfio-pci: probe",
-    "uio_pci_generic: probe",
-    "can't reserve",
-];
+
+impl Fashion {
+    const fn new(name: &'static str, driver: Driver, iommu: Iommu, memory: Memory) -> Self {
+        Self {
+            name,
+            driver,
+            iommu,
+            memory,
+        }
+    }
+
+    /// Longest file that goes there and back in seconds: some 50 kB/s go through the ports of a VM under TCG.
+    pub const fn file_bytes_max(self) -> usize {
+        match self.driver {
+            Driver::None => 100_000,
+            Driver::Uio | Driver::Vfio => usize::MAX,
+        }
+    }
+
+    /// What `vmgmt bind` calls the driver, and the kernel its module.
+    const fn driver(self) -> (&'static str, Option<&'static str>) {
+        match self.driver {
+            Driver::Uio => ("uio", Some("uio_pci_generic")),
+            Driver::Vfio => ("vfio", Some("vfio_pci")),
+            Driver::None => ("none", None),
+        }
+    }
+}
 
 /// How a command ended.
 pub enum Ended {
     Well(String),
-    /// Nothing came, nobody was there: exit code 5.
+    /// A `recv` to which nothing came.
     Empty,
     /// Excused; to be done again.
     Again,
@@ -56,6 +98,7 @@ pub enum Ended {
 /// A VM on its socket.
 pub struct Machine {
     pub name: String,
+    pub fashion: Fashion,
     builder: VmBuilder,
     socket: PathBuf,
     vm: Option<Vm>,
@@ -63,14 +106,17 @@ pub struct Machine {
 
 impl Machine {
     /// Boots it.
-    pub fn start(tools: &Tools, name: &str, socket: PathBuf) -> Result<Self> {
+    pub fn start(tools: &Tools, name: &str, socket: PathBuf, fashion: Fashion) -> Result<Self> {
         let builder = VmBuilder::new(tools, name)
             .memory_mib(MEMORY_MIB)
-            .driver(Driver::Uio)
+            .memory(fashion.memory)
+            .iommu(fashion.iommu)
+            .driver(fashion.driver)
             .device_on_port(&socket, DEVICE);
         let vm = builder.clone().start()?;
         Ok(Self {
             name: name.into(),
+            fashion,
             builder,
             socket,
             vm: Some(vm),
@@ -108,24 +154,20 @@ impl Machine {
         output: &Output,
         since: u64,
     ) -> Result<Ended> {
-        let text = output.text();
-        match output.status {
-            0 => return Ok(Ended::Well(text)),
-            5 => return Ok(Ended::Empty),
-            _ => {}
-        }
         let disturbed = since % 2 == 1 || course.ledger.epoch() != since;
-        let excuse = EXCUSABLE.into_iter().find(|excuse| text.contains(excuse));
-        match excuse {
-            Some(excuse) if disturbed => {
-                course.ledger.excuse_said(&format!("vmgmt {kind}: {excuse}"));
-                Ok(Ended::Again)
+        match verdict(kind, output, disturbed) {
+            Some(ended) => {
+                if matches!(ended, Ended::Again) {
+                    course.ledger.excuse_said(&format!("vmgmt {kind}: {EXCUSABLE}"));
+                }
+                Ok(ended)
             }
-            _ => bail!(
-                "`{}` in {} ended with {}: {text}",
+            None => bail!(
+                "`{}` in {} ended with {}: {}",
                 shown(command),
                 self.name,
-                output.status
+                output.status,
+                output.text()
             ),
         }
     }
@@ -167,10 +209,45 @@ impl Machine {
         self.vm()?.reset()
     }
 
+    /// Presses the reset button on a program in the middle of its work.
+    pub fn reset_under(&self, running: Running) -> Result<()> {
+        self.vm()?.pause()?;
+        drop(running.lost());
+        self.vm()?.reset()
+    }
+
+    /// Kills QEMU under a program in the middle of its work, and starts it again on its socket.
+    pub fn kill_under(&mut self, course: &Course, running: Running) -> Result<()> {
+        self.vm()?.pause()?;
+        drop(running.lost());
+        self.kill_now(course)
+    }
+
+    /// Unplugs the device under a program in the middle of its work, which ends with an error, and plugs it in again.
+    pub fn unplug_under(&self, mut running: Running) -> Result<()> {
+        if self.fashion.driver == Driver::Vfio {
+            // The kernel lets vfio's user keep a device that is to go until it closes it.
+            running.signal("KILL")?;
+        }
+        self.vm()?.unplug(DEVICE)?;
+        let output = running.wait(COMMAND_DEADLINE)?;
+        ensure!(
+            output.status != 0,
+            "a program in {} whose device was unplugged ended well: {}",
+            self.name,
+            output.text()
+        );
+        self.plug()
+    }
+
     /// Kills QEMU while letters are received, and starts it again on its socket.
     pub fn kill(&mut self, course: &Course) -> Result<()> {
         let receiving = self.spawn("vmgmt --json recv --follow")?;
         self.cut_off(course, receiving)?;
+        self.kill_now(course)
+    }
+
+    fn kill_now(&mut self, course: &Course) -> Result<()> {
         self.inspect(course)?;
         if let Some(vm) = self.vm.take() {
             vm.kill();
@@ -200,33 +277,45 @@ impl Machine {
 
     /// Unplugs the device and plugs it in again.
     pub fn replug(&self) -> Result<()> {
+        self.vm()?.unplug(DEVICE)?;
+        self.plug()
+    }
+
+    fn plug(&self) -> Result<()> {
         let vm = self.vm()?;
-        vm.unplug(DEVICE)?;
         vm.plug(&self.socket, DEVICE, 0)?;
         wait_until("the guest to see its device", COMMAND_DEADLINE, || {
             let seen = vm.run("grep -q 0x10f0 /sys/bus/pci/devices/*/device")?;
             Ok((seen.status == 0).then_some(()))
         })?;
-        self.must("vmgmt bind --driver uio && vmgmt info").map(drop)
+        let (driver, _) = self.fashion.driver();
+        self.must(&format!("vmgmt bind --driver {driver} && vmgmt info"))
+            .map(drop)
     }
 
-    /// Unloads the kernel's driver and loads it again.
+    /// Unloads the kernel's driver and loads it again; where there is none, resets the function.
     pub fn reload(&self) -> Result<()> {
-        self.must(
-            "vmgmt bind --driver none && rmmod uio_pci_generic && vmgmt bind --driver uio && vmgmt info",
-        )
-        .map(drop)
+        let command = match self.fashion.driver() {
+            (driver, Some(module)) => {
+                format!(
+                    "vmgmt bind --driver none && rmmod {module} && vmgmt bind --driver {driver} && vmgmt info"
+                )
+            }
+            (_, None) => {
+                "echo 1 > $(dirname $(grep -l 0x10f0 /sys/bus/pci/devices/*/device))/reset && vmgmt info"
+                    .into()
+            }
+        };
+        self.must(&command).map(drop)
     }
 
     /// What kernel and QEMU said so far must be clean.
     pub fn inspect(&self, course: &Course) -> Result<()> {
         let vm = self.vm()?;
-        for line in vm.console().lines() {
-            if KERNEL_COMPLAINTS.iter().any(|complaint| line.contains(complaint)) {
-                course
-                    .ledger
-                    .mismatch(format!("the kernel of {} says: {}", self.name, line.trim()));
-            }
+        for line in vm.kernel_complaints() {
+            course
+                .ledger
+                .mismatch(format!("the kernel of {} says: {line}", self.name));
         }
         for line in vm.qemu_log().lines().filter(|line| line.contains("vfio")) {
             course
@@ -238,6 +327,57 @@ impl Machine {
     }
 }
 
+/// What an exit code means; nothing: that it must not be.
+fn verdict(kind: &str, output: &Output, disturbed: bool) -> Option<Ended> {
+    let text = output.text();
+    match output.status {
+        0 => Some(Ended::Well(text)),
+        // The same code says "busy", "not ready", "in use" and more: a guest program that meets these has seen an error.
+        5 if kind == "recv" && text.contains(NOTHING_CAME) => Some(Ended::Empty),
+        _ if disturbed && text.contains(EXCUSABLE) => Some(Ended::Again),
+        _ => None,
+    }
+}
+
 fn shown(command: &str) -> String {
     command.chars().take(100).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(kind: &str, status: i32, text: &str, disturbed: bool) -> Option<&'static str> {
+        let bytes = text.as_bytes().to_vec();
+        verdict(kind, &Output { bytes, status }, disturbed).map(|ended| match ended {
+            Ended::Well(_) => "well",
+            Ended::Empty => "empty",
+            Ended::Again => "again",
+        })
+    }
+
+    #[test]
+    fn only_a_receive_may_come_back_with_nothing() {
+        let nothing = "{\"code\":5,\"error\":\"no answer in time\",\"status\":null}";
+        assert_eq!(of("recv", 5, nothing, false), Some("empty"));
+        assert_eq!(of("get", 5, nothing, true), None);
+        for text in [
+            "vmgmt: work/x: READ: busy: try again later",
+            "vmgmt: PUT: over a budget of this VM",
+            "vmgmt: the device 0000:01:00.0 is in use by process 7",
+            "vmgmt: opening a ring took longer than 10s",
+        ] {
+            for kind in ["recv", "get", "cp"] {
+                assert_eq!(of(kind, 5, text, true), None, "{kind}: {text}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_error_is_excused_only_where_the_core_was_disturbed_and_nobody_can_tell() {
+        let text = "vmgmt: work/x: COMMIT: the host daemon was replaced meanwhile and cannot tell whether it was done";
+        assert_eq!(of("put", 1, text, true), Some("again"));
+        assert_eq!(of("put", 1, text, false), None);
+        assert_eq!(of("cp", 1, "vmgmt: vm2:x: STREAM_WRITE: cancelled", true), None);
+    }
 }

@@ -4,27 +4,29 @@
 //!  mod       options, the daemon, the disruptions of the core
 //!  machine   one real VM: its commands, its ends and beginnings
 //!  work      what a machine does all day
+//!  cut       a machine that ends in the middle of a transfer
 //! ```
 //!
 //! In: how many VMs, for how long. Out: the ledger's line, an exit code. It must never excuse more than the ledger says.
 
+mod cut;
 mod machine;
 mod work;
 
 use crate::endurance::{
     content,
     crew::{Course, Crew},
-    disruption::{Kind, Trouble, kills},
+    disruption::{Kind, Trouble, round},
     guest::{self, Plan},
     ledger::Ledger,
     operator::Operator,
     report, site,
-    stall::{Stalls, Watches},
+    stall::Watches,
 };
 use crate::soak::{SETTLE_PATIENCE, STOP_DEADLINE, programs, seed_or_clock, upgrades, write_json};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use machine::Machine;
+use machine::{FASHIONS, Machine};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde_json::json;
@@ -37,7 +39,7 @@ use std::{
 use vmgmt_testkit::guest::SimulatedVm;
 use vmgmt_testkit::process::{Daemon, locked, patience};
 use vmgmt_testkit::setup::{self, Image, Tools, Wanted};
-use work::Yard;
+use work::{OwnTrouble, Yard};
 
 /// Simulated guests that move files as well.
 const FILE_GUESTS_MAX: usize = 8;
@@ -49,8 +51,8 @@ const OPERATOR_PAUSE: Duration = Duration::from_millis(500);
 const SPACING: Duration = Duration::from_secs(6);
 /// A round of a machine that was begun is finished in this time: it may hold a boot.
 const HOME_DEADLINE: Duration = Duration::from_secs(240);
-/// Upgrades in a row before they begin anew: each part is among them.
-const UPGRADES: u32 = 6;
+/// Upgrades of a round: one of each part.
+const UPGRADES: u32 = 3;
 const WATCH: &str = "watch0";
 
 #[derive(Args, Clone, Debug)]
@@ -100,10 +102,14 @@ fn names(kind: &str, count: u16) -> Vec<String> {
 /// Boots all at once.
 fn boot(tools: &Tools, daemon: &Daemon, names: &[String]) -> Result<Vec<Mutex<Machine>>> {
     thread::scope(|scope| {
-        let start = |name: &'_ String| Machine::start(tools, name, daemon.path(&format!("{name}.sock")));
         let starting: Vec<_> = names
             .iter()
-            .map(|name| scope.spawn(move || start(name)))
+            .zip(FASHIONS.iter().cycle())
+            .map(|(name, fashion)| {
+                println!("* {name}: {}", fashion.name);
+                let socket = daemon.path(&format!("{name}.sock"));
+                scope.spawn(move || Machine::start(tools, name, socket, *fashion))
+            })
             .collect();
         starting
             .into_iter()
@@ -130,8 +136,10 @@ pub fn stress(options: &Options) -> Result<()> {
     site::allow_guests(u64::from(options.simulated) + 1)?;
     let all = [real.clone(), simulated.clone(), vec![WATCH.to_owned()]].concat();
     let daemon = site::open(&server, &all)?;
-    let mut course = Course::new(Ledger::new(true), daemon.path("share"), seed);
+    let mut course = Course::new(Ledger::new(), daemon.path("share"), seed);
     site::stock(&mut course)?;
+    let endless = course.share.join(cut::ENDLESS);
+    std::fs::File::create(&endless)?.set_len(cut::ENDLESS_BYTES)?;
     course.addressees = [real.clone(), simulated.clone()].concat();
     course.acceptors = simulated.iter().take(FILE_GUESTS_MAX).cloned().collect();
     let course = Arc::new(course);
@@ -171,17 +179,11 @@ pub fn stress(options: &Options) -> Result<()> {
     let machine = SimulatedVm::plug(daemon.path(&format!("{WATCH}.sock")), guest::options())?;
     let watched: Vec<_> = vms.iter().take(1).cloned().collect();
     let watches = Watches::start(&mut crew, &course, vec![machine], &watched)?;
-    let mut trouble = Trouble {
-        daemon: &daemon,
-        vmgmtctl,
-        course: &course,
-        watches: &watches,
-        stalls: Stalls::default(),
-    };
-    if let Err(error) = disturb(options, seed, upgrades, &mut trouble) {
+    let mut trouble = Trouble::new(&daemon, vmgmtctl, &course, &watches)?;
+    let plan = round(&upgrades);
+    if let Err(error) = disturb(options, seed, &plan, &mut trouble) {
         course.ledger.mismatch(format!("{error:#}"));
     }
-    let stalls = trouble.stalls;
     course.quiet();
     // Work that was begun is finished first: a boot among it takes its time.
     site::settle(&course, patience(HOME_DEADLINE.max(SETTLE_PATIENCE)));
@@ -192,7 +194,11 @@ pub fn stress(options: &Options) -> Result<()> {
     }
     course.end();
     crew.wait(&course, patience(HOME_DEADLINE));
-    site::inspect(&daemon, &course)?;
+    std::fs::remove_file(&endless)?;
+    site::inspect(&course)?;
+    trouble.account(&plan);
+    let stalls = trouble.stalls;
+    own_troubles(&course, real.len());
     drop((yard, vms));
     let balance = course.ledger.close();
     let answers = locked(&operator.answers).clone();
@@ -216,21 +222,49 @@ pub fn stress(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Kills and upgrades for so long, kills twice as often.
-fn disturb(options: &Options, seed: u64, upgrades: Vec<Kind>, trouble: &mut Trouble<'_>) -> Result<()> {
-    let mut chance = ChaCha8Rng::seed_from_u64(seed);
-    let end = Instant::now() + Duration::try_from_secs_f64(options.minutes * 60.0)?;
-    let kills = kills(10);
-    let mut turn = 0;
-    while Instant::now() < end {
-        let pause = SPACING.mul_f64(0.5 + f64::from(chance.next_u32()) / f64::from(u32::MAX));
-        thread::sleep(pause.min(end.saturating_duration_since(Instant::now())));
-        let upgrade = turn % 3 == 2 && !upgrades.is_empty();
-        let among = if upgrade { &upgrades } else { &kills };
-        if let Some(kind) = among.get(turn % among.len().max(1)) {
-            trouble.cause(*kind, &mut chance)?;
+/// What each machine was to meet first has happened.
+fn own_troubles(course: &Course, machines: usize) {
+    for number in 0..machines {
+        let what = OwnTrouble::of(number).name();
+        if machines > 1 && !course.ledger.has_happened(&what) {
+            course
+                .ledger
+                .mismatch(format!("{what}: this was to happen and did not"));
         }
-        turn += 1;
+    }
+}
+
+/// The plan's disruptions, again and again for so long, and all of it at least once.
+fn disturb(options: &Options, seed: u64, plan: &[Kind], trouble: &mut Trouble<'_>) -> Result<()> {
+    let mut chance = ChaCha8Rng::seed_from_u64(seed);
+    let whole = Duration::try_from_secs_f64(options.minutes * 60.0)?;
+    let end = Instant::now() + whole;
+    let spacing = spacing(whole, plan.len());
+    for (turn, kind) in plan.iter().cycle().enumerate() {
+        let pause = spacing.mul_f64(0.5 + f64::from(chance.next_u32()) / f64::from(u32::MAX));
+        thread::sleep(pause.min(end.saturating_duration_since(Instant::now())));
+        if turn >= plan.len() && Instant::now() >= end {
+            break;
+        }
+        trouble.cause(*kind, &mut chance)?;
     }
     Ok(())
+}
+
+/// Between two disruptions: in a short run so little that a whole round of them falls into it.
+fn spacing(whole: Duration, round: usize) -> Duration {
+    let turns = u32::try_from(round).unwrap_or(u32::MAX).saturating_add(1);
+    SPACING.min(whole / turns)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_minute_is_long_enough_for_a_round() {
+        assert_eq!(spacing(Duration::from_secs(60), 9), Duration::from_secs(6));
+        assert_eq!(spacing(Duration::from_secs(20), 9), Duration::from_secs(2));
+        assert_eq!(spacing(Duration::from_secs(3600), 9), SPACING);
+    }
 }

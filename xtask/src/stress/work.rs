@@ -1,18 +1,19 @@
 //! The stress run's day of a machine: letters, files, a ring of VMs, the host; and now and then its own end.
 //!
 //! In: all machines, each behind a lock (one program uses a device at a time), and the course. Out: entries in the ledger. Two machines are locked in
-//! the order of their numbers. It must never know what happens to the daemon meanwhile.
+//! the order of their numbers. It must never know what happens to the daemon meanwhile, nor excuse a machine that nothing was done to.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::RngCore;
 use vmgmt_driver::abi::chat::HOST_NAME;
 use vmgmt_testkit::process::locked;
 
+use super::cut::{self, Blow, During};
 use super::machine::{COMMAND_DEADLINE, Ended, Machine};
 use crate::endurance::content::Paper;
 use crate::endurance::crew::{Course, Hand};
@@ -24,6 +25,59 @@ use crate::endurance::operator;
 const LETTERS: u64 = 3;
 /// One round in so many ends with a disruption of the machine itself.
 const OWN_TROUBLE_EVERY: u32 = 4;
+
+/// What happens to a machine now and then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OwnTrouble {
+    Reload,
+    Replug,
+    /// While letters are received.
+    Reset,
+    Kill,
+    Cut(Blow, During),
+}
+
+/// Each machine begins with another one: the first four are of every kind.
+pub const OWN_TROUBLES: [OwnTrouble; 16] = [
+    OwnTrouble::Cut(Blow::Kill, During::Taking),
+    OwnTrouble::Cut(Blow::Reset, During::Sending),
+    OwnTrouble::Cut(Blow::Unplug, During::Put),
+    OwnTrouble::Reload,
+    OwnTrouble::Cut(Blow::Reset, During::Get),
+    OwnTrouble::Cut(Blow::Unplug, During::Taking),
+    OwnTrouble::Kill,
+    OwnTrouble::Cut(Blow::Kill, During::Put),
+    OwnTrouble::Replug,
+    OwnTrouble::Cut(Blow::Reset, During::Taking),
+    OwnTrouble::Cut(Blow::Unplug, During::Get),
+    OwnTrouble::Reset,
+    OwnTrouble::Cut(Blow::Kill, During::Sending),
+    OwnTrouble::Cut(Blow::Reset, During::Put),
+    OwnTrouble::Cut(Blow::Unplug, During::Sending),
+    OwnTrouble::Cut(Blow::Kill, During::Get),
+];
+
+impl OwnTrouble {
+    /// The one of a machine's turn.
+    pub const fn of(turn: usize) -> Self {
+        OWN_TROUBLES[turn % OWN_TROUBLES.len()]
+    }
+
+    /// With another machine only where there is one.
+    pub fn name(self) -> String {
+        match self {
+            Self::Reload => "driver reloaded".into(),
+            Self::Replug => "device unplugged and plugged".into(),
+            Self::Reset => "VM reset while receiving".into(),
+            Self::Kill => "QEMU killed while receiving".into(),
+            Self::Cut(blow, during) => format!("{} in {}", blow.name(), during.name()),
+        }
+    }
+
+    const fn has_partner(self) -> bool {
+        matches!(self, Self::Cut(_, During::Sending | During::Taking))
+    }
+}
 
 /// What all machines' threads share.
 pub struct Yard {
@@ -52,7 +106,7 @@ pub fn live(
             _ => with_host(course, hand, yard, own, round)?,
         }
         if round.is_multiple_of(OWN_TROUBLE_EVERY) {
-            own_trouble(course, hand, yard, own, trouble)?;
+            own_trouble(course, hand, yard, own, OwnTrouble::of(trouble), round)?;
             trouble += 1;
         }
     }
@@ -88,13 +142,12 @@ fn letters(course: &Course, hand: &Hand, yard: &Yard, own: usize, chance: &mut C
     machine.receive(course).map(drop)
 }
 
-fn library<'a>(course: &'a Course, chance: &mut ChaCha8Rng) -> Result<&'a Paper> {
-    let place = chance
-        .next_u64()
-        .checked_rem(course.library.len() as u64)
-        .unwrap_or(0);
+/// A paper of the library, of at most so many bytes.
+fn library<'a>(course: &'a Course, chance: &mut ChaCha8Rng, bytes_max: usize) -> Result<&'a Paper> {
+    let fit = || course.library.iter().filter(|paper| paper.length <= bytes_max);
+    let place = chance.next_u64().checked_rem(fit().count() as u64).unwrap_or(0);
     let place = usize::try_from(place).unwrap_or(0);
-    course.library.get(place).context("the library is empty")
+    fit().nth(place).context("nothing in the library is so small")
 }
 
 /// Runs a command until it was done well.
@@ -102,7 +155,8 @@ fn insist(course: &Course, machine: &Machine, kind: &str, command: &str) -> Resu
     loop {
         match machine.try_to(course, kind, command)? {
             Ended::Well(_) => return Ok(()),
-            Ended::Empty | Ended::Again => {}
+            Ended::Again => {}
+            Ended::Empty => bail!("vmgmt {kind} came back with nothing"),
         }
     }
 }
@@ -143,7 +197,7 @@ fn fetch(course: &Course, machine: &Machine, paper: &Paper) -> Result<()> {
 
 fn files(course: &Course, hand: &Hand, yard: &Yard, own: usize, chance: &mut ChaCha8Rng) -> Result<()> {
     let machine = locked(machine(yard, own)?);
-    let paper = library(course, chance)?;
+    let paper = library(course, chance, machine.fashion.file_bytes_max())?;
     hand.doing(format!("getting {}", paper.name));
     fetch(course, &machine, paper)?;
     let name = format!("{}.{:x}", machine.name, chance.next_u64());
@@ -175,13 +229,38 @@ fn pass_on(
         return Ok(());
     }
     hand.doing("waiting for the next machine");
-    let (low, high) = (own.min(next), own.max(next));
-    let (low, high) = (locked(machine(yard, low)?), locked(machine(yard, high)?));
-    let (source, target) = if own < next { (&low, &high) } else { (&high, &low) };
-    let paper = library(course, chance)?;
+    let (source, target) = both(yard, own, next)?;
+    let most = source
+        .fashion
+        .file_bytes_max()
+        .min(target.fashion.file_bytes_max());
+    let paper = library(course, chance, most)?;
+    let name = format!("pass.{round}.{}", paper.name);
+    pass(course, hand, &source, &target, paper, &name)
+}
+
+/// Two machines, locked in the order of their numbers; given as asked for.
+fn both(
+    yard: &Yard,
+    first: usize,
+    second: usize,
+) -> Result<(MutexGuard<'_, Machine>, MutexGuard<'_, Machine>)> {
+    let low = locked(machine(yard, first.min(second))?);
+    let high = locked(machine(yard, first.max(second))?);
+    Ok(if first < second { (low, high) } else { (high, low) })
+}
+
+/// A paper goes from the share to one machine, and from it to another, whole.
+fn pass(
+    course: &Course,
+    hand: &Hand,
+    source: &Machine,
+    target: &Machine,
+    paper: &Paper,
+    name: &str,
+) -> Result<()> {
     hand.doing(format!("getting {}", paper.name));
     fetch(course, source, paper)?;
-    let name = format!("pass.{round}.{}", paper.name);
     loop {
         hand.doing(format!("passing {name} to {}", target.name));
         let since = course.ledger.epoch();
@@ -194,7 +273,7 @@ fn pass_on(
             &format!("vmgmt cp /tmp/file {}:{name}", target.name),
         )?;
         if !matches!(copied, Ended::Well(_)) {
-            course.ledger.broke(&source.name, &target.name, &name);
+            course.ledger.broke(&source.name, &target.name, name);
             // It may wait for another offer, or have ended with the stream.
             accept.signal("INT").ok();
             let output = accept.wait(COMMAND_DEADLINE)?;
@@ -208,12 +287,8 @@ fn pass_on(
         // The sender knows that all is there, whatever the receiver heard of its confirmation.
         target.judge(course, "accept", accept_command, &output, since)?;
         check_in_guest(course, target, &format!("/tmp/in/{name}"), paper)?;
-        course
-            .ledger
-            .took(&source.name, &target.name, &name, paper.length);
-        course
-            .ledger
-            .sent(&source.name, &target.name, &name, paper.length);
+        course.ledger.took(&source.name, &target.name, name, paper.length);
+        course.ledger.sent(&source.name, &target.name, name, paper.length);
         return Ok(());
     }
 }
@@ -242,25 +317,80 @@ fn with_host(course: &Course, hand: &Hand, yard: &Yard, own: usize, round: u32) 
     Ok(())
 }
 
-fn own_trouble(course: &Course, hand: &Hand, yard: &Yard, own: usize, turn: usize) -> Result<()> {
-    let mut machine = locked(machine(yard, own)?);
-    let what = [
-        "driver reloaded",
-        "VM reset",
-        "device unplugged and plugged",
-        "QEMU killed and started",
-    ]
-    .get(turn % 4)
-    .copied()
-    .unwrap_or_default();
-    hand.doing(what);
-    match turn % 4 {
-        0 => machine.reload()?,
-        1 => machine.reset(course)?,
-        2 => machine.replug()?,
-        _ => machine.kill(course)?,
+fn own_trouble(
+    course: &Course,
+    hand: &Hand,
+    yard: &Yard,
+    own: usize,
+    trouble: OwnTrouble,
+    round: u32,
+) -> Result<()> {
+    let next = (own + 1) % yard.machines.len();
+    if trouble.has_partner() && next == own {
+        return Ok(());
     }
-    println!("        {}: {what}", machine.name);
-    course.ledger.happened(what);
+    let what = trouble.name();
+    hand.doing(what.clone());
+    match trouble {
+        OwnTrouble::Cut(blow, during @ (During::Sending | During::Taking)) => {
+            let (mut machine, mut partner) = both(yard, own, next)?;
+            cut::with_partner(course, hand, &mut machine, &mut partner, blow, during)?;
+            let (source, target) = match during {
+                During::Sending => (&machine, &partner),
+                _ => (&partner, &machine),
+            };
+            // Small enough for every way.
+            let paper = course
+                .library
+                .iter()
+                .filter(|paper| paper.length < 100_000)
+                .max_by_key(|paper| paper.length)
+                .context("the library is empty")?;
+            let name = format!("after.{round}.{}", paper.name);
+            pass(course, hand, source, target, paper, &name)?;
+        }
+        OwnTrouble::Cut(blow, during) => {
+            let mut machine = locked(machine(yard, own)?);
+            cut::with_share(course, hand, &mut machine, blow, during)?;
+        }
+        OwnTrouble::Reload => locked(machine(yard, own)?).reload()?,
+        OwnTrouble::Replug => locked(machine(yard, own)?).replug()?,
+        OwnTrouble::Reset => locked(machine(yard, own)?).reset(course)?,
+        OwnTrouble::Kill => locked(machine(yard, own)?).kill(course)?,
+    }
+    println!("        {}: {what}", locked(machine(yard, own)?).name);
+    course.ledger.happened(&what);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_blow_falls_in_every_transfer_and_four_machines_begin_with_every_kind() {
+        for blow in [Blow::Reset, Blow::Kill, Blow::Unplug] {
+            for during in [During::Get, During::Put, During::Sending, During::Taking] {
+                assert!(
+                    OWN_TROUBLES.contains(&OwnTrouble::Cut(blow, during)),
+                    "{blow:?} {during:?}"
+                );
+            }
+            let begins =
+                |trouble: &OwnTrouble| matches!(trouble, OwnTrouble::Cut(other, _) if *other == blow);
+            assert!(OWN_TROUBLES.iter().take(4).any(begins), "{blow:?}");
+        }
+        for trouble in [
+            OwnTrouble::Reload,
+            OwnTrouble::Replug,
+            OwnTrouble::Reset,
+            OwnTrouble::Kill,
+        ] {
+            assert!(OWN_TROUBLES.contains(&trouble), "{trouble:?}");
+        }
+        let mut names: Vec<String> = OWN_TROUBLES.map(OwnTrouble::name).to_vec();
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), OWN_TROUBLES.len());
+    }
 }
