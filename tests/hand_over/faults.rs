@@ -148,6 +148,11 @@ fn a_fault_of_the_front(ends: bool) -> Result<()> {
     let (panics, lines) = (text.matches("panicked at").count(), text.matches(told).count());
     ensure!(lines == 2 + usize::from(ends), "{lines} lines:\n{text}");
     ensure!(panics == if ends { 5 } else { 2 }, "{panics} panics:\n{text}");
+    // No core is blamed, nor whoever it worked for at that time.
+    ensure!(
+        !text.contains("it stood still") && !text.contains("quarantined"),
+        "{text}"
+    );
     ensure!(!text.contains("vm1: the device") && !text.contains("vm2: the device"));
     Ok(())
 }

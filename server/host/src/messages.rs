@@ -70,9 +70,12 @@ pub enum FrontToKeeper {
     SessionGone {
         session: u64,
     },
-    /// The core's beat has stood still while a fence or a doorbell is outstanding: kill it.
+    /// The core's beat has stood still while a fence or a doorbell is outstanding: kill it. `innocent`: it has not, but its death is the only
+    /// fence that is left to a session (a fault of the front's): nobody is to be blamed for it.
     CoreStuck {
         life: u64,
+        #[serde(default)]
+        innocent: bool,
     },
     /// The new front has everything and can serve; it touches nothing before it is told to.
     CanServe {

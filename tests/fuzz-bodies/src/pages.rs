@@ -71,7 +71,10 @@ fn packets(u: &mut Unstructured<'_>) -> Result<()> {
             session: edge(u)?,
             reason: "held".into(),
         }),
-        3 => cbor(&FrontToKeeper::CoreStuck { life: edge(u)? }),
+        3 => cbor(&FrontToKeeper::CoreStuck {
+            life: edge(u)?,
+            innocent: false,
+        }),
         _ => u.bytes(u.len().min(64))?.to_vec(),
     };
     let mut bytes = (header.len() as u32).to_le_bytes().to_vec();

@@ -198,13 +198,11 @@ impl Sessions {
             .map(|(number, session)| (*number, session))
     }
 
-    /// Messages to a VM's process that were given up, unanswered, of the devices that it has now.
+    /// Messages about a session's memory that were given up, unanswered.
     #[must_use]
-    pub fn messages_given_up(&self, vm: u64) -> u64 {
-        let sessions = self.of_vm(vm);
-        sessions
-            .map(|(_, session)| session.memory.counters().messages_given_up)
-            .sum()
+    pub fn messages_given_up(&self, session: u64) -> u64 {
+        let session = self.sessions.get(&session);
+        session.map_or(0, |session| session.memory.counters().messages_given_up)
     }
 
     /// Guest memory of a session, within its turn.

@@ -433,7 +433,11 @@ impl Front {
         let known =
             |session: &Session| session.abandoned && session.told_life.is_some() && session.told_life == life;
         if self.sessions.iter().any(|(_, session)| known(session)) {
-            self.core_broken();
+            tracing::error!(
+                life,
+                "the end of a session failed: the core is killed, which ends its DMA; another goes on"
+            );
+            self.core_broken(true);
         }
     }
 

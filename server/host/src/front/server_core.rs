@@ -105,7 +105,7 @@ impl Front {
                 Ok(None) => self.core_ready = false,
                 Err(error) => {
                     tracing::warn!(%error, "the core's channel");
-                    self.core_broken();
+                    self.core_broken(false);
                 }
             }
         }
@@ -240,13 +240,13 @@ impl Front {
     }
 
     /// The keeper kills a core that does not speak any more; nothing is sent to it until its death is told.
-    pub(super) fn core_broken(&mut self) {
+    pub(super) fn core_broken(&mut self, innocent: bool) {
         let told = self
             .core
             .as_mut()
             .and_then(|core| core.give_up().then_some(core.life));
         if let Some(life) = told {
-            self.tell_keeper(FrontToKeeper::CoreStuck { life });
+            self.tell_keeper(FrontToKeeper::CoreStuck { life, innocent });
         }
         self.core_ready = false;
         for slot in self.slots() {
@@ -271,7 +271,8 @@ impl Front {
             .and_then(|core| core.is_stuck(now, owes).then_some(core.life));
         if let Some(life) = stuck {
             tracing::warn!(life, "the core's beat stands still");
-            self.tell_keeper(FrontToKeeper::CoreStuck { life });
+            let innocent = false;
+            self.tell_keeper(FrontToKeeper::CoreStuck { life, innocent });
         }
     }
 

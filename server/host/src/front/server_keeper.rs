@@ -62,7 +62,8 @@ impl Front {
             KeeperToFront::Core { life } => {
                 if let Err(error) = self.core_begins(life, fds) {
                     tracing::error!(%error, life, "a core life cannot be taken into service");
-                    self.tell_keeper(FrontToKeeper::CoreStuck { life });
+                    let innocent = false;
+                    self.tell_keeper(FrontToKeeper::CoreStuck { life, innocent });
                 }
             }
             KeeperToFront::CoreDead { life } => self.core_dead(life),

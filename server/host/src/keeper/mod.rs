@@ -326,7 +326,7 @@ impl Keeper {
                         self.admit(listener, Guest { session, pid, uid });
                     }
                     FrontToKeeper::SessionGone { session } => self.session_gone(session),
-                    FrontToKeeper::CoreStuck { life } => self.core_stuck(life),
+                    FrontToKeeper::CoreStuck { life, innocent } => self.core_stuck(life, innocent),
                     FrontToKeeper::CanServe { .. }
                     | FrontToKeeper::CannotHandOver { .. }
                     | FrontToKeeper::Serves { .. } => self.front_said = Some(packet.header),
@@ -344,14 +344,14 @@ impl Keeper {
     }
 
     /// The front has no more use for that core. One that is ending anyway is let end, so that how it did is known.
-    fn core_stuck(&mut self, life: u64) {
+    fn core_stuck(&mut self, life: u64, innocent: bool) {
         let stopping = self.stop_at.is_some();
         if let Some(core) = self.core.as_mut().filter(|core| core.life == life && !stopping) {
             core.dying.get_or_insert_with(Instant::now);
             // Stopped by somebody's signal, it is as little to blame as one that somebody's signal kills.
             let fault = "killed: it stood still while a fence or a doorbell waited";
             if !core.child.is_ending() {
-                core.child.kill((!core.child.is_frozen()).then_some(fault));
+                core.child.kill((!innocent && !core.child.is_frozen()).then_some(fault));
             }
         }
     }

@@ -93,7 +93,6 @@ impl EventLoop {
             Some(until) => self.freezes.levels.insert(vm, until),
             None => self.freezes.levels.remove(&vm),
         };
-        let was_kept = self.freezes.kept.contains(&vm);
         match until {
             None => drop(self.freezes.kept.remove(&vm)),
             // As an earlier life left it.
@@ -101,9 +100,9 @@ impl EventLoop {
             Some(_) => {}
         }
         if request == 0 && until.is_none() {
-            let text = match was_kept {
-                true => "thawed: the time that it was to be frozen is over",
-                false => "thawed: the core died before it answered the freeze, and nobody asked again",
+            let text = match before.is_some_and(|until| until > now()) {
+                false => "thawed: the time that it was to be frozen is over",
+                true => "thawed: the core died before it answered the freeze, and nobody asked again",
             };
             self.log(Some(vm), text.into());
         }
@@ -220,7 +219,10 @@ impl EventLoop {
     fn busy_with(&self, vm: u64, told: bool) -> Option<String> {
         if !told {
             let mut text = "QEMU has not answered a message that reads or writes its memory".to_owned();
-            let given_up = self.sessions.messages_given_up(vm);
+            let sessions = self.sessions.of_vm(vm);
+            let given_up: u64 = sessions
+                .map(|(_, session)| session.memory.counters().messages_given_up)
+                .sum();
             if given_up > 0 {
                 text += &format!(
                     " ({given_up} were given up after {} s each: if its process is stopped, let it go on; a VM that never answers is quiet when it has ended)",

@@ -51,6 +51,11 @@ pub(super) fn peer(vm: &VmStatus) -> protocol::Peer {
 
 pub(super) fn vm_of(vm: &VmStatus, books: &Books<'_>) -> Vm {
     let config = books.vms.get(&vm.vm);
+    let given_up = vm
+        .sessions
+        .iter()
+        .map(|session| books.sessions.messages_given_up(*session))
+        .sum();
     let counters = [
         ("open_files", vm.open_files),
         ("transfers", vm.transfers),
@@ -61,7 +66,7 @@ pub(super) fn vm_of(vm: &VmStatus, books: &Books<'_>) -> Vm {
         ("bytes_from_vm", vm.bytes_from_vm),
         ("bytes_to_vm", vm.bytes_to_vm),
         ("refusals", vm.refusals),
-        ("messages_given_up", books.sessions.messages_given_up(vm.vm)),
+        ("messages_given_up", given_up),
     ];
     Vm {
         vm: vm.vm,

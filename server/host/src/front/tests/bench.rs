@@ -106,7 +106,7 @@ impl Bench {
     pub fn stuck(&mut self, life: u64) {
         loop {
             match self.next_of_all() {
-                FrontToKeeper::CoreStuck { life: said } if said == life => return,
+                FrontToKeeper::CoreStuck { life: said, .. } if said == life => return,
                 FrontToKeeper::CoreStuck { .. } => {}
                 other => panic!("{other:?}"),
             }

@@ -70,7 +70,7 @@ fn a_session_whose_end_panics_is_gone_with_the_core_that_knows_it() {
         let mut stage = two_clients();
         panics(&mut stage, 0, |session| session.socket = None);
         assert!(has_seen_the_end(&stage, 0));
-        let stuck = "keeper: CoreStuck { life: 1 }";
+        let stuck = "keeper: CoreStuck { life: 1, innocent: true }";
         assert_eq!(times(&stage, stuck), 1, "{:#?}", stage.story);
         if earlier {
             let core = stage.front.as_mut().unwrap().core.as_mut().unwrap();
