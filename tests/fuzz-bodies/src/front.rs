@@ -19,6 +19,7 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use vmgmt_device::Tick;
 use vmgmt_device::page::{CorePage, FrontPage, Words};
 use vmgmt_host::channel::Channel;
 use vmgmt_host::config::{DeviceConfig, Identity, ListenerConfig};
@@ -377,7 +378,35 @@ impl<'a> Play<'a> {
                 }
                 _ => self.tell(&KeeperToFront::CoreDead { life: edge(u)? }),
             },
+            19 => self.core_freezes(u)?,
             _ => {}
+        }
+        Ok(())
+    }
+
+    /// Freezes, thaws, and what is to be kept, in any order, of any VM (also the honest one's: its registers answer), and many at once.
+    fn core_freezes(&mut self, u: &mut Unstructured<'_>) -> Result<()> {
+        let vm = match u.int_in_range(0..=3u8)? {
+            0 => edge(u)?,
+            1 => HONEST.into(),
+            _ => HOSTILE.into(),
+        };
+        let until = match u.int_in_range(0..=2u8)? {
+            0 => None,
+            1 => Some(Tick::NEVER),
+            _ => Some(Tick(edge(u)?)),
+        };
+        let (kept, request, count) = (u.arbitrary()?, edge(u)?, *u.choose(&[1u64, 1, 2, 100])?);
+        let Some(core) = &mut self.core else { return Ok(()) };
+        core.hear();
+        for number in 0..count {
+            let header = CoreToFront::Freeze {
+                vm: vm.wrapping_add(number),
+                until,
+                request: request.wrapping_add(number),
+                kept,
+            };
+            let _ = core.channel.send(&header, b"", &[]);
         }
         Ok(())
     }

@@ -351,7 +351,8 @@ impl Keeper {
             // Stopped by somebody's signal, it is as little to blame as one that somebody's signal kills.
             let fault = "killed: it stood still while a fence or a doorbell waited";
             if !core.child.is_ending() {
-                core.child.kill((!innocent && !core.child.is_frozen()).then_some(fault));
+                core.child
+                    .kill((!innocent && !core.child.is_frozen()).then_some(fault));
             }
         }
     }
