@@ -5,11 +5,13 @@
 
 use super::*;
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use vmgmt_driver::abi::file::open;
 use vmgmt_host::sandbox::Role;
-use vmgmt_host::sandbox::rules::{self, Used};
+use vmgmt_host::sandbox::rules::{self, Only, Used};
+use vmgmt_testkit::client::irq;
 use vmgmt_testkit::process::TRACE_VARIABLE;
 
 /// Which thread belongs to which role, and what each role called.
@@ -19,6 +21,8 @@ struct Seen {
     filters: BTreeMap<u32, u32>,
     sealed: BTreeSet<u32>,
     calls: BTreeMap<String, BTreeMap<String, u64>>,
+    /// What was asked for by fcntl, by role.
+    commands: BTreeMap<String, BTreeSet<String>>,
     /// Processes that were sealed, by role.
     counted: BTreeMap<String, u64>,
 }
@@ -55,6 +59,14 @@ impl Seen {
         }
         let seals = name == "seccomp" && arguments.contains("SECCOMP_SET_MODE_FILTER");
         if self.sealed.contains(&process) && !rest.starts_with(['<', '+', '-']) {
+            if name == "fcntl"
+                && let Some(command) = arguments
+                    .split([',', ')', ' '])
+                    .find(|word| word.starts_with("F_"))
+            {
+                let commands = self.commands.entry(role.clone()).or_default();
+                commands.insert(command.to_owned());
+            }
             *self
                 .calls
                 .entry(role)
@@ -73,6 +85,16 @@ impl Seen {
         }
     }
 }
+
+/// What the tables allow of fcntl, as strace(1) writes it.
+const FCNTL: &[(&str, i32)] = &[
+    ("F_GETFD", libc::F_GETFD),
+    ("F_GETFL", libc::F_GETFL),
+    ("F_SETFL", libc::F_SETFL),
+    ("F_DUPFD_CLOEXEC", libc::F_DUPFD_CLOEXEC),
+    ("F_ADD_SEALS", libc::F_ADD_SEALS),
+    ("F_GET_SEALS", libc::F_GET_SEALS),
+];
 
 /// Nobody traces into this folder any more.
 fn is_quiet(folder: &Path) -> bool {
@@ -133,6 +155,13 @@ fn no_rule_of_the_filters_is_unused_and_none_is_missing() -> Result<()> {
             .for_each(|line| seen.line(line));
     }
     let said = String::from_utf8_lossy(&output.stdout);
+    let seen_by = |role: &str, call: &str| {
+        let calls = seen.calls.get(role);
+        calls
+            .and_then(|calls| calls.get(call))
+            .copied()
+            .unwrap_or_default()
+    };
     let mut wrong = Vec::new();
     for role in [Role::Front, Role::Core] {
         let name = role.name();
@@ -143,17 +172,37 @@ fn no_rule_of_the_filters_is_unused_and_none_is_missing() -> Result<()> {
         );
         let calls = seen.calls.get(name).cloned().unwrap_or_default();
         for rule in rules::of(role) {
-            let count = calls.get(rule.name()).copied().unwrap_or_default();
+            let count = seen_by(name, rule.name());
             match rule.used {
                 Used::Always if count == 0 => wrong.push(format!(
                     "{name}: nobody calls {}: why is it allowed?",
                     rule.name()
                 )),
+                Used::Once
+                    if [Role::Front, Role::Core]
+                        .iter()
+                        .all(|role| seen_by(role.name(), rule.name()) == 0) =>
+                {
+                    wrong.push(format!("nobody calls {}: why is it allowed?", rule.name()));
+                }
                 Used::Never if count > 0 => wrong.push(format!(
                     "{name}: {} is called, and the table says never",
                     rule.name()
                 )),
                 _ => {}
+            }
+        }
+        for (command, number) in FCNTL {
+            let allows = |only: &Only| matches!(only, Only::OneOf(1, of) if of.contains(&(*number as u64)));
+            let allowed = rules::of(role).any(|rule| rule.name() == "fcntl" && rule.only.iter().any(allows));
+            let called = seen
+                .commands
+                .get(name)
+                .is_some_and(|seen| seen.contains(*command));
+            if allowed && !called {
+                wrong.push(format!(
+                    "{name}: nobody calls fcntl {command}: why is it allowed?"
+                ));
             }
         }
         let allowed: BTreeSet<&str> = rules::of(role).map(rules::Rule::name).collect();
@@ -167,8 +216,74 @@ fn no_rule_of_the_filters_is_unused_and_none_is_missing() -> Result<()> {
             ));
         }
     }
+    // Of a failure and by who likes to know: what is called, how often.
+    if std::env::var_os("VMGMT_SHOW_CALLS").is_some() {
+        println!("{:#?}\n{:#?}", seen.calls, seen.commands);
+    }
     ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
     Ok(())
+}
+
+/// What is called only when something breaks or is replaced.
+#[test]
+fn what_breaks_and_what_is_replaced_calls_what_the_table_says() -> Result<()> {
+    let site = SitePlan::new(env!("CARGO_BIN_EXE_vmgmtd"), 2)
+        .variable("VMGMT_FAULT", "submission=kill the core")
+        .start()?;
+    let vm = site.vm(1)?;
+    let works = |vm: &SimulatedVm| vm.ring(Mode::COMMON)?.noop().map_err(anyhow::Error::from);
+    // A panic or an abort of its own, and a fault from outside.
+    let core = site.daemon.role("core")?;
+    let culprit = site.vm(0)?;
+    ensure!(
+        culprit
+            .ring(Mode::FILE)?
+            .open_for_reading("work/kill the core")
+            .is_err()
+    );
+    let core = site.daemon.wait_for_new("core", core, PATIENCE)?;
+    works(&vm)?;
+    // (The device that killed it may have killed the next one too.)
+    let end = |pid, signal| rustix::process::kill_process(pid, signal).map_err(anyhow::Error::from);
+    let pid = |number: u32| rustix::process::Pid::from_raw(number.cast_signed()).context("no process");
+    drop(culprit);
+    let core = site.daemon.role("core").unwrap_or(core);
+    // The first finds the standard library's handler, which puts the default back; no instruction failed, so it goes on, until the second.
+    wait_until("the end of the core", PATIENCE, || {
+        let now = site.daemon.role("core").ok().filter(|now| *now != core);
+        if now.is_none() {
+            let _ = end(pid(core)?, rustix::process::Signal::SEGV);
+        }
+        Ok(now)
+    })?;
+    works(&vm)?;
+    // Whoever is replaced waits for the keeper's word. Under a tracer that may take too long, and is taken back: it has waited all the same.
+    for part in ["core", "front"] {
+        let upgrade = Command::new(env!("CARGO_BIN_EXE_vmgmtctl"))
+            .arg("--control")
+            .arg(site.control())
+            .args(["upgrade", "--part", part])
+            .output()?;
+        let traced = std::env::var_os(TRACE_VARIABLE).is_some();
+        ensure!(traced || upgrade.status.success(), "{part}: {upgrade:?}");
+        works(&vm)?;
+    }
+    // An eventfd that unmasks INTx.
+    let unmask = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)?;
+    let interrupt = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)?;
+    let mut client = wait_until("VM 0's place", PATIENCE, || {
+        Ok(vmgmt_testkit::client::Client::connect_ready(site.socket(0)).ok())
+    })?;
+    client.assign_irqs(irq::INTX, 0, std::slice::from_ref(&interrupt))?;
+    let by_eventfd = irq::DATA_EVENTFD | irq::UNMASK;
+    client.set_irqs(irq::INTX, by_eventfd, 0, 1, &[], &[unmask.as_fd()])?;
+    rustix::io::write(&unmask, &1_u64.to_ne_bytes())?;
+    // It is empty when the front has read it.
+    wait_until("the front's look at the eventfd", PATIENCE, || {
+        let mut fds = [rustix::event::PollFd::new(&unmask, rustix::event::PollFlags::IN)];
+        rustix::event::poll(&mut fds, Some(&rustix::event::Timespec::default()))?;
+        Ok(fds[0].revents().is_empty().then_some(()))
+    })
 }
 
 #[test]

@@ -4,8 +4,9 @@
 //! no `ptrace`, no `process_vm_writev`, no signal to another process; no `open` or `openat`, in the front no file at all; no `chmod`, `chown`,
 //! link, device node, xattr; no memory that can be executed; no mount, module, bpf, perf, io_uring, user namespace, keyring.
 //!
-//! A test runs both roles under a tracer and compares: an entry that is `Used::Always` and is not seen, one that is `Used::Never` and
-//! is seen, and a call that is seen and has no entry fail it.
+//! A test runs both roles under a tracer and compares: an entry that is `Used::Always` and is not seen in its role, one that is `Used::Once` and
+//! is seen in neither, one that is `Used::Never` and is seen, a command of fcntl that nobody gives, and a call that is seen and has no entry
+//! fail it.
 
 use super::Role;
 
@@ -44,6 +45,8 @@ pub enum Only {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Used {
     Always,
+    /// By one role at least: something breaks, or is replaced.
+    Once,
     /// It depends on time, sizes or the machine; the reason says on what.
     Varies,
     /// Only when something breaks, or on other machines; the reason says when.
@@ -112,7 +115,7 @@ const BOTH: &[Rule] = &[
     rule!(SYS_epoll_ctl, Always, "the event loop"),
     rule!(
         SYS_ppoll,
-        Varies,
+        Once,
         "an upgrade: a front that is handed over and a core on trial wait for the keeper's word"
     ),
     rule!(
@@ -136,11 +139,11 @@ const BOTH: &[Rule] = &[
         Always,
         "mapped pages are kept out of core dumps; the heap gives memory back"
     ),
-    rule!(SYS_brk, Varies, "the heap of the first thread, when it grows"),
+    rule!(SYS_brk, Once, "the heap of the first thread, when it grows"),
     rule!(SYS_mremap, Varies, "large blocks of the heap, when they grow"),
     rule!(
         SYS_mprotect[NOT_EXECUTABLE],
-        Varies,
+        Once,
         "the heaps of other threads, when they grow"
     ),
     rule!(SYS_futex, Always, "locks and queues between threads"),
@@ -155,7 +158,7 @@ const BOTH: &[Rule] = &[
         Varies,
         "a thread that has nothing more to do, if it gets that far before the process ends"
     ),
-    rule!(SYS_rt_sigprocmask, Varies, "a thread that ends, as above; abort"),
+    rule!(SYS_rt_sigprocmask, Once, "a thread that ends, as above; abort"),
     rule!(SYS_sigaltstack, Varies, "a thread that ends, as above"),
     rule!(
         SYS_restart_syscall,
@@ -164,18 +167,18 @@ const BOTH: &[Rule] = &[
     ),
     rule!(
         SYS_rt_sigreturn,
-        Never,
+        Once,
         "the end of a signal handler: SIGTERM, SIGINT and faults have one"
     ),
     rule!(
         SYS_rt_sigaction,
-        Never,
+        Once,
         "a fault's handler puts the default back and lets the process die of it; without that it would turn for ever"
     ),
-    rule!(SYS_gettid, Never, "abort, which signals its own thread"),
+    rule!(SYS_gettid, Once, "abort, which signals its own thread"),
     rule!(
         SYS_tgkill[Only::OwnProcess(0)],
-        Never,
+        Once,
         "abort; no other process can be meant"
     ),
     rule!(
@@ -200,8 +203,8 @@ pub const REFUSED_NAMES: &[&str] = &["openat"];
 const FRONT: &[Rule] = &[
     rule!(
         SYS_read,
-        Never,
-        "empties the eventfd by which a client unmasks INTx: QEMU's does not use one, tests/conformance does"
+        Always,
+        "empties the eventfd by which a client unmasks INTx (QEMU's does not use one)"
     ),
     rule!(SYS_getsockopt[PEER[0], PEER[1]], Always, "which process has connected"),
     rule!(
@@ -210,7 +213,6 @@ const FRONT: &[Rule] = &[
             &[
                 number(libc::F_GETFL),
                 number(libc::F_SETFL),
-                number(libc::F_DUPFD_CLOEXEC),
                 number(libc::F_ADD_SEALS),
                 number(libc::F_GET_SEALS),
                 #[cfg(debug_assertions)] // the standard library's check of a descriptor before it closes it
@@ -275,7 +277,6 @@ const CORE: &[Rule] = &[
             1,
             &[
                 number(libc::F_GETFL),
-                number(libc::F_DUPFD_CLOEXEC),
                 number(libc::F_GET_SEALS),
                 #[cfg(debug_assertions)] // the standard library's check of a descriptor before it closes it
                 number(libc::F_GETFD),

@@ -93,7 +93,7 @@ impl Quota {
 
     /// Counts what is beneath a directory and was there when it `began`, without following links or leaving its file system depth unbounded.
     pub fn count_tree(&self, root: impl AsFd, began: Timespec) {
-        let mut open = vec![rustix::io::fcntl_dupfd_cloexec(root.as_fd(), 3)];
+        let mut open = vec![resolve::directory_to_read(root.as_fd(), "")];
         while let Some(Ok(directory)) = open.pop() {
             if let Err(errno) = self.count_directory(&directory, &mut open, began) {
                 tracing::warn!(%errno, "a directory of a share cannot be counted for its quota");
