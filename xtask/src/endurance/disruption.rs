@@ -16,7 +16,7 @@ use vmgmt_ctl::protocol::{Part, UpgradeReport, UpgradeState};
 use vmgmt_testkit::process::{Daemon, wait_until};
 
 use super::crew::Course;
-use super::deaths::{KILLED, STOOD_STILL, unexplained};
+use super::deaths::{Cause, unexplained};
 use super::operator::ask_status;
 use super::stall::{Stalls, Watches};
 
@@ -94,8 +94,8 @@ pub struct Trouble<'a> {
     course: &'a Course,
     watches: &'a Watches,
     pub stalls: Stalls,
-    /// The deaths of cores that are this run's doing, as the keeper tells of them.
-    deaths: Vec<&'static str>,
+    /// The deaths of cores that are this run's doing.
+    deaths: Vec<Cause>,
     /// What was done, to the end.
     done: Vec<Kind>,
     /// Front and core as they were left: until the next disruption they stay these.
@@ -208,7 +208,7 @@ impl<'a> Trouble<'a> {
     }
 
     fn kill(&mut self) -> Result<u32> {
-        self.deaths.push(KILLED);
+        self.deaths.push(Cause::Killed);
         self.daemon.kill_role("core")
     }
 
@@ -228,7 +228,7 @@ impl<'a> Trouble<'a> {
                 self.daemon.wait_for_new("core", new, BACK_DEADLINE).map(drop)
             }
             Kind::Stop => {
-                self.deaths.push(STOOD_STILL);
+                self.deaths.push(Cause::Stopped);
                 let old = self.daemon.signal_role("core", Signal::STOP)?;
                 let replaced = self.daemon.wait_for_new("core", old, BACK_DEADLINE);
                 replaced

@@ -152,6 +152,11 @@ impl Ledger {
         locked(&self.state).happened.contains_key(what)
     }
 
+    /// Whether something did not fit already.
+    pub fn has_mismatch(&self) -> bool {
+        locked(&self.state).mismatch_count > 0
+    }
+
     /// Writes a mismatch down.
     pub fn mismatch(&self, what: impl Into<String>) {
         self.write_down(&mut locked(&self.state), what.into());
@@ -165,7 +170,10 @@ impl Ledger {
                 Some(last) => format!("after disruption {} ({last})", state.disruptions.len()),
                 None => "before any disruption".into(),
             };
-            state.mismatches.push(format!("at {at:.1} s, {after}: {what}"));
+            let what = format!("at {at:.1} s, {after}: {what}");
+            // At once as well: whoever watches need not wait for the end, and a run that is ended from outside has said it.
+            println!("  !     {what}");
+            state.mismatches.push(what);
         }
     }
 

@@ -26,6 +26,9 @@ const TEMPORARY_PREFIX: &str = ".vmgmt-put-";
 /// Threads that stay come to rest within this.
 const REST: Duration = Duration::from_millis(20);
 
+/// Nothing more comes in a run that has failed when nothing came for so long: somebody who gave up receives no letters.
+const FAILED_PATIENCE: Duration = Duration::from_secs(10);
+
 /// Starts vmgmtd for VMs of these names, with the share `work`.
 pub fn open(program: &Path, names: &[String]) -> Result<Daemon> {
     let mut text = String::from(
@@ -85,8 +88,12 @@ pub fn stock(course: &mut Course) -> Result<()> {
 
 /// Waits until every accepted letter was received, or nothing moves any more for `patience`.
 pub fn settle(course: &Course, patience: Duration) {
+    let patience = || match course.ledger.has_mismatch() {
+        true => patience.min(FAILED_PATIENCE),
+        false => patience,
+    };
     let mut last = (course.ledger.progress(), Instant::now());
-    while (course.sending() || course.ledger.outstanding() > 0) && last.1.elapsed() < patience {
+    while (course.sending() || course.ledger.outstanding() > 0) && last.1.elapsed() < patience() {
         std::thread::sleep(REST);
         let progress = course.ledger.progress();
         if progress != last.0 {

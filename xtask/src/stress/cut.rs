@@ -9,6 +9,7 @@ use anyhow::{Result, ensure};
 use vmgmt_testkit::vm::{Output, Running};
 
 use super::machine::{COMMAND_DEADLINE, Machine};
+use super::work::OFFER_SECONDS;
 use crate::endurance::crew::{Course, Hand};
 use crate::endurance::guest::SHARE;
 
@@ -128,7 +129,11 @@ pub fn with_partner(
     };
     let mut taking = to.spawn("rm -rf /tmp/in && mkdir /tmp/in && vmgmt accept --once --into /tmp/in")?;
     taking.pid(COMMAND_DEADLINE)?;
-    let mut sending = from.spawn(&format!("{} | vmgmt cp - {}:cut", source(from), to.name))?;
+    let mut sending = from.spawn(&format!(
+        "{} | vmgmt cp --timeout {OFFER_SECONDS} - {}:cut",
+        source(from),
+        to.name
+    ))?;
     sending.wait_for("flowing", COMMAND_DEADLINE)?;
     let taker = if sends {
         partner.name.clone()

@@ -237,6 +237,12 @@ impl Machine {
             self.name,
             output.text()
         );
+        println!(
+            "        {} (its program: {}, {})",
+            self.name,
+            output.status,
+            shown(&output.text().replace('\n', " "))
+        );
         self.plug()
     }
 

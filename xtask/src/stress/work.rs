@@ -21,6 +21,9 @@ use crate::endurance::guest::SHARE;
 use crate::endurance::ledger::Way;
 use crate::endurance::operator;
 
+/// How long an offer waits to be answered: the acceptor may begin after it, and vfio resets the device when it is opened, which ends offers that do not say
+/// that they wait.
+pub const OFFER_SECONDS: u32 = 100;
 /// Letters in a row.
 const LETTERS: u64 = 3;
 /// One round in so many ends with a disruption of the machine itself.
@@ -270,7 +273,10 @@ fn pass(
         let copied = source.try_to(
             course,
             "cp",
-            &format!("vmgmt cp /tmp/file {}:{name}", target.name),
+            &format!(
+                "vmgmt cp --timeout {OFFER_SECONDS} /tmp/file {}:{name}",
+                target.name
+            ),
         )?;
         if !matches!(copied, Ended::Well(_)) {
             course.ledger.broke(&source.name, &target.name, name);

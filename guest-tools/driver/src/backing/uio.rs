@@ -139,7 +139,7 @@ impl Backing for Uio {
             Err(rustix::io::Errno::AGAIN) => return Ok(()),
             Err(error) => {
                 return Err(DriverError::system(
-                    "reading the uio node (does the device have an interrupt?)",
+                    "reading the uio node (is the device still plugged in, and has it an interrupt?)",
                     error,
                 ));
             }
