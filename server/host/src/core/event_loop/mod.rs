@@ -36,6 +36,7 @@ use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::time::{ClockId, clock_gettime};
 use slices::Rota;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vmgmt_abi::Status;
@@ -80,7 +81,9 @@ const PACKETS_MAX: usize = 64;
 pub struct EventLoop {
     poll: Poll,
     keeper: Channel,
-    front: Channel,
+    /// The end of this channel is the end of this core for the front, which has it killed then: the process's own end closes it, not that of
+    /// a value that is let go before all guest memory is unmapped. Else an ordered end, an error or a panic would be told as a core that stood still.
+    front: ManuallyDrop<Channel>,
     /// Packets for the front that found no room.
     to_front: VecDeque<(CoreToFront, Vec<u8>)>,
     /// What the front said while this core was on trial.
@@ -136,7 +139,7 @@ pub struct EventLoop {
 /// is made any more.
 pub struct Hands {
     keeper: Channel,
-    front: Channel,
+    front: ManuallyDrop<Channel>,
     wake: Wake,
     hub_state: OwnedFd,
     life: u64,
@@ -188,7 +191,7 @@ impl Hands {
         if !touched.is_valid() || !life_page.is_valid() {
             bail!("the pages of this core life are not of this version");
         }
-        let front = Channel::from_fd(front);
+        let front = ManuallyDrop::new(Channel::from_fd(front));
         let wake = Wake::new(touched, life_page, core_wake, front_wake);
         let store = Store::new(&config.shares, shares, config.workers as usize, umask)?;
         store.set_blame(wake.worker_blame());
@@ -559,11 +562,7 @@ impl EventLoop {
     /// An ordered end: what the rings have published is signalled; what is in flight stays in the tables for the next life.
     fn end(mut self) -> anyhow::Result<()> {
         self.close_sessions(now())?;
-        let ended = self.take_snapshot();
-        // The end of this channel is the end of this core for the front, which has it killed then: the process's own end closes it, not that of
-        // a value that is let go before all guest memory is unmapped. Else an ordered end would be told as a core that stood still.
-        std::mem::forget(self.front);
-        ended
+        self.take_snapshot()
     }
 }
 
