@@ -119,3 +119,78 @@ fn an_upgrade_whose_old_program_does_not_come_back_either_ends_and_another_helps
     ring.noop()?;
     Ok(())
 }
+
+/// A program that reads only what version 1 could: see `reads` in the table of faults.
+#[test]
+fn going_back_is_possible_while_nothing_new_is_in_use_and_refused_by_name_else() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let site = SitePlan::new(DAEMON, 2)
+        .variable("VMGMT_FAULT", "reads@before=version 1")
+        .start()?;
+    std::fs::write(site.share().join("file"), b"contents")?;
+    let before = program(folder.path(), "before")?;
+    let (vm, other) = (site.vm(0)?, site.vm(1)?);
+    let mut chat = vm.ring(Mode::CHAT)?;
+    chat.send("vm1", b"kept", 1)?;
+    let mut files = vm.ring(Mode::FILE)?;
+    let file = files.open_for_reading("work/file")?;
+    let report = upgrade(&site, &before)?;
+    ensure!(
+        report.state == UpgradeState::Denied && report.reason.contains("\"open-files\""),
+        "{report:?}"
+    );
+    files.close(file.handle)?;
+    let report = upgrade(&site, &before)?;
+    ensure!(report.state == UpgradeState::Done, "{report:?}");
+    ensure!(program_of_core(&site)? == before);
+    // And forward again, with what the old program has done.
+    chat.send("vm1", b"more", 2)?;
+    let report = upgrade(&site, Path::new(DAEMON))?;
+    ensure!(report.state == UpgradeState::Done, "{report:?}");
+    let mut at = other.ring(Mode::CHAT)?;
+    let mut receiver = Receiver::default();
+    at.post_receives(&mut receiver, 4)?;
+    for expected in [&b"kept"[..], b"more"] {
+        let message = at.receive(&mut receiver, deadline())?.context("no message")?;
+        ensure!(message.bytes == expected, "{message:?}");
+    }
+    files.open_for_reading("work/file").map(drop)?;
+    Ok(())
+}
+
+#[test]
+fn the_newest_words_that_both_programs_speak_are_spoken_there_and_back() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let faults = "speaks@next=1-2,speaks@far=3-4";
+    let site = SitePlan::new(DAEMON, 1).variable("VMGMT_FAULT", faults).start()?;
+    let vm = site.vm(0)?;
+    let mut ring = vm.ring(Mode::COMMON)?;
+    let (next, far) = (program(folder.path(), "next")?, program(folder.path(), "far")?);
+    let spoken = |site: &Site, life: u64, version: u32| {
+        let line = format!("core life {life} speaks version {version} of the roles' words");
+        site.daemon.log().wait_for(&line, PATIENCE)
+    };
+    spoken(&site, 1, 1)?;
+    // Under a keeper that does not speak the new words, the new core speaks the old ones.
+    let report = upgrade_parts(&site, &next, vec![])?;
+    ensure!(report.state == UpgradeState::Done, "{report:?}");
+    spoken(&site, 2, 1)?;
+    // The keeper is new, too, now.
+    let old = site.daemon.kill_role("core")?;
+    site.daemon.wait_for_new("core", old, PATIENCE)?;
+    spoken(&site, 3, 2)?;
+    ring.noop()?;
+    // What has left the old words behind cannot follow a keeper that speaks no others than the first two.
+    let report = upgrade(&site, &far)?;
+    let why = "the keeper speaks versions 1 to 2 of the roles' words, this program 3 to 4";
+    ensure!(
+        report.state == UpgradeState::Denied && report.reason.contains(why),
+        "{report:?}"
+    );
+    // And back: the old core under the new keeper.
+    let report = upgrade_parts(&site, Path::new(DAEMON), vec![])?;
+    ensure!(report.state == UpgradeState::Done, "{report:?}");
+    spoken(&site, 4, 1)?;
+    ring.noop()?;
+    Ok(())
+}

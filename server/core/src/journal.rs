@@ -68,6 +68,17 @@ pub struct Presence {
     pub description: String,
 }
 
+impl Record {
+    /// What of [`crate::kept::feature`] it is about, if it is: a version without that cannot read it.
+    #[must_use]
+    pub const fn feature(&self) -> Option<&'static str> {
+        match self {
+            Self::Kept { change, .. } => Some(change.feature()),
+            _ => None,
+        }
+    }
+}
+
 /// A change of what survives.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Record {

@@ -25,6 +25,9 @@ pub struct Settled {
     pub tag: u32,
     pub answer: Answer,
     pub payload: Vec<u8>,
+    /// That a message was accepted, which version 1 keeps, too.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub send: bool,
 }
 
 /// An operation on names is about to be done, to this file or directory.
@@ -285,6 +288,54 @@ pub struct Kept {
     pub host_results: VecDeque<HostResult>,
 }
 
+/// What survives a core that version 1 does not know. Named in a saved state where it is in use; the names are never used for anything else.
+pub mod feature {
+    pub const OPEN_FILES: &str = "open-files";
+    pub const PUTS: &str = "puts";
+    pub const NAME_OPERATIONS: &str = "name-operations";
+    pub const SETTLED_ANSWERS: &str = "settled-answers";
+    pub const TRANSFERS: &str = "transfers";
+    /// Transfers of an operator that outlive a core.
+    pub const OPERATOR_TRANSFERS: &str = "operator-transfers";
+    /// All of them.
+    pub const ALL: [&str; 6] = [
+        OPEN_FILES,
+        PUTS,
+        NAME_OPERATIONS,
+        SETTLED_ANSWERS,
+        TRANSFERS,
+        OPERATOR_TRANSFERS,
+    ];
+}
+
+impl Change {
+    /// The [`feature`] that it is about.
+    #[must_use]
+    pub const fn feature(&self) -> &'static str {
+        match self {
+            Self::None => feature::SETTLED_ANSWERS,
+            Self::FileOpened { .. } | Self::Closed { .. } => feature::OPEN_FILES,
+            Self::PutOpened { .. } | Self::Wrote { .. } | Self::Cut { .. } => feature::PUTS,
+            Self::Intends { .. } | Self::Forgone { .. } => feature::NAME_OPERATIONS,
+            Self::Offered { .. }
+            | Self::OfferMoved { .. }
+            | Self::OfferGone { .. }
+            | Self::Began { .. }
+            | Self::Sent { .. }
+            | Self::Received { .. }
+            | Self::EndRead { .. }
+            | Self::StreamFailed { .. }
+            | Self::EndClosed { .. }
+            | Self::StreamGone { .. } => feature::TRANSFERS,
+            Self::HostOffered { .. }
+            | Self::HostBegan { .. }
+            | Self::HostSum { .. }
+            | Self::HostMoved { .. }
+            | Self::HostTold(_) => feature::OPERATOR_TRANSFERS,
+        }
+    }
+}
+
 impl Kept {
     /// Takes answers and a change in, as one.
     pub fn apply(&mut self, settled: &[Settled], change: &Change) {
@@ -341,6 +392,7 @@ impl Kept {
             tag,
             answer: Answer::ok(result),
             payload: Vec::new(),
+            send: true,
         };
         self.settled.insert(token, settled);
     }

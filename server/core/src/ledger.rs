@@ -104,23 +104,23 @@ pub struct SavedLedger {
     delivering: Vec<(Token, Delivering)>,
     #[serde(default)]
     kept: SavedKept,
-    /// Version 1: sends whose answer was not known to be published. Now they are among what is kept.
-    #[serde(default, skip_serializing)]
+    /// Sends whose answer is not known to be published, in the form that version 1 knows.
+    #[serde(default)]
     origins: Vec<(Token, Origin)>,
 }
 
-/// An accepted send, as version 1 saved it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
+/// An accepted send.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 struct Origin {
     tag: u32,
     result: u64,
 }
 
 impl SavedLedger {
-    /// Whether a transfer of the operator is under way that a version without them would lose.
+    /// What is in use that version 1 would lose, by name.
     #[must_use]
-    pub fn has_operators(&self) -> bool {
-        self.kept.has_operators()
+    pub fn features(&self) -> BTreeSet<&'static str> {
+        self.kept.features()
     }
 }
 
@@ -427,7 +427,10 @@ impl Ledger {
                 .map(|(token, delivering)| (*token, *delivering))
                 .collect(),
             kept: kept.save(),
-            origins: Vec::new(),
+            origins: kept
+                .sends()
+                .map(|(token, tag, result)| (token, Origin { tag, result }))
+                .collect(),
         }
     }
 

@@ -33,5 +33,5 @@ pub use effect::{BufferRange, Effect, EffectId, FailedAt, FileSlot, Identity, Ou
 pub use hub::Hub;
 pub use interface::{ControlReply, ControlRequest, Input, Output};
 pub use journal::{Message, Record, Unreadable};
-pub use kept::{Change, Settled};
+pub use kept::{Change, Settled, feature};
 pub use state::{RestoreError, Saved};

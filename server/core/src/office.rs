@@ -335,6 +335,7 @@ impl Office {
                 tag,
                 answer,
                 payload: Vec::new(),
+                send: false,
             };
             self.record(Record::Kept {
                 settled: vec![settled],
@@ -381,6 +382,7 @@ impl Office {
             tag: flight.tag,
             answer,
             payload,
+            send: false,
         };
         self.settle_all(vec![settled], Some(token), change);
         true
@@ -393,6 +395,7 @@ impl Office {
             tag: flight.tag,
             answer,
             payload: Vec::new(),
+            send: false,
         });
         self.record(Record::Kept {
             settled: settled.into_iter().collect(),
@@ -412,6 +415,7 @@ impl Office {
             tag: _,
             answer,
             payload,
+            send: _,
         } in settled
         {
             if self.unpark(token).is_some() || now == Some(token) {

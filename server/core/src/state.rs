@@ -7,6 +7,7 @@ use crate::deadlines::{Timer, Timers};
 use crate::effects::{Continuation, Effects, SavedEffects};
 use crate::hub::Hub;
 use crate::interface::Output;
+use crate::kept::feature;
 use crate::ledger::{Ledger, SavedLedger};
 use crate::modes::chat::{Chat, Listener};
 use crate::modes::file::{Files, OpenFile};
@@ -24,10 +25,11 @@ use vmgmt_device::rings::{Channel, Token};
 
 /// Version of the saved form. A reader knows this one and the one before.
 const VERSION: u32 = 2;
-/// Transfers of an operator that outlive a core: named while one is under way.
-const OPERATOR_TRANSFERS: &str = "operator-transfers";
+/// What a snapshot is written as: the oldest version that has all its fields. What that version does not know in them is among the features
+/// that are in use; so it reads the state while there are none, and else names one when it refuses.
+const VERSION_OF_SNAPSHOTS: u32 = 1;
 /// Features that this version understands in a saved hub.
-const FEATURES_KNOWN: [&str; 1] = [OPERATOR_TRANSFERS];
+const FEATURES_KNOWN: [&str; 6] = feature::ALL;
 
 /// Why a saved state is refused.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -134,14 +136,28 @@ impl Saved {
     }
 }
 
-fn features(ledger: &SavedLedger) -> BTreeSet<String> {
-    let operators = ledger.has_operators().then(|| OPERATOR_TRANSFERS.to_owned());
-    operators.into_iter().collect()
+impl Saved {
+    /// Names features that records behind it will use.
+    pub fn name<'a>(&mut self, features: impl IntoIterator<Item = &'a str>) {
+        self.features.extend(features.into_iter().map(str::to_owned));
+    }
+
+    /// Names of the features in use.
+    pub fn features(&self) -> impl Iterator<Item = &str> {
+        self.features.iter().map(String::as_str)
+    }
 }
 
-/// What version 1 wrote, as far as [`Hub::replay`] needs it: handles, offers and streams of its core did not survive. The rest is not read.
+fn features(ledger: &SavedLedger) -> BTreeSet<String> {
+    ledger.features().into_iter().map(str::to_owned).collect()
+}
+
+/// A snapshot, of this version too: what [`Hub::replay`] needs. (In version 1 handles, offers and streams did not survive, and there were more
+/// fields in use; the rest is not read.)
 #[derive(Deserialize)]
 struct SavedVersion1 {
+    #[serde(default)]
+    features: BTreeSet<String>,
     now: Tick,
     wall: Wall,
     ledger: SavedLedger,
@@ -151,12 +167,14 @@ struct SavedVersion1 {
 impl From<SavedVersion1> for Saved {
     fn from(saved: SavedVersion1) -> Self {
         let SavedVersion1 {
+            features,
             now,
             wall,
             ledger,
             next_handle,
         } = saved;
         Self {
+            features,
             now,
             wall,
             ledger,
@@ -178,6 +196,7 @@ impl Hub {
             .retain(|output| !matches!(output, Output::Journal(_)));
         let ledger = office.ledger.save();
         Saved {
+            version: VERSION_OF_SNAPSHOTS,
             features: features(&ledger),
             now: office.now,
             wall: office.wall,

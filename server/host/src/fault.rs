@@ -6,6 +6,8 @@
 //! * `start`, `check`, `trial`, `go`, `adopt-N` (N sessions are taken over), `ready` (all are), `rehearse`, `serve` (a front that takes over; it
 //!   cannot see its program's name): WHAT is `abort`, `hang` or `exit`.
 //! * `resume`: WHAT is `refuse` or `panic`.
+//! * `reads`: with `version 1` the program takes only a hub's state that one of version 1 could read.
+//! * `speaks`: the program speaks these versions of the roles' words (`1-2`).
 //! * `snapshot`: WHAT is written in the place of any snapshot of the hub.
 //! * `worker`, `outcome`: the process aborts when the names that a worker is given, or the number of the VM whose bulk work has ended, contain WHAT.
 //! * `submission` (aborts), `submission-panics`, `submission-hangs`, `submission-waits` (hangs, and goes on to beat): the core does so when a
@@ -66,6 +68,17 @@ mod on_demand {
         if !faults().is_empty() {
             at(&format!("{place}-{number}"));
         }
+    }
+
+    /// Whether just this is wanted.
+    pub(crate) fn is(place: &str, what: &str) -> bool {
+        wanted(place) == Some(what)
+    }
+
+    /// Two numbers.
+    pub(crate) fn range(place: &str) -> Option<std::ops::RangeInclusive<u32>> {
+        let (from, to) = wanted(place)?.split_once('-')?;
+        Some(from.parse().ok()?..=to.parse().ok()?)
     }
 
     /// Bytes to be written in the place of others.
@@ -133,6 +146,12 @@ mod on_demand {
     pub(crate) const fn read() {}
     pub(crate) const fn at(_: &str) {}
     pub(crate) const fn nth(_: &str, _: usize) {}
+    pub(crate) const fn range(_: &str) -> Option<std::ops::RangeInclusive<u32>> {
+        None
+    }
+    pub(crate) const fn is(_: &str, _: &str) -> bool {
+        false
+    }
     pub(crate) const fn replaced(_: &str) -> Option<&'static [u8]> {
         None
     }
@@ -145,4 +164,4 @@ mod on_demand {
     pub(crate) const fn on_any<T: std::fmt::Debug>(_: &str, _: &T) {}
 }
 
-pub(crate) use on_demand::{at, fails, nth, on_any, on_submission, panic_on, read, replaced};
+pub(crate) use on_demand::{at, fails, is, nth, on_any, on_submission, panic_on, range, read, replaced};

@@ -6,13 +6,40 @@
 
 use crate::config::{CoreConfig, ListenerConfig, VmConfig};
 use crate::control::protocol::{Upgrade, UpgradeReport};
+use crate::fault;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
 use vmgmt_ctl::protocol::SandboxedRole;
 use vmgmt_device::Tick;
 
-/// Version of what the roles say to each other. A program that is to take over a role refuses a keeper of another one.
-pub const CHANNEL_VERSION: u32 = 1;
+/// Versions of what keeper and core say to each other that this program speaks: its own, and the one before where there is one.
+const SPOKEN: RangeInclusive<u32> = 1..=1;
+
+/// Versions that this program speaks (in tests perhaps more than [`SPOKEN`]).
+#[must_use]
+pub fn spoken() -> RangeInclusive<u32> {
+    fault::range("speaks").unwrap_or(SPOKEN)
+}
+
+/// The newest version that both speak. A keeper says its oldest, in which all that it says before the answer is said, and its newest (0: it is of
+/// the time when there was one version); the core says in [`CoreToKeeper::Ready`] what came of it.
+///
+/// # Errors
+/// There is none, and what to do.
+pub fn agree(oldest: u32, newest: u32) -> anyhow::Result<u32> {
+    let (theirs, ours) = (oldest..=newest.max(oldest), spoken());
+    let common = *theirs.end().min(ours.end());
+    anyhow::ensure!(
+        common >= *theirs.start().max(ours.start()),
+        "the keeper speaks versions {} to {} of the roles' words, this program {} to {}: upgrade to a program between them first, or start the daemon anew with it",
+        theirs.start(),
+        theirs.end(),
+        ours.start(),
+        ours.end()
+    );
+    Ok(common)
+}
 
 /// The number of a request that nobody makes: the keeper says [`KeeperToCore::Done`] to it when no killed core is left that slept in the
 /// kernel. (No message of its own: a core of the version before, which waits for nothing, takes this as nothing.)
@@ -108,7 +135,10 @@ pub enum KeeperToCore {
     Start {
         life: u64,
         config: Box<CoreConfig>,
+        /// The oldest version that the keeper speaks, see [`agree`].
         channel: u32,
+        #[serde(default)]
+        channel_newest: u32,
         trial: bool,
         #[serde(default)]
         undead: BTreeSet<u64>,
@@ -118,6 +148,8 @@ pub enum KeeperToCore {
     Check {
         config: Box<CoreConfig>,
         channel: u32,
+        #[serde(default)]
+        channel_newest: u32,
         hub_bytes: u64,
         sessions: Vec<(u64, u64)>,
     },
@@ -144,9 +176,14 @@ pub enum KeeperToCore {
 /// Core to keeper.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum CoreToKeeper {
-    /// In service.
-    Ready { life: u64 },
-    /// On trial: it has seen everything and could take over.
+    /// In service. `channel`: the version that it speaks from now on (0: it is of the time when there was one).
+    Ready {
+        life: u64,
+        #[serde(default)]
+        channel: u32,
+    },
+    /// On trial: it has seen everything and could take over. In service, when it is told of an upgrade that is to replace it: its state is as
+    /// old a version as it can be. (A keeper of before takes that as nothing.)
     Able { life: u64 },
     /// On trial or asked by [`KeeperToCore::Check`]: it cannot, and why.
     Refused { reason: String },
@@ -307,6 +344,20 @@ mod tests {
     }
 
     #[test]
+    fn the_newest_version_that_both_speak_is_spoken() {
+        let (oldest, newest) = (*SPOKEN.start(), *SPOKEN.end());
+        // Of now, of before there was a range, and of the versions to come that still speak ours.
+        assert_eq!(agree(oldest, newest).unwrap(), newest);
+        assert_eq!(agree(oldest, 0).unwrap(), oldest);
+        assert_eq!(agree(newest, newest + 1).unwrap(), newest);
+        let later = agree(newest + 1, newest + 2).unwrap_err().to_string();
+        assert!(
+            later.contains("versions 2 to 3") && later.contains("this program 1 to 1"),
+            "{later}"
+        );
+    }
+
+    #[test]
     fn a_core_of_the_version_before_understands_the_undead_as_nothing_and_its_keeper_knows_none() {
         let config = CoreConfig {
             shares: Vec::new(),
@@ -324,7 +375,8 @@ mod tests {
         let start = KeeperToCore::Start {
             life: 7,
             config: Box::new(config),
-            channel: CHANNEL_VERSION,
+            channel: 1,
+            channel_newest: 1,
             trial: false,
             undead: [3, 4].into(),
         };
@@ -334,7 +386,7 @@ mod tests {
         assert_eq!(undead, [3, 4].into());
         let before = Before::Start {
             life: 7,
-            channel: CHANNEL_VERSION,
+            channel: 1,
             trial: false,
         };
         assert_eq!(told::<Before>(&start), before);

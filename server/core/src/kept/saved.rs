@@ -1,7 +1,7 @@
 //! What is kept, packed and unpacked; what comes back is checked as a stranger's would be.
 
 use super::{
-    HostResult, HostStage, Intent, Kept, KeptFile, KeptHost, KeptOffer, KeptPut, KeptStream, Settled,
+    HostResult, HostStage, Intent, Kept, KeptFile, KeptHost, KeptOffer, KeptPut, KeptStream, Settled, feature,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,14 +23,34 @@ pub struct SavedKept {
 }
 
 impl SavedKept {
-    /// Whether a transfer of the operator is under way that a version without them would lose.
+    /// What of it is in use, by name.
     #[must_use]
-    pub fn has_operators(&self) -> bool {
-        !self.host.is_empty()
+    pub fn features(&self) -> BTreeSet<&'static str> {
+        let Self {
+            settled,
+            intents,
+            files,
+            puts,
+            offers,
+            streams,
+            host,
+            host_results: _, // who asks again is told by the next core that nothing is known of it
+        } = self;
+        let in_use = [
+            (feature::SETTLED_ANSWERS, !settled.is_empty()),
+            (feature::NAME_OPERATIONS, !intents.is_empty()),
+            (feature::OPEN_FILES, !files.is_empty()),
+            (feature::PUTS, !puts.is_empty()),
+            (feature::TRANSFERS, !offers.is_empty() || !streams.is_empty()),
+            (feature::OPERATOR_TRANSFERS, !host.is_empty()),
+        ];
+        let in_use = in_use.into_iter().filter(|(_, in_use)| *in_use);
+        in_use.map(|(name, _)| name).collect()
     }
 }
 
 impl Kept {
+    /// Without the sends that were accepted: see [`Kept::sends`].
     #[must_use]
     pub fn save(&self) -> SavedKept {
         let Self {
@@ -44,7 +64,7 @@ impl Kept {
             host_results,
         } = self;
         SavedKept {
-            settled: settled.values().cloned().collect(),
+            settled: settled.values().filter(|entry| !entry.send).cloned().collect(),
             intents: intents
                 .iter()
                 .map(|(token, intent)| (*token, intent.clone()))
@@ -56,6 +76,12 @@ impl Kept {
             host: pairs(host),
             host_results: host_results.iter().copied().collect(),
         }
+    }
+
+    /// Sends that were accepted and whose answer is not known to be published, as version 1 keeps them too: token, tag, result.
+    pub fn sends(&self) -> impl Iterator<Item = (Token, u32, u64)> {
+        let sends = self.settled.values().filter(|entry| entry.send);
+        sends.map(|entry| (entry.token, entry.tag, entry.answer.result))
     }
 
     /// # Errors

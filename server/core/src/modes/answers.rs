@@ -179,5 +179,6 @@ fn settled(token: Token, tag: u32, answer: Answer) -> Settled {
         tag,
         answer,
         payload: Vec::new(),
+        send: false,
     }
 }

@@ -93,6 +93,7 @@ impl Transfers {
                 tag: fetched.tag,
                 answer: Answer::ok(0),
                 payload: Vec::new(),
+                send: false,
             };
             self.conclude(office, id, status, Some(confirmed));
             return Ok(Verdict::Open);

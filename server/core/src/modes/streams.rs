@@ -287,6 +287,7 @@ impl Transfers {
                 failed(status)
             },
             payload: Vec::new(),
+            send: false,
         });
         if let Some(file) = stream.host() {
             let crc32 = stream.finish.and_then(|finish| finish.crc32);

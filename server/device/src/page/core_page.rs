@@ -10,7 +10,7 @@
 //! | 128 + v | raise: interrupts due on vector v so far |
 //! | 192.. | port result: sequence, bytes, then a completion and its output |
 
-use super::{LAYOUT, Words};
+use super::{LAYOUT, Words, is_readable};
 use vmgmt_abi::registers::{DeviceState, RINGS_MAX, RingState, VECTORS_MAX};
 use vmgmt_abi::{Status, port, ring};
 
@@ -59,7 +59,7 @@ impl<W: Words> CorePage<W> {
     }
     #[must_use]
     pub fn is_valid(&self) -> bool {
-        self.words.load(0) == LAYOUT && self.words.len() >= Self::WORDS
+        is_readable(self.words.load(0)) && self.words.len() >= Self::WORDS
     }
     #[must_use]
     pub fn session(&self) -> u64 {

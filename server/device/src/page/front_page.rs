@@ -19,7 +19,7 @@
 //! | 1280.. | log of changed map slots, a ring of [`CHANGED_LOG`] |
 //! | 4096 + 8 n | map slot n: number (0: free), iova, bytes, object, offset, rights |
 
-use super::{LAYOUT, Words};
+use super::{LAYOUT, Words, is_readable};
 use serde::{Deserialize, Serialize};
 
 /// Bits of the control word.
@@ -167,7 +167,7 @@ impl<W: Words> FrontPage<W> {
     /// Whether the layout is the one of this version.
     #[must_use]
     pub fn is_valid(&self) -> bool {
-        self.words.load(0) == LAYOUT && self.words.len() > MAPS
+        is_readable(self.words.load(0)) && self.words.len() > MAPS
     }
 
     /// Map slots that the page has room for.

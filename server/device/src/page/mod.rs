@@ -20,3 +20,11 @@ pub use words::{PlainWords, Words};
 
 /// Layout version of all pages, first word of each.
 pub const LAYOUT: u64 = 0x564d_474d_0000_0001;
+/// The oldest that this version reads: its own, and the one before where there is one. A page keeps the layout that it was made with.
+pub const LAYOUT_OLDEST: u64 = LAYOUT;
+
+/// Whether this version reads a page of this layout.
+#[must_use]
+pub const fn is_readable(layout: u64) -> bool {
+    LAYOUT_OLDEST <= layout && layout <= LAYOUT
+}

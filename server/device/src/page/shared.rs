@@ -8,7 +8,7 @@
 //! the eventfd if the other is asleep. The sleeper sets `asleep`, makes a SeqCst fence, compares `total`, and only then sleeps.
 //! Both halves of it are here, so that a model checker can run them (tests/fuzz-bodies/tests/ordering.rs).
 
-use super::{LAYOUT, Words};
+use super::{LAYOUT, Words, is_readable};
 
 /// Session slots at most: sessions that live at the same time in one front.
 pub const SLOTS_MAX: usize = 4096;
@@ -44,7 +44,7 @@ impl<W: Words> TouchedPage<W> {
     }
     #[must_use]
     pub fn is_valid(&self) -> bool {
-        self.words.load(0) == LAYOUT && self.words.len() >= Self::WORDS
+        is_readable(self.words.load(0)) && self.words.len() >= Self::WORDS
     }
     /// Front: something changed in the session in `slot`.
     pub fn touch(&self, slot: usize) {
@@ -105,7 +105,7 @@ impl<W: Words> LifePage<W> {
     }
     #[must_use]
     pub fn is_valid(&self) -> bool {
-        self.words.load(0) == LAYOUT && self.words.len() >= Self::WORDS
+        is_readable(self.words.load(0)) && self.words.len() >= Self::WORDS
     }
     #[must_use]
     pub fn core_asleep(&self) -> bool {

@@ -8,7 +8,7 @@
 //! length and crc32, then the bytes. A record is there when the tail has passed it; the tail is stored after it, with release
 //! order. A new snapshot is written into the other half whole, then the commit word moves.
 
-use vmgmt_device::page::{LAYOUT, Words};
+use vmgmt_device::page::{LAYOUT, Words, is_readable};
 
 /// A journal longer than this and four times its snapshot is worth a new snapshot.
 const JOURNAL_BYTES_MIN: usize = 1 << 20;
@@ -91,7 +91,7 @@ impl<W: Words> Journal<W> {
                 words.store(HALF_WORDS, half_words as u64);
                 words.store(0, LAYOUT);
             }
-            LAYOUT if words.load(HALF_WORDS) == half_words as u64 => {}
+            layout if is_readable(layout) && words.load(HALF_WORDS) == half_words as u64 => {}
             found => return Err(JournalError::Layout { found }),
         }
         Ok(Self { words, half_words })

@@ -20,7 +20,7 @@ pub use trial::{Question, check};
 
 use crate::channel::{Channel, Packet};
 use crate::config::CoreConfig;
-use crate::messages::{CHANNEL_VERSION, KeeperToCore};
+use crate::messages::{KeeperToCore, agree};
 use crate::sandbox::{Entered, SandboxConfig, ShareRoot};
 use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -34,6 +34,8 @@ use std::collections::BTreeSet;
 pub struct Start {
     keeper: Channel,
     life: u64,
+    /// The version of the roles' words that is spoken.
+    channel: u32,
     config: CoreConfig,
     fds: Vec<OwnedFd>,
     /// The directories of the shares, in the order of the configuration.
@@ -61,6 +63,7 @@ impl Start {
                     life,
                     config,
                     channel,
+                    channel_newest,
                     trial,
                     undead,
                 },
@@ -70,10 +73,8 @@ impl Start {
         else {
             bail!("the keeper's first packet is not Start");
         };
-        if channel != CHANNEL_VERSION {
-            bail!("the keeper speaks version {channel} of the roles' words, this program {CHANNEL_VERSION}");
-        }
         crate::fault::read();
+        let channel = agree(channel, channel_newest)?;
         crate::fault::at("start");
         let (count, shares) = (fds.len(), config.shares.len());
         if count != event_loop::START_FDS + shares {
@@ -85,6 +86,7 @@ impl Start {
         Ok(Some(Self {
             keeper,
             life,
+            channel,
             config: *config,
             shares: fds.split_off(event_loop::START_FDS),
             fds,
@@ -119,6 +121,11 @@ impl Start {
 /// # Errors
 /// What makes it impossible to serve: the keeper then logs it and starts another.
 pub fn run(start: Start, sandbox: Entered) -> anyhow::Result<()> {
+    tracing::info!(
+        "core life {} speaks version {} of the roles' words",
+        start.life,
+        start.channel
+    );
     let seen = start.trial.then(|| trial::Seen::of(&start.fds)).transpose()?;
     let hands = event_loop::Hands::new(start)?;
     // All threads run, and nothing of a guest was read yet.

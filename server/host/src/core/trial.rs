@@ -8,7 +8,7 @@ use super::journal::Journal;
 use crate::channel::{Channel, ChannelError, Packet};
 use crate::config::CoreConfig;
 use crate::fault;
-use crate::messages::{CHANNEL_VERSION, CoreToKeeper, FrontToCore, KeeperToCore};
+use crate::messages::{CoreToKeeper, FrontToCore, KeeperToCore, agree};
 use crate::sandbox::{Entered, SandboxConfig};
 use crate::words::MappedWords;
 use anyhow::{Context, anyhow, bail};
@@ -37,7 +37,8 @@ pub(super) struct Held {
 pub struct Question {
     keeper: Channel,
     config: Box<CoreConfig>,
-    channel: u32,
+    /// The keeper's oldest and newest version of the roles' words.
+    channel: (u32, u32),
     hub_bytes: u64,
     sessions: Vec<(u64, u64)>,
     fds: Vec<OwnedFd>,
@@ -57,6 +58,7 @@ impl Question {
         let KeeperToCore::Check {
             config,
             channel,
+            channel_newest,
             hub_bytes,
             sessions,
         } = packet.header
@@ -68,7 +70,7 @@ impl Question {
         Ok(Some(Self {
             keeper,
             config,
-            channel,
+            channel: (channel, channel_newest),
             hub_bytes,
             sessions,
             fds: packet.fds,
@@ -105,7 +107,7 @@ fn answer(keeper: &Channel, result: anyhow::Result<CoreToKeeper>) -> anyhow::Res
 }
 
 fn look_at_copies(question: &Question) -> anyhow::Result<()> {
-    look_at_channel(question.channel)?;
+    agree(question.channel.0, question.channel.1)?;
     let fd = question.fds.first().context("no copy of the state came")?;
     let words = MappedWords::read_only(fd).context("the copy of the state")?;
     let part = |begin: u64, bytes: u64| Part {
@@ -119,15 +121,6 @@ fn look_at_copies(question: &Question) -> anyhow::Result<()> {
     for (session, bytes) in &question.sessions {
         check_state(part(begin, *bytes)).with_context(|| format!("session {session}"))?;
         begin = begin.saturating_add(*bytes);
-    }
-    Ok(())
-}
-
-fn look_at_channel(channel: u32) -> anyhow::Result<()> {
-    if channel != CHANNEL_VERSION {
-        bail!(
-            "the keeper speaks version {channel} of the roles' words, this program {CHANNEL_VERSION}: start the daemon anew with it"
-        );
     }
     Ok(())
 }

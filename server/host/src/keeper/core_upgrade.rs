@@ -11,17 +11,21 @@
 use super::Keeper;
 use super::binary::Binary;
 use super::child::Child;
-use super::limits::{CHECK_DEADLINE, DRAIN_GRACE, FREEZE_DEADLINE, RETURN_DEADLINE, TRIAL_DEADLINE};
+use super::limits::{
+    CHECK_DEADLINE, DRAIN_GRACE, FREEZE_DEADLINE, RETURN_DEADLINE, TIDY_DEADLINE, TRIAL_DEADLINE,
+};
 use super::lives::{CoreLife, Standing};
 use super::upgrade::{Progress, Step};
 use super::watch;
-use crate::messages::{CHANNEL_VERSION, CoreToKeeper, KeeperToCore};
+use crate::messages::{CoreToKeeper, KeeperToCore, spoken};
 use crate::state_memory;
 use rustix::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 /// Where a core's upgrade stands. `begun`: when the old core's service ended.
 pub(super) enum CoreStep {
+    /// The old core, which is told of the upgrade, writes its state so that the oldest program can read it that can.
+    Asking { since: Instant },
     /// The old core is to stand still.
     Freezing { since: Instant },
     /// The new program looks at the copies.
@@ -67,13 +71,22 @@ impl CoreStep {
 impl Keeper {
     pub(super) fn upgrade_core(&mut self, binary: &Binary, step: Step) -> Progress {
         let Step::Core(step) = step else {
-            return self.freeze_core(binary);
+            let since = Instant::now();
+            return running(CoreStep::Asking { since });
         };
         if self.stop_at.is_some() {
             self.thaw_core();
             return Progress::Denied("vmgmtd was stopped meanwhile".into());
         }
         match step {
+            CoreStep::Asking { since } => {
+                // One of a version before says nothing.
+                let serves = self.core.as_ref().is_some_and(|core| core.ready.is_some());
+                if serves && !self.upgrades.tidied && since.elapsed() < TIDY_DEADLINE {
+                    return running(CoreStep::Asking { since });
+                }
+                self.freeze_core(binary)
+            }
             CoreStep::Freezing { since } => self.copy_state(binary, since),
             CoreStep::Checking { checker, since } => self.check_core(checker, since),
             CoreStep::Draining { begun } => self.drain_core(binary, begun),
@@ -142,7 +155,8 @@ impl Keeper {
         let sessions = sessions.map(|(session, fd)| Ok((*session, state_memory::bytes(fd)?)));
         let question = KeeperToCore::Check {
             config: Box::new(self.core_config.clone()),
-            channel: CHANNEL_VERSION,
+            channel: *spoken().start(),
+            channel_newest: *spoken().end(),
             hub_bytes: state_memory::bytes(&self.hub_state)?,
             sessions: sessions.collect::<anyhow::Result<_>>()?,
         };

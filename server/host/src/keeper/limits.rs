@@ -25,6 +25,8 @@ pub(super) const START_DEADLINE: Duration = Duration::from_secs(30);
 /// How long a program that is asked whether it could take over may take, or a new front to say that it is there. No VM waits for its answer, which takes a tenth of a second; a host that is
 /// busy with other things must not be refused an upgrade for that.
 pub(super) const CHECK_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a core may take to write its state in the form of the oldest version that can have it; one of before that cannot says nothing.
+pub(super) const TIDY_DEADLINE: Duration = Duration::from_secs(1);
 /// How long a core may take to stand still, so that its state can be copied: its loop never waits, but for a processor.
 pub(super) const FREEZE_DEADLINE: Duration = Duration::from_millis(500);
 /// How long a draining core may take beyond its deadline to write its snapshot and end.

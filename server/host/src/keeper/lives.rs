@@ -7,7 +7,7 @@ use super::restart::Death;
 use super::upgrade::Step;
 use super::{Keeper, watch};
 use crate::channel::Channel;
-use crate::messages::{BURIED, CHANNEL_VERSION, KeeperToCore, KeeperToFront};
+use crate::messages::{BURIED, KeeperToCore, KeeperToFront, spoken};
 use crate::words::{MappedWords, create_page};
 use anyhow::bail;
 use rustix::event::{EventfdFlags, eventfd};
@@ -209,7 +209,8 @@ impl Keeper {
             KeeperToCore::Start {
                 life,
                 config: Box::new(self.core_config.clone()),
-                channel: CHANNEL_VERSION,
+                channel: *spoken().start(),
+                channel_newest: *spoken().end(),
                 trial: trial.is_some(),
                 undead: self.undead_vms.clone(),
             },

@@ -375,19 +375,21 @@ impl Keeper {
             let Some(core) = &mut self.core else { return false };
             match core.child.receive() {
                 Ok(Some(packet)) => match packet.header {
-                    CoreToKeeper::Ready { life } if life == core.life => {
+                    CoreToKeeper::Ready { life, channel } if life == core.life => {
+                        tracing::debug!("core life {life} speaks version {channel}");
                         core.ready.get_or_insert_with(Instant::now);
                         if core.standing == Standing::Able {
                             core.standing = Standing::Usual;
                         }
                         self.fallback = None;
                     }
-                    CoreToKeeper::Ready { life } => tracing::warn!("the core says it is life {life}"),
+                    CoreToKeeper::Ready { life, .. } => tracing::warn!("the core says it is life {life}"),
                     CoreToKeeper::Able { .. } if core.standing == Standing::Trial => {
                         core.standing = Standing::Able;
                     }
                     CoreToKeeper::Refused { reason } => core.refusal = Some(reason),
-                    CoreToKeeper::Able { .. } | CoreToKeeper::Checked => {}
+                    CoreToKeeper::Able { .. } => self.upgrades.tidied = true,
+                    CoreToKeeper::Checked => {}
                     CoreToKeeper::AddVm {
                         request,
                         vm,

@@ -43,6 +43,8 @@ pub(super) enum Progress {
 #[derive(Debug, Default)]
 pub(super) struct Upgrades {
     report: Option<UpgradeReport>,
+    /// The core has said that its state asks for no newer program than it must.
+    pub(super) tidied: bool,
 }
 
 impl Upgrades {
@@ -87,6 +89,7 @@ impl Upgrades {
 
     /// The part whose turn it is runs.
     fn begin_part(&mut self) {
+        self.tidied = false;
         if let Some(part) = self.current() {
             part.state = UpgradeState::Running;
         }

@@ -6,6 +6,7 @@ use super::*;
 use crate::store::OpenFile;
 use vmgmt_core::doors::{self, EffectShell, RingShell};
 use vmgmt_core::effect::{BufferRange, FileSlot};
+use vmgmt_core::feature;
 use vmgmt_device::rings::Channel as RingChannel;
 use vmgmt_device::rings::Token as Submission;
 
@@ -302,6 +303,11 @@ impl EventLoop {
         if FORGETFUL {
             return Ok(());
         }
+        if let Some(name) = record.feature().filter(|name| !self.named.contains(name)) {
+            // A program of before is to find the name of what it does not know before it finds a record that it cannot read.
+            self.named.insert(name);
+            return self.take_snapshot();
+        }
         self.record.clear();
         self.record.shrink_to(RECORD_BYTES_KEPT_MAX);
         record.write(&mut self.record);
@@ -343,9 +349,21 @@ impl EventLoop {
         self.put_snapshot(&snapshot)
     }
 
+    /// A snapshot that names only what is in use now, however much was: what a program of before looks at.
+    pub(super) fn tidy_up(&mut self) -> anyhow::Result<()> {
+        self.named.clear();
+        self.take_snapshot()
+    }
+
     /// A snapshot that stands for all records so far, and fits.
     pub(super) fn pack_snapshot(&mut self) -> anyhow::Result<Vec<u8>> {
-        let snapshot = self.hub.snapshot().to_bytes();
+        let mut snapshot = self.hub.snapshot();
+        snapshot.name(self.named.iter().copied());
+        let known = feature::ALL.into_iter();
+        self.named = known
+            .filter(|name| snapshot.features().any(|named| named == *name))
+            .collect();
+        let snapshot = snapshot.to_bytes();
         anyhow::ensure!(
             snapshot.len() <= self.journal.room_bytes(),
             "the hub's state ({} bytes) does not fit its memory: lower the mailbox limits",

@@ -4,6 +4,7 @@
 
 use super::slices::Slice;
 use super::*;
+use crate::control::protocol::{Part, PartReport, UpgradeState};
 use crate::messages::BURIED;
 use vmgmt_device::page::control;
 
@@ -109,7 +110,16 @@ impl EventLoop {
                 self.operators.handle_keeper(request, error);
             }
             KeeperToCore::Upgrading { request, number } => self.operators.handle_upgrading(request, number),
-            KeeperToCore::Upgrade(report) => self.upgrade = Some(report),
+            KeeperToCore::Upgrade(report) => {
+                let its_turn =
+                    |part: &PartReport| part.part == Part::Core && part.state == UpgradeState::Running;
+                let asked = report.parts.iter().any(its_turn);
+                self.upgrade = Some(report);
+                if asked && self.ready && self.draining.is_none() {
+                    self.tidy_up()?;
+                    self.tell_keeper(&CoreToKeeper::Able { life: self.life })?;
+                }
+            }
             KeeperToCore::Notice { text } => self.log(None, text),
             KeeperToCore::Stop => self.stopping = true,
         }

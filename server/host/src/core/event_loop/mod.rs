@@ -42,7 +42,7 @@ use std::time::{Duration, Instant};
 use vmgmt_abi::Status;
 use vmgmt_core::effect::{Effect, EffectId, FailedAt, Outcome};
 use vmgmt_core::interface::{self, ControlRequest};
-use vmgmt_core::{Hub, Record, Saved};
+use vmgmt_core::{Hub, Record, RestoreError, Saved};
 use vmgmt_ctl::protocol::SandboxedRole;
 use vmgmt_device::Tick;
 use vmgmt_device::page::{LifePage, TouchedPage, Words};
@@ -92,6 +92,8 @@ pub struct EventLoop {
     more_comes: bool,
     wake: Wake,
     life: u64,
+    /// The version of the roles' words that is spoken.
+    channel: u32,
     config: CoreConfig,
     vms: BTreeMap<u64, VmConfig>,
     /// Sockets of VMs that the keeper is adding, by request.
@@ -100,6 +102,8 @@ pub struct EventLoop {
     hub: Hub,
     journal: Journal<MappedWords>,
     snapshot_bytes: usize,
+    /// Features that it names, or that were in use in this life: see [`vmgmt_core::feature`].
+    named: BTreeSet<&'static str>,
     /// The record that is being written; between two it only keeps its memory.
     record: Vec<u8>,
     /// The hub was told that its state's memory is nearly full.
@@ -143,6 +147,7 @@ pub struct Hands {
     wake: Wake,
     hub_state: OwnedFd,
     life: u64,
+    channel: u32,
     config: CoreConfig,
     store: Store,
     poll: Poll,
@@ -165,6 +170,7 @@ impl Hands {
         let Start {
             keeper,
             life,
+            channel,
             config,
             fds,
             shares,
@@ -212,6 +218,7 @@ impl Hands {
             wake,
             hub_state,
             life,
+            channel,
             config,
             store,
             poll,
@@ -243,6 +250,7 @@ impl EventLoop {
             wake,
             hub_state,
             life,
+            channel,
             config,
             store,
             poll,
@@ -261,6 +269,7 @@ impl EventLoop {
             more_comes: false,
             wake,
             life,
+            channel,
             config,
             vms: BTreeMap::new(),
             adding: BTreeMap::new(),
@@ -268,6 +277,7 @@ impl EventLoop {
             hub,
             journal,
             snapshot_bytes: 0,
+            named: BTreeSet::new(),
             record: Vec::new(),
             state_full: false,
             store,
@@ -384,7 +394,10 @@ impl EventLoop {
         }
         if self.adopted && !self.ready {
             self.ready = true;
-            self.tell_keeper(&CoreToKeeper::Ready { life: self.life })?;
+            self.tell_keeper(&CoreToKeeper::Ready {
+                life: self.life,
+                channel: self.channel,
+            })?;
             self.take_operators();
         }
         Ok(worked)
@@ -562,7 +575,7 @@ impl EventLoop {
     /// An ordered end: what the rings have published is signalled; what is in flight stays in the tables for the next life.
     fn end(mut self) -> anyhow::Result<()> {
         self.close_sessions(now())?;
-        self.take_snapshot()
+        self.tidy_up()
     }
 }
 
@@ -582,6 +595,12 @@ pub(super) fn recover<W: Words>(
     let mut records = Vec::with_capacity(recovered.records.len());
     for bytes in &recovered.records {
         records.push(Record::read(bytes)?);
+    }
+    if fault::is("reads", "version 1") {
+        let named = saved.iter().flat_map(Saved::features).next();
+        let mut newer = records.iter().filter_map(Record::feature);
+        named.map_or(Ok(()), |name| Err(RestoreError::Feature(name.to_owned())))?;
+        anyhow::ensure!(newer.next().is_none(), "a record of an unknown kind");
     }
     Hub::replay_beside(life, undead, saved, records).context("the hub's state")
 }

@@ -23,7 +23,10 @@ impl EventLoop {
         let snapshot = self.pack_snapshot()?;
         fault::at("ready");
         self.ready = true;
-        self.tell_keeper(&CoreToKeeper::Ready { life: self.life })?;
+        self.tell_keeper(&CoreToKeeper::Ready {
+            life: self.life,
+            channel: self.channel,
+        })?;
         self.put_snapshot(&snapshot)?;
         self.take_operators();
         Ok(())
