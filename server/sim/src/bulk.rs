@@ -47,6 +47,8 @@ struct Task {
 /// What a step came to.
 pub enum Step {
     Nothing,
+    /// It waits for a thaw.
+    Frozen,
     /// For a worker.
     Work(EffectId, Work),
     Finished(EffectId, Outcome),
@@ -58,6 +60,8 @@ pub struct Bulk {
     tasks: BTreeMap<EffectId, Task>,
     ready: VecDeque<EffectId>,
     waiting: Vec<EffectId>,
+    /// They hold nothing, and go on when their VM is thawed.
+    frozen: Vec<EffectId>,
 }
 
 enum Fault {
@@ -163,6 +167,19 @@ impl Bulk {
         self.ready.extend(self.waiting.drain(..));
     }
 
+    /// A session was touched: who waits for its thaw tries again. Where it is frozen, who waits for its messages lets go of it.
+    pub fn look_again(&mut self, session: u64, frozen: bool) {
+        let tasks = &self.tasks;
+        let concerned = |id: &mut EffectId| {
+            let task = tasks.get(id);
+            task.is_none_or(|task| task.kind.tokens().iter().any(|token| token.session == session))
+        };
+        self.ready.extend(self.frozen.extract_if(.., concerned));
+        if frozen {
+            self.ready.extend(self.waiting.extract_if(.., concerned));
+        }
+    }
+
     pub fn handle_worker(&mut self, id: EffectId, done: Done) -> Option<Outcome> {
         let task = self.tasks.get_mut(&id)?;
         task.on_worker = false;
@@ -210,6 +227,15 @@ impl Bulk {
             let outcome = task.outcome();
             self.tasks.remove(&id);
             return Step::Finished(id, outcome);
+        }
+        if task
+            .kind
+            .tokens()
+            .iter()
+            .any(|token| is_frozen(sessions, token.session))
+        {
+            self.frozen.push(id);
+            return Step::Frozen;
         }
         match task.piece(sessions) {
             Ok(Some(work)) => {
@@ -339,6 +365,11 @@ impl Kind {
     }
 }
 
+fn is_frozen(sessions: &Sessions, session: u64) -> bool {
+    let session = sessions.map.get(&session);
+    session.is_some_and(|session| session.memory.is_frozen())
+}
+
 fn check(
     sessions: &mut Sessions,
     range: BufferRange,
@@ -346,6 +377,10 @@ fn check(
     at: FailedAt,
 ) -> Result<(), Outcome> {
     let stale = Outcome::failed(Status::STALE, at);
+    if is_frozen(sessions, range.token.session) {
+        // Looked up when it is thawed, and found to be wrong then.
+        return Ok(());
+    }
     let session = sessions.map.get_mut(&range.token.session).ok_or(stale)?;
     let segments = session
         .segments(range.token, range.offset, range.bytes)

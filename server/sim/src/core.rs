@@ -6,6 +6,8 @@
 //! The order of what it does is the order of the real loop; where the two differ, the simulator proves nothing.
 
 mod carry;
+pub mod freezes;
+mod freezing;
 mod intake;
 mod records;
 
@@ -17,7 +19,8 @@ use crate::limits::{JOURNAL_BYTES_MAX, REPLIES_MAX};
 use crate::ram::Complaints;
 use crate::reach::Reach;
 use crate::wires::{Eventfd, Spindle, ToCore, Wires};
-use crate::world::Replies;
+use crate::world::{Glass, Replies};
+use freezes::Freezes;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
@@ -80,6 +83,8 @@ pub struct Outside {
     pub hub_words: SimWords,
     /// What the operator gets.
     pub replies: Replies,
+    /// And what it is told of freezes.
+    pub glass: Rc<Glass>,
     pub fault: Rc<Cell<Fault>>,
     pub complaints: Complaints,
     /// How long a core polls after its last work.
@@ -111,6 +116,8 @@ pub struct Core {
     files: BTreeMap<u32, OpenFile>,
     next_file: u32,
     bulk: Bulk,
+    /// What operators wish about quiet.
+    freezes: Freezes,
     /// For the operator (connection, request), until its socket has room.
     held: VecDeque<(u64, u64, ControlReply)>,
     /// The operator's connection.
@@ -200,6 +207,7 @@ impl Core {
             files: BTreeMap::new(),
             next_file: 0,
             bulk: Bulk::default(),
+            freezes: Freezes::default(),
             held: VecDeque::new(),
             client: None,
             wall_told: Tick(0),
@@ -275,9 +283,13 @@ impl Core {
             && let Some((client, id, reply)) = self.held.pop_front()
         {
             let told = matches!(reply, ControlReply::Message { .. });
+            if told && self.outside.fault.get() == Fault::NotesTooEarly {
+                self.hub.handle(now, interface::Input::Told { client, id });
+                self.carry(now);
+            }
             self.outside.steps.step();
             self.outside.replies.borrow_mut().push_back((id, reply));
-            if told {
+            if told && self.outside.fault.get() != Fault::NotesTooEarly {
                 self.outside.steps.step();
                 self.hub.handle(now, interface::Input::Told { client, id });
             }
@@ -318,16 +330,22 @@ impl Core {
         if self.due.is_some_and(|due| due <= now) {
             return;
         }
-        self.life_page.set_core_asleep(true);
-        if self.outside.fault.get() != Fault::SleepsWithoutLooking
-            && self.touched.total() != self.touched_seen
-        {
+        let still = self.life_page.core_falls_asleep(&self.touched, self.touched_seen);
+        if self.outside.fault.get() != Fault::SleepsWithoutLooking && !still {
             self.life_page.set_core_asleep(false);
             return;
         }
         // The channel's descriptor would wake it as an eventfd does.
         self.asleep = self.outside.wires.to_core.borrow().is_empty();
         self.look_into_hands();
+    }
+
+    /// It sleeps, was not woken, and the front has touched something since it looked.
+    #[must_use]
+    pub fn sleeps_on_a_touch(&self) -> bool {
+        let wires = &self.outside.wires;
+        let woken = wires.wake_core.get() || !wires.to_core.borrow().is_empty();
+        self.asleep && !woken && self.touched.total() != self.touched_seen
     }
 
     /// Nobody sleeps on what it has in hand: whoever would wake it next may take for ever.
@@ -391,6 +409,8 @@ impl Core {
         self.close_sessions(now);
         worked |= self.hub.has_output() && !sleeps_on_answers;
         worked |= self.run_fences(now);
+        self.run_freezes(now);
+        self.send_to_front();
         if std::mem::take(&mut self.kicked) && self.touched.front_asleep() {
             self.outside.steps.step();
             self.outside.wires.wake_front.set(true);
@@ -441,6 +461,8 @@ impl Core {
         let look = std::mem::take(&mut session.look);
         if look {
             session.handle(now, Input::Touched);
+            let frozen = session.memory.is_frozen();
+            self.bulk.look_again(number, frozen);
         }
         if session.rings.poll_timeout().is_some_and(|due| due <= now) {
             session
@@ -493,7 +515,10 @@ impl Core {
     }
 
     fn sleep_time(&mut self, now: Tick) -> Option<Tick> {
-        let mut due = self.hub.poll_timeout();
+        let mut due = [self.hub.poll_timeout(), self.freezes.poll_timeout()]
+            .into_iter()
+            .flatten()
+            .min();
         for session in self.sessions.map.values() {
             due = [due, session.rings.poll_timeout(), session.memory.poll_timeout()]
                 .into_iter()

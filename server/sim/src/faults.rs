@@ -1,4 +1,4 @@
-//! GARDEN, mutations: deliberate mistakes of the core's shell, by which the simulator proves that it can fail.
+//! GARDEN, mutations: deliberate mistakes of the shells, by which the simulator proves that it can fail.
 //!
 //! Each is a mistake that somebody could make in the real shell. None can be reached but through [`Fault`].
 
@@ -31,11 +31,31 @@ pub enum Fault {
     DropsFences,
     /// A core goes on with files that a dead one's worker, asleep in the disk, may still write.
     ForgetsTheUndead,
+    /// A frozen VM's transfers go on.
+    WritesWhileFrozen,
+    /// What needs a frozen VM's memory ends with an error, instead of waiting for the thaw.
+    RefusesWhileFrozen,
+    /// A message is noted as given to an operator before it is in its socket.
+    NotesTooEarly,
+    /// The front writes its words and does not move `touched`.
+    ForgetsToTouch,
+    /// The front looks whether the core sleeps before it moves `touched`.
+    WakesTooEarly,
+    /// Which VMs are frozen is lost when the front is handed over.
+    ForgetsFreezes,
+    /// What waits for the channel's room is lost when the front is handed over.
+    ForgetsStalledMaps,
+    /// The next front takes the answer to one message for that to another.
+    SwapsDmaAnswers,
+    /// A panic while the front serves a client.
+    PanicsInFront,
+    /// A loop without an end while the front serves a client.
+    NeverEnds,
 }
 
 impl Fault {
     /// All mistakes.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 22] = [
         Self::ForgetsJournal,
         Self::JournalsTooLate,
         Self::SnapshotsTwice,
@@ -48,5 +68,21 @@ impl Fault {
         Self::LosesTables,
         Self::DropsFences,
         Self::ForgetsTheUndead,
+        Self::WritesWhileFrozen,
+        Self::RefusesWhileFrozen,
+        Self::NotesTooEarly,
+        Self::ForgetsToTouch,
+        Self::WakesTooEarly,
+        Self::ForgetsFreezes,
+        Self::ForgetsStalledMaps,
+        Self::SwapsDmaAnswers,
+        Self::PanicsInFront,
+        Self::NeverEnds,
     ];
+
+    /// By its name.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|fault| format!("{fault:?}") == name)
+    }
 }

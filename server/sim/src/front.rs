@@ -5,11 +5,16 @@
 //! Must never know: guest memory.
 
 mod core_link;
+mod hand_over;
 
-use crate::clockwork::{Clock, SimWords};
+use crate::clockwork::{Clock, SimWords, Steps};
+use crate::faults::Fault;
 use crate::limits::MAPS_MAX;
 use crate::ram::{Complaints, Ram};
 use crate::wires::{Eventfd, ToCore, Wires};
+use hand_over::HandOver;
+pub use hand_over::Successor;
+use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use vmgmt_abi::feature;
@@ -17,6 +22,7 @@ use vmgmt_device::Tick;
 use vmgmt_device::page::{CorePage, FrontPage, LifePage, TouchedPage};
 use vmgmt_device::registers::{Function, Input, MapObject, Output, Settings};
 use vmgmt_device::rings::STATE_WORDS;
+use vmgmt_host::front::frozen::Frozen;
 use vmgmt_host::front::message_dma::{Answer, Ask, MessageDma};
 use vmgmt_host::messages::CoreToFront;
 use vmgmt_wire::{Command, Connection, DmaMap, Event, FdSlot, Reply, ReplyHandle, Request, ServerOffer};
@@ -62,6 +68,8 @@ pub struct Client {
 pub struct Front {
     clock: Clock,
     complaints: Complaints,
+    steps: Rc<Steps>,
+    fault: Rc<Cell<Fault>>,
     pub clients: BTreeMap<u64, Client>,
     pub core: Option<Rc<Wires>>,
     queue: VecDeque<ToCore>,
@@ -69,15 +77,22 @@ pub struct Front {
     kicks_seen: u64,
     next_session: u64,
     asleep: bool,
-    /// A packet for the core is lost instead of queued: never, in the real one.
+    /// The product's: which VMs are frozen.
+    pub frozen: Frozen,
+    /// It has stopped, and another is to go on.
+    stopped: Option<HandOver>,
+    /// Hand-overs that came to their end, and those with a successor that served.
     pub handed_over: u64,
+    pub succeeded: u64,
 }
 
 impl Front {
-    pub fn new(clock: &Clock, complaints: &Complaints) -> Self {
+    pub fn new(clock: &Clock, complaints: &Complaints, steps: &Rc<Steps>, fault: &Rc<Cell<Fault>>) -> Self {
         Self {
             clock: clock.clone(),
             complaints: complaints.clone(),
+            steps: Rc::clone(steps),
+            fault: Rc::clone(fault),
             clients: BTreeMap::new(),
             core: None,
             queue: VecDeque::new(),
@@ -85,12 +100,21 @@ impl Front {
             kicks_seen: 0,
             next_session: 100,
             asleep: false,
+            frozen: Frozen::default(),
+            stopped: None,
             handed_over: 0,
+            succeeded: 0,
         }
+    }
+
+    fn has(&self, fault: Fault) -> bool {
+        self.fault.get() == fault
     }
 
     /// A VM's process connects, and is admitted.
     pub fn connect(&mut self, vm: u64, suppression: bool) -> u64 {
+        // A connection waits in its listener until somebody serves.
+        self.end_hand_over();
         self.next_session += 1;
         let session = self.next_session;
         let used: Vec<usize> = self.clients.values().map(|client| client.slot).collect();
@@ -115,10 +139,13 @@ impl Front {
                     0
                 },
         };
-        let function = match Function::new(settings, front_page.clone()) {
+        let mut function = match Function::new(settings, front_page.of_front(&self.steps)) {
             Ok(function) => function,
             Err(error) => panic!("{error}"),
         };
+        if self.frozen.until(vm).is_some() {
+            function.handle(self.clock.now(), Input::Freeze(true));
+        }
         let client = Client {
             vm,
             slot,
@@ -174,15 +201,13 @@ impl Front {
         }
     }
 
-    /// The operator's or keeper's word.
-    pub fn command(&mut self, session: u64, input: Input<SimWords>) {
-        self.input(session, input);
-    }
-
     /// It has something to do.
     #[must_use]
     pub fn is_runnable(&self) -> bool {
         let now = self.clock.now();
+        if let Some(stopped) = &self.stopped {
+            return stopped.until <= now;
+        }
         let woken = self
             .core
             .as_ref()
@@ -197,7 +222,21 @@ impl Front {
                 || client.function.poll_timeout() <= now
         });
         let flows = !self.queue.is_empty() && self.core.as_ref().is_some_and(|core| core.has_room());
-        !self.asleep || woken || waiting || flows || self.adopting.is_some() && self.queue.is_empty()
+        let freezes = self.frozen.deadline() <= now || self.can_tell_frozen();
+        !self.asleep
+            || woken
+            || waiting
+            || flows
+            || freezes
+            || self.adopting.is_some() && self.queue.is_empty()
+    }
+
+    /// It sleeps, was not woken, and the core has kicked since it looked.
+    #[must_use]
+    pub fn sleeps_on_a_kick(&self) -> bool {
+        let Some(core) = &self.core else { return false };
+        let kicks = LifePage::new(core.life_page.clone()).kicks();
+        self.asleep && !self.is_stopped() && !core.wake_front.get() && kicks != self.kicks_seen
     }
 
     /// Bytes for clients that they have not read.
@@ -214,19 +253,31 @@ impl Front {
             .values()
             .map(|client| client.function.poll_timeout())
             .min();
+        let due = match &self.stopped {
+            Some(stopped) => Some(stopped.until),
+            None => due.into_iter().chain([self.frozen.deadline()]).min(),
+        };
         due.filter(|due| *due != Tick::NEVER)
     }
 
     /// One turn.
     pub fn turn(&mut self, bytes_max: usize) {
+        match &self.stopped {
+            Some(stopped) if stopped.until > self.clock.now() => return,
+            Some(_) => self.end_hand_over(),
+            None => {}
+        }
+        if let Some((touched, _)) = self.shared() {
+            touched.set_front_asleep(false);
+        }
         if let Some(core) = &self.core {
-            TouchedPage::new(core.touched.clone()).set_front_asleep(false);
             core.wake_front.set(false);
         }
         self.flush_queue();
         self.adopt();
         self.packets();
         self.kicks();
+        self.freezes();
         let now = self.clock.now();
         for session in self.sessions() {
             self.serve(session, bytes_max);
@@ -239,11 +290,10 @@ impl Front {
             }
         }
         self.clients.retain(|_, client| !client.gone);
-        self.asleep = true;
-        if let Some(core) = &self.core {
-            TouchedPage::new(core.touched.clone()).set_front_asleep(true);
-            self.asleep = LifePage::new(core.life_page.clone()).kicks() == self.kicks_seen;
-        }
+        self.asleep = match self.shared() {
+            Some((touched, life)) => touched.front_falls_asleep(&life, self.kicks_seen),
+            None => true,
+        };
     }
 
     fn sessions(&self) -> Vec<u64> {
@@ -252,6 +302,8 @@ impl Front {
 
     /// Reads what a client sent, at most so many bytes, and does it.
     pub fn serve(&mut self, session: u64, bytes_max: usize) {
+        // Whoever waits for an answer waits until somebody serves.
+        self.end_hand_over();
         if !self.finish_stalled(session) {
             return;
         }
@@ -282,6 +334,7 @@ impl Front {
             if client.stalled.is_some() {
                 return;
             }
+            self.clock.spend();
             let Some(event) = client.connection.poll_event() else {
                 break;
             };
@@ -300,6 +353,19 @@ impl Front {
     }
 
     fn event(&mut self, session: u64, event: Event) {
+        let unmaps = matches!(
+            &event,
+            Event::Request(Request {
+                command: Command::DmaUnmap(_),
+                ..
+            })
+        );
+        if unmaps && self.has(Fault::PanicsInFront) {
+            panic!("a deliberate mistake");
+        }
+        while unmaps && self.has(Fault::NeverEnds) {
+            self.clock.spend();
+        }
         let Some(client) = self.clients.get_mut(&session) else {
             return;
         };
@@ -429,6 +495,7 @@ impl Front {
             let Some(client) = self.clients.get_mut(&session) else {
                 return;
             };
+            self.clock.spend();
             let Some(output) = client.function.poll_output() else {
                 break;
             };
@@ -442,10 +509,13 @@ impl Front {
                 }
                 Output::Touched => {
                     let slot = client.slot;
-                    self.touch(slot);
+                    if !self.has(Fault::ForgetsToTouch) {
+                        self.touch(slot);
+                    }
                 }
                 Output::Signal(slot) => {
                     if let Some(Fd::Event(fd)) = client.descriptors.get(&slot.0) {
+                        self.steps.front_access();
                         fd.set(fd.get() + 1);
                     }
                 }
@@ -524,40 +594,5 @@ impl Front {
                 data: answer.data,
             });
         }
-    }
-
-    /// A planned hand-over: every room is packed and unpacked. Message DMA under way is asked for again.
-    pub fn hand_over(&mut self) {
-        for session in self.sessions() {
-            self.after(session);
-            let Some(client) = self.clients.get_mut(&session).filter(|client| !client.gone) else {
-                continue;
-            };
-            let answers = client.dma.drop_all(&mut client.connection);
-            let Some(saved) = client.function.save() else {
-                self.complaints
-                    .add(format!("session {session}: its function could not be packed"));
-                continue;
-            };
-            let pages: Vec<(u64, SimWords)> = saved
-                .core_lives()
-                .filter_map(|life| Some((life, client.core_pages.get(&life)?.clone())))
-                .collect();
-            match Function::restore(saved, client.front_page.clone(), &pages) {
-                Ok(function) => client.function = function,
-                Err(error) => self.complaints.add(format!(
-                    "session {session}: its function could not be unpacked: {error}"
-                )),
-            }
-            match Connection::restore(client.connection.save()) {
-                Ok(connection) => client.connection = connection,
-                Err(error) => self.complaints.add(format!(
-                    "session {session}: its connection could not be unpacked: {error}"
-                )),
-            }
-            self.answers(session, answers);
-            self.after(session);
-        }
-        self.handed_over += 1;
     }
 }

@@ -62,6 +62,8 @@ pub struct Flight {
     meta: Vec<u8>,
     /// It may end as CANCELLED or TIMED_OUT.
     cut: bool,
+    /// What [`Guest::dma_ends`] said when it was published; `None`: there was no DMA then.
+    dma: Option<u64>,
 }
 
 /// Where the driver stands.
@@ -90,6 +92,8 @@ pub struct Guest {
     partial: Option<(u64, u64, Vec<u8>)>,
     pub files: Files,
     pub bus_master: bool,
+    /// How often DMA was to end by now: bus mastering off, a reset.
+    dma_ends: u64,
 }
 
 /// What a guest may do; the weights are the plan's.
@@ -153,6 +157,7 @@ impl Guest {
             partial: None,
             files: Files::new(vm),
             bus_master: false,
+            dma_ends: 0,
         }
     }
 

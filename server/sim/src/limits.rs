@@ -20,8 +20,20 @@ pub const POLL_NS: [u64; 2] = [50_000, 0];
 pub const FENCE_NS_MAX: u64 = 1_000_000_000;
 /// From the death of a core until the keeper sees it.
 pub const DEATH_SEEN_NS_MAX: u64 = 50_000_000;
+/// How long a dead core's worker still sleeps in the disk.
+pub const UNDEAD_NS_MAX: u64 = 300_000_000;
 /// Replies that an operator's socket holds: then the core waits until it reads.
 pub const REPLIES_MAX: usize = 3;
+/// Accesses within one action; the longest (everybody comes to rest) has some hundred thousand.
+pub const ACTION_ACCESSES_MAX: u64 = 20_000_000;
+/// Rounds that a core has at most where it overtakes the front.
+pub const CUT_ROUNDS_MAX: u64 = 4;
+/// How long a hand-over of the front takes at most.
+pub const HAND_OVER_NS_MAX: u64 = 20_000_000;
+/// How long a freeze that nobody was told of outlives the core that asked for it; far below the real value.
+pub const FREEZE_ORPHANED_NS: u64 = 100_000_000;
+/// Longest time limit of a freeze; the shortest are over before anybody has answered.
+pub const FREEZE_NS_MAX_BITS: u64 = 28;
 /// Actions kept for a failure's report.
 pub const ACTIONS_KEPT: usize = 40;
 
@@ -33,6 +45,8 @@ pub const REST_STEP_NS: u64 = 2_000;
 pub const REST_OVERTAKES_MAX: u64 = 3;
 /// Before which of so many accesses of a round: the rounds before sleep have not many more.
 pub const REST_ACCESSES: u64 = 60;
+/// And before each how manieth of the front's, at most.
+pub const REST_CUTS: u64 = 10;
 /// Turns in a row in which nobody did anything: then all sleep.
 pub const REST_TURNS_CALM: u32 = 3;
 

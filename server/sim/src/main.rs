@@ -26,6 +26,9 @@ struct Arguments {
     /// Every action goes to standard error.
     #[arg(long)]
     aloud: bool,
+    /// A deliberate mistake, by its name in faults.rs: to see what it leads to.
+    #[arg(long, value_parser = fault, default_value = "None")]
+    fault: Fault,
     /// Go on after a failure.
     #[arg(long)]
     keep_going: bool,
@@ -36,6 +39,13 @@ fn number(text: &str) -> Result<u64, String> {
         .strip_prefix("0x")
         .map_or_else(|| text.parse(), |hex| u64::from_str_radix(hex, 16));
     parsed.map_err(|error| format!("{text}: {error}"))
+}
+
+fn fault(name: &str) -> Result<Fault, String> {
+    if name == "None" {
+        return Ok(Fault::None);
+    }
+    Fault::named(name).ok_or_else(|| format!("{name}: none of {:?}", Fault::ALL))
 }
 
 fn main() -> ExitCode {
@@ -53,14 +63,14 @@ fn main() -> ExitCode {
     let start = Instant::now();
     let limit = arguments.seconds.map(Duration::from_secs);
     let (mut done, mut failed) = (0u64, 0u64);
-    let mut sums = [0u64; 7];
+    let mut sums = [0u64; 9];
     while done < seeds && limit.is_none_or(|limit| start.elapsed() < limit) {
         let seed = first.wrapping_add(done);
         done += 1;
         match run(Options {
             seed,
             steps: arguments.steps,
-            fault: Fault::None,
+            fault: arguments.fault,
             aloud: arguments.aloud,
         }) {
             Ok(report) => {
@@ -71,6 +81,8 @@ fn main() -> ExitCode {
                     report.deaths,
                     report.upgrades,
                     report.undead,
+                    report.hand_overs,
+                    report.freezes,
                     report.repeats,
                 ];
                 sums.iter_mut().zip(each).for_each(|(sum, each)| *sum += each);
@@ -95,11 +107,14 @@ fn main() -> ExitCode {
         deaths,
         upgrades,
         undead,
+        hand_overs,
+        freezes,
         repeats,
     ] = sums;
     println!(
         "{done} seeds from {first:#x} of {} steps in {seconds:.1} s ({:.0} steps/s): {completions} completions, {delivered} messages ({repeats} again), \
-         {committed} files, {deaths} deaths of the core ({upgrades} in order, {undead} with a worker in disk sleep)",
+         {committed} files, {deaths} deaths of the core ({upgrades} in order, {undead} with a worker in disk sleep), \
+         {hand_overs} hand-overs of the front, {freezes} freezes",
         arguments.steps,
         (done * arguments.steps) as f64 / seconds.max(0.001),
     );

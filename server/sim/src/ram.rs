@@ -39,6 +39,8 @@ pub struct Ram {
     pub honest: Cell<bool>,
     /// No write at all: the reason.
     pub quiet: Cell<Option<&'static str>>,
+    /// An operator was told that no byte of it is read or written; whatever the guest does.
+    pub frozen: Cell<bool>,
     complaints: Complaints,
 }
 
@@ -54,6 +56,7 @@ impl Ram {
             expected: RefCell::default(),
             honest: Cell::new(true),
             quiet: Cell::new(Some("nothing was set up yet")),
+            frozen: Cell::new(false),
             complaints: complaints.clone(),
         })
     }
@@ -65,6 +68,19 @@ impl Ram {
             let bytes = from.len().min(into.len());
             into[..bytes].copy_from_slice(&from[..bytes]);
         }
+    }
+
+    /// The device reads.
+    pub fn device_read(&self, offset: u64, into: &mut [u8]) {
+        if self.frozen.get() {
+            self.complaints.add(format!(
+                "the device read {} bytes at {offset:#x} of memory {} of VM {}: the VM is frozen",
+                into.len(),
+                self.key,
+                self.vm
+            ));
+        }
+        self.read(offset, into);
     }
 
     /// The guest writes.
@@ -101,6 +117,7 @@ impl Ram {
     pub fn judge_read(&self, offset: u64, bytes: u64) {
         let within = |(start, end): &(u64, u64)| *start <= offset && offset + bytes <= *end;
         let why = match self.quiet.get() {
+            _ if self.frozen.get() => "the VM is frozen",
             Some(reason) => reason,
             None if self.mapped.borrow().values().any(within) => return,
             None => "it is not mapped for the device any more",
@@ -118,6 +135,9 @@ impl Ram {
                 self.key, self.vm
             ));
         };
+        if self.frozen.get() {
+            return complain("the VM is frozen");
+        }
         if let Some(reason) = self.quiet.get() {
             return complain(reason);
         }

@@ -8,6 +8,7 @@
 mod access;
 
 use crate::clockwork::{SimWords, Steps};
+use crate::faults::Fault;
 use crate::limits::{LEASE_WAIT_NS, MESSAGE_BYTES_MAX};
 use crate::ram::Ram;
 use std::cell::Cell;
@@ -76,8 +77,8 @@ pub struct Reach {
     messages: MessageQueue,
     open: bool,
     late_stores: bool,
-    /// A deliberate fault: fences are answered before leases have ended.
-    pub hasty: bool,
+    /// A deliberate mistake: fences are answered before leases have ended, or a frozen VM's memory is reached.
+    fault: Fault,
 }
 
 impl Reach {
@@ -86,7 +87,7 @@ impl Reach {
         front: FrontPage<SimWords>,
         core: CorePage<SimWords>,
         steps: Rc<Steps>,
-        hasty: bool,
+        fault: Fault,
     ) -> Self {
         Self {
             session,
@@ -108,7 +109,7 @@ impl Reach {
             messages: MessageQueue::default(),
             open: false,
             late_stores: false,
-            hasty,
+            fault,
         }
     }
 
@@ -181,8 +182,38 @@ impl Reach {
         self.messages.handle_answer(now, request, error, payload);
     }
 
-    const fn allowed(&self) -> bool {
-        self.control & DMA_BITS == control::BUS_MASTER
+    fn allowed(&self) -> bool {
+        let mut bits = DMA_BITS;
+        if self.fault == Fault::WritesWhileFrozen {
+            bits &= !control::FROZEN;
+        }
+        self.control & bits == control::BUS_MASTER
+    }
+
+    /// The operator has frozen it: who needs its memory waits.
+    pub fn is_frozen(&self) -> bool {
+        let ignored = matches!(self.fault, Fault::WritesWhileFrozen | Fault::RefusesWhileFrozen);
+        !ignored && self.control & control::FROZEN != 0
+    }
+
+    /// What of a frozen session is still busy, as in `host/core/memory`; `None`: no byte of its memory moves.
+    pub fn busy_with(&self) -> Option<String> {
+        let messages = self.messages.outstanding();
+        if self.control & control::FROZEN == 0 || self.open || self.front.fence() != self.seen {
+            Some("the core has not looked at it yet".into())
+        } else if self.held() || self.is_fence_waiting() {
+            Some("transfers hold its memory".into())
+        } else if messages > 0 {
+            Some(format!("{messages} messages are under way"))
+        } else {
+            None
+        }
+    }
+
+    /// Somebody holds a lease that was not taken away.
+    fn held(&self) -> bool {
+        let mut leases = self.leases.iter().filter_map(Weak::upgrade);
+        leases.any(|lease| !lease.revoked.get())
     }
 
     fn look(&mut self, now: Tick) {
@@ -243,7 +274,7 @@ impl Reach {
                 lease.revoked.set(true);
             }
         }
-        if waiting.leases.is_empty() || self.hasty {
+        if waiting.leases.is_empty() || self.fault == Fault::FencesTooEarly {
             self.core.set_fenced(self.seen);
         } else {
             self.waiting = Some(waiting);
@@ -252,12 +283,8 @@ impl Reach {
 
     fn rest(&mut self) {
         self.leases.retain(|lease| lease.strong_count() > 0);
-        let held = self
-            .leases
-            .iter()
-            .filter_map(Weak::upgrade)
-            .any(|lease| !lease.revoked.get());
-        if !self.open && (self.hasty || !held && self.messages.is_idle()) {
+        let hasty = self.fault == Fault::FencesTooEarly;
+        if !self.open && (hasty || !self.held() && self.messages.is_idle()) {
             self.core.set_busy(false);
         }
     }

@@ -1,7 +1,8 @@
 //! GARDEN, one run: a seed's world, step by step, until its end or its first complaint.
 
 use crate::faults::Fault;
-use crate::world::World;
+use crate::world::{World, text_of};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// What to run.
 #[derive(Clone, Copy, Debug)]
@@ -26,6 +27,10 @@ pub struct Report {
     pub deaths: u64,
     pub upgrades: u64,
     pub undead: u64,
+    /// Hand-overs of the front, with their ways back.
+    pub hand_overs: u64,
+    /// Times that an operator was told that a VM is quiet.
+    pub freezes: u64,
     /// Messages that came again after a reset that no core had seen.
     pub repeats: u64,
 }
@@ -41,6 +46,8 @@ pub struct Failure {
     pub actions: Vec<String>,
     /// Steps that were asked for.
     pub steps: u64,
+    /// The mistake that was asked for.
+    pub fault: Fault,
 }
 
 impl std::fmt::Display for Failure {
@@ -56,7 +63,11 @@ impl std::fmt::Display for Failure {
             f,
             "again: cargo xtask sim --seed {:#x} --steps {}",
             self.seed, self.steps
-        )
+        )?;
+        match self.fault {
+            Fault::None => Ok(()),
+            fault => write!(f, " --fault {fault:?}"),
+        }
     }
 }
 
@@ -66,27 +77,10 @@ impl std::fmt::Display for Failure {
 /// The first thing that must not be.
 pub fn run(options: Options) -> Result<Report, Box<Failure>> {
     let mut world = World::new(options.seed, options.fault, options.aloud);
-    let failure = |world: &World, step| {
-        world.complaints.first().map(|complaint| {
-            Box::new(Failure {
-                seed: options.seed,
-                step,
-                complaint,
-                actions: world.town.borrow().trace.last(),
-                steps: options.steps,
-            })
-        })
-    };
     for step in 0..options.steps {
-        world.step();
-        if let Some(failure) = failure(&world, Some(step)) {
-            return Err(failure);
-        }
+        act(&mut world, options, Some(step), World::step)?;
     }
-    world.run_dry();
-    if let Some(failure) = failure(&world, None) {
-        return Err(failure);
-    }
+    act(&mut world, options, None, World::run_dry)?;
     let town = world.town.borrow();
     Ok(Report {
         hash: town.trace.hash(),
@@ -96,6 +90,34 @@ pub fn run(options: Options) -> Result<Report, Box<Failure>> {
         deaths: world.deaths,
         upgrades: world.upgrades,
         undead: world.undead,
+        hand_overs: town.front.handed_over,
+        freezes: world.quiets(),
         repeats: town.shadow.repeats,
     })
+}
+
+/// Lets something happen; what is complained of then, or a panic in it, is the failure.
+fn act(
+    world: &mut World,
+    options: Options,
+    step: Option<u64>,
+    action: impl FnOnce(&mut World),
+) -> Result<(), Box<Failure>> {
+    world.clock.begin_action();
+    let outcome = catch_unwind(AssertUnwindSafe(|| action(world)));
+    let panic = outcome
+        .err()
+        .map(|cause| format!("a panic: {}", text_of(&*cause)));
+    // Whoever complained before the panic knows more of it.
+    let Some(complaint) = world.complaints.first().or(panic) else {
+        return Ok(());
+    };
+    Err(Box::new(Failure {
+        seed: options.seed,
+        step,
+        complaint,
+        actions: world.town.borrow().trace.last(),
+        steps: options.steps,
+        fault: options.fault,
+    }))
 }

@@ -3,7 +3,8 @@
 //! In: turns. Out: actions of guests, clients and front. Must never know the core but by its wires.
 
 use crate::chance::Chance;
-use crate::clockwork::Clock;
+use crate::clockwork::{Clock, Steps};
+use crate::faults::Fault;
 use crate::front::Front;
 use crate::guest::{Act, CHAT, Guest, Site, State};
 use crate::limits::{ARENA, RAM_BYTES, RING_ENTRIES};
@@ -11,6 +12,8 @@ use crate::ram::{Complaints, mark};
 use crate::shadow::Shadow;
 use crate::trace::Trace;
 use crate::vm::Vm;
+use std::cell::Cell;
+use std::rc::Rc;
 use vmgmt_abi::registers as abi;
 
 /// What happens how often in this run.
@@ -47,7 +50,13 @@ pub struct Town {
 }
 
 impl Town {
-    pub fn new(clock: &Clock, complaints: &Complaints, mut chance: Chance, plan: Plan) -> Self {
+    pub fn new(
+        clock: &Clock,
+        complaints: &Complaints,
+        (steps, fault): (&Rc<Steps>, &Rc<Cell<Fault>>),
+        mut chance: Chance,
+        plan: Plan,
+    ) -> Self {
         let plan_vms = plan.vms;
         let numbers: Vec<u64> = (1..=plan.vms as u64).collect();
         let mut shadow = Shadow::new(complaints);
@@ -73,7 +82,7 @@ impl Town {
             complaints: complaints.clone(),
             chance,
             plan,
-            front: Front::new(clock, complaints),
+            front: Front::new(clock, complaints, steps, fault),
             guests: numbers.iter().map(|number| Guest::new(*number)).collect(),
             vms,
             hostile,

@@ -424,7 +424,7 @@ impl Vm {
         let mut reply = body.get(..16).unwrap_or_default().to_vec();
         if command == user::VFIO_USER_DMA_READ {
             let mut data = vec![0; bytes as usize];
-            map.ram.read(offset, &mut data);
+            map.ram.device_read(offset, &mut data);
             reply.extend(data);
         } else {
             map.ram

@@ -4,8 +4,8 @@
 
 use crate::clockwork::{Clock, SimWords};
 use crate::disk::{Disk, Done, Work};
-use crate::limits::CHANNEL_PACKETS_MAX;
-use crate::ram::Ram;
+use crate::limits::{CHANNEL_PACKETS_MAX, UNDEAD_NS_MAX};
+use crate::ram::{Complaints, Ram};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
@@ -44,6 +44,12 @@ pub enum ToCore {
         session: u64,
     },
     Adopted,
+    Frozen {
+        vm: u64,
+        until: Option<Tick>,
+        request: u64,
+        kept: bool,
+    },
     DmaAnswer {
         session: u64,
         request: u64,
@@ -118,6 +124,7 @@ struct Job {
 /// The disk with its queue, which outlives cores.
 #[derive(Debug)]
 pub struct Spindle {
+    complaints: Complaints,
     pub disk: Disk,
     pub mood: Mood,
     pub clock: Clock,
@@ -130,8 +137,9 @@ pub struct Spindle {
 }
 
 impl Spindle {
-    pub fn new(clock: &Clock, seed: u64) -> Self {
+    pub fn new(clock: &Clock, complaints: &Complaints, seed: u64) -> Self {
         Self {
+            complaints: complaints.clone(),
             disk: Disk::default(),
             mood: Mood::default(),
             clock: clock.clone(),
@@ -160,6 +168,14 @@ impl Spindle {
             Work::ReadPiece { .. } => None,
             Work::WritePiece { inode, .. } | Work::WriteData { inode, .. } => Some(*inode),
         };
+        if let Work::WritePiece { inode, .. } | Work::WriteData { inode, .. } = &work
+            && self.sleeper_writes(*inode)
+        {
+            self.complaints.add(format!(
+                "core life {} writes into a file (inode {inode}) that a dead one's worker, asleep in the disk, may still write",
+                wires.life
+            ));
+        }
         if let Some(inode) = inode {
             let turn = self.turns.entry((wires.life, inode)).or_default();
             due = due.max(turn.after_ns(1));
@@ -183,6 +199,14 @@ impl Spindle {
             undead: false,
         };
         self.jobs.insert((due, self.next), job);
+    }
+
+    /// A dead core's worker, asleep in the disk, is writing there in a VM's name.
+    fn sleeper_writes(&self, file: u64) -> bool {
+        let mut sleepers = self.jobs.values().filter(|job| job.undead && job.vm != 0);
+        sleepers.any(|job| {
+            matches!(&job.work, Work::WritePiece { inode, .. } | Work::WriteData { inode, .. } if *inode == file)
+        })
     }
 
     /// When the next work ends.
@@ -234,9 +258,12 @@ impl Spindle {
                 if let Some(job) = self.jobs.remove(&key).filter(|_| half) {
                     self.disk.perform_half(&job.work);
                 }
-            } else if let Some(job) = self.jobs.get_mut(&key) {
+            } else if let Some(mut job) = self.jobs.remove(&key) {
                 job.undead = true;
                 any = true;
+                // It sleeps for longer than a disk usually takes: the next core is there by then.
+                let due = key.0.after_ns(self.chance(UNDEAD_NS_MAX));
+                self.jobs.insert((due, key.1), job);
             }
         }
         any

@@ -3,6 +3,7 @@
 //! In: chance. Out: complaints. The order of the keeper's words is the real one: a core is dead for guest memory before the next begins.
 
 mod end;
+mod freezer;
 mod lives;
 mod operators;
 mod rest;
@@ -11,11 +12,15 @@ use crate::chance::Chance;
 use crate::clockwork::{Clock, Death, SimWords, Steps};
 use crate::core::{Core, Outside};
 use crate::faults::Fault;
+use crate::front::Successor;
 use crate::guest::{Act, CHAT, Kind, State};
-use crate::limits::{DEATH_SEEN_NS_MAX, HUB_WORDS, PLUGGED, RAM_BYTES};
+use crate::limits::{DEATH_SEEN_NS_MAX, HAND_OVER_NS_MAX, HUB_WORDS, PLUGGED, RAM_BYTES};
 use crate::ram::Complaints;
 use crate::town::{Plan, Town};
 use crate::wires::{Mood, Spindle, Wires};
+use freezer::Freezer;
+pub use freezer::Glass;
+pub use lives::text_of;
 use operators::Operator;
 pub use operators::Replies;
 use std::cell::{Cell, RefCell};
@@ -24,7 +29,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use vmgmt_core::policy::{Access, ShareGrant, VmConfig, VmLimits};
 use vmgmt_device::Tick;
-use vmgmt_device::registers::Input;
 use vmgmt_device::rings::STATE_WORDS;
 
 /// What may happen next; the weights are the plan's.
@@ -35,6 +39,7 @@ pub enum Next {
     Guest,
     Time,
     Overtake,
+    Cut,
     ArmDeath,
     Kill,
     Upgrade,
@@ -47,18 +52,19 @@ pub enum Next {
 
 impl Next {
     /// All of them, and how often.
-    pub const BASE: [(Self, u32); 13] = [
+    pub const BASE: [(Self, u32); 14] = [
         (Self::Core, 200),
         (Self::Front, 150),
         (Self::Guest, 500),
         (Self::Time, 60),
         (Self::Overtake, 60),
+        (Self::Cut, 150),
         (Self::ArmDeath, 8),
         (Self::Kill, 2),
         (Self::Upgrade, 2),
         (Self::HandOver, 4),
         (Self::Disk, 4),
-        (Self::Freeze, 2),
+        (Self::Freeze, 6),
         (Self::Operator, 10),
         (Self::Rest, 12),
     ];
@@ -78,6 +84,14 @@ enum Keeper {
     Starting { at: Tick },
 }
 
+/// What rounds that a core had in the middle of the front's work came to.
+#[derive(Debug, Default)]
+struct Cut {
+    rounds: Cell<u64>,
+    /// It died in one of them.
+    died: Cell<bool>,
+}
+
 /// The world.
 pub struct World {
     pub clock: Clock,
@@ -88,13 +102,16 @@ pub struct World {
     hub_words: SimWords,
     configs: Vec<VmConfig>,
     operator: Operator,
-    core: Option<Core>,
+    /// Shared with what the front does: the core may have a round in the middle of it.
+    core: Rc<RefCell<Option<Core>>>,
+    cut: Rc<Cut>,
     /// It was told of undead ones, and not yet of their end.
     haunted: bool,
     life: u64,
     keeper: Keeper,
     fault: Rc<Cell<Fault>>,
-    frozen: Vec<u64>,
+    freezer: Freezer,
+    glass: Rc<Glass>,
     poll_ns: u64,
     pub deaths: u64,
     pub upgrades: u64,
@@ -130,20 +147,28 @@ impl World {
         let complaints = Complaints::default();
         let spindle_seed = chance.any();
         let poll_ns = crate::limits::POLL_NS[chance.below(2) as usize];
+        let cut_every = chance.permille(200).then(|| chance.below(8));
         let configs = (1..=vms as u64)
             .map(|vm| config(vm, vm as usize > vms - plan.hostile, &mut chance))
             .collect();
-        let mut town = Town::new(&clock, &complaints, chance, plan);
+        let steps = Rc::new(Steps::new(&clock));
+        steps.cut_every(cut_every);
+        let fault = Rc::new(Cell::new(fault));
+        let mut town = Town::new(&clock, &complaints, (&steps, &fault), chance, plan);
         town.trace.aloud = aloud;
+        let rams = town.vms.iter().map(|vm| (vm.number, Rc::clone(&vm.ram)));
+        let glass = Rc::new(Glass::new(&clock, rams.collect()));
         let town = Rc::new(RefCell::new(town));
-        let steps = Rc::new(Steps::default());
         let weak = Rc::downgrade(&town);
         steps.set_world(Box::new(move || {
             if let Some(town) = weak.upgrade() {
                 town.borrow_mut().overtake();
             }
         }));
-        let spindle = Rc::new(RefCell::new(Spindle::new(&clock, spindle_seed)));
+        let spindle = Rc::new(RefCell::new(Spindle::new(&clock, &complaints, spindle_seed)));
+        let operator = Operator::default();
+        let (core, cut) = (Rc::default(), Rc::default());
+        steps.set_core(lives::rounds_within(&core, &cut, &steps, &complaints, &operator));
         Self {
             keeper: Keeper::Starting { at: clock.now() },
             clock,
@@ -153,12 +178,14 @@ impl World {
             spindle,
             hub_words: SimWords::new(HUB_WORDS),
             configs,
-            operator: Operator::default(),
-            core: None,
+            operator,
+            core,
+            cut,
             haunted: false,
             life: 0,
-            fault: Rc::new(Cell::new(fault)),
-            frozen: Vec::new(),
+            fault,
+            freezer: Freezer::default(),
+            glass,
             poll_ns,
             deaths: 0,
             upgrades: 0,
@@ -174,7 +201,7 @@ impl World {
             let next = Next::BASE[town.chance.weighted(&weights)].0;
             (next, town.chance.between(50, 4_000))
         };
-        self.clock.advance_to(self.clock.now().after_ns(nanoseconds));
+        self.advance(self.clock.now().after_ns(nanoseconds));
         self.spin();
         self.keep();
         match next {
@@ -188,9 +215,17 @@ impl World {
             Next::Guest => self.town.borrow_mut().guest_turn(),
             Next::Time => self.pass_time(),
             Next::Overtake => {
-                let accesses = self.town.borrow_mut().chance.below(400);
-                self.steps.overtake_in(Some(accesses));
+                let accesses = self.draw(400, 60);
+                self.steps.overtake_in(accesses);
                 self.core_round();
+            }
+            Next::Cut => {
+                let reach = self.town.borrow_mut().chance.between(3, 9);
+                let accesses = self.draw(1 << reach, 60);
+                self.steps.cut_in(accesses);
+                let mut town = self.town.borrow_mut();
+                town.guest_turn();
+                town.front_turn();
             }
             Next::ArmDeath => {
                 let mut town = self.town.borrow_mut();
@@ -200,22 +235,56 @@ impl World {
                 self.steps.die_in(Some(steps));
             }
             Next::Kill => {
-                if self.core.take().is_some() {
+                let killed = self.core.take().is_some();
+                if killed {
                     self.died("killed");
                 }
             }
             Next::Upgrade => self.upgrade(),
             Next::HandOver => {
                 let mut town = self.town.borrow_mut();
-                town.front.hand_over();
-                town.note("the front is handed over".into());
+                let successor = if town.chance.permille(300) {
+                    Successor::Fails
+                } else {
+                    Successor::Serves
+                };
+                let reach = [1_000, HAND_OVER_NS_MAX][town.chance.below(2) as usize];
+                let until = self.clock.now().after_ns(town.chance.below(reach));
+                if town.front.hand_over(until, successor) {
+                    town.note(format!(
+                        "the front stops until {until:?}; the next one: {successor:?}"
+                    ));
+                }
             }
             Next::Disk => self.disk(),
             Next::Freeze => self.freeze(),
             Next::Operator => self.operate(),
             Next::Rest => self.rest(),
         }
+        self.settle_cuts();
+        self.look_at_freezes();
         self.look();
+    }
+
+    /// After how many accesses somebody else has a turn, and after how many more again, a few times.
+    fn draw(&self, first: u64, then: u64) -> Vec<u64> {
+        let mut town = self.town.borrow_mut();
+        let mut accesses = vec![town.chance.below(first)];
+        for _ in 0..town.chance.below(4) {
+            accesses.push(town.chance.below(then));
+        }
+        accesses
+    }
+
+    /// Time goes on.
+    fn advance(&mut self, tick: Tick) {
+        self.clock.advance_to(tick);
+        self.look_at_freezes();
+    }
+
+    /// There is a core, and it was told of all that there is: then operators are listened to.
+    fn has_adopted(&self) -> bool {
+        self.core.borrow().as_ref().is_some_and(|core| core.adopted)
     }
 
     /// What workers have done by now; each file that got its name is looked at at once.
@@ -232,6 +301,15 @@ impl World {
         for vm in &town.vms {
             vm.check_patience(limit_ns);
         }
+        if self.core.borrow().as_ref().is_some_and(Core::sleeps_on_a_touch) {
+            self.complaints
+                .add("the core sleeps, and was not woken when the front touched something".into());
+        }
+        // (Who dies between its kicks and the front's eventfd is seen dead: then the front looks.)
+        if self.core.borrow().is_some() && town.front.sleeps_on_a_kick() {
+            self.complaints
+                .add("the front sleeps, and was not woken when the core kicked it".into());
+        }
     }
 
     /// Lets everybody run until nobody has anything to do, then lets time pass to the next event.
@@ -247,7 +325,7 @@ impl World {
             self.clock.now().after_ns(town.chance.below(1 << reach))
         };
         let next = self.next_due().unwrap_or(most).min(most);
-        self.clock.advance_to(next);
+        self.advance(next);
         self.spin();
         self.keep();
         self.town.borrow_mut().note("time passes".into());
@@ -256,7 +334,7 @@ impl World {
     /// A turn for the core and the front, if they have something to do.
     fn run_all(&mut self) -> bool {
         let mut worked = false;
-        if self.core.as_ref().is_some_and(Core::is_runnable) {
+        if self.core_is_runnable() {
             self.core_round();
             worked = true;
         }
@@ -268,6 +346,10 @@ impl World {
         worked
     }
 
+    fn core_is_runnable(&self) -> bool {
+        self.core.borrow().as_ref().is_some_and(Core::is_runnable)
+    }
+
     fn next_due(&self) -> Option<Tick> {
         let keeper = match self.keeper {
             Keeper::Serving => None,
@@ -275,7 +357,7 @@ impl World {
         };
         [
             keeper,
-            self.core.as_ref().and_then(|core| core.due),
+            self.core.borrow().as_ref().and_then(|core| core.due),
             self.town.borrow().front.due(),
             self.spindle.borrow().next_due(),
         ]
@@ -293,21 +375,6 @@ impl World {
         };
         self.spindle.borrow_mut().mood = mood;
         town.note(format!("{mood:?}"));
-    }
-
-    fn freeze(&mut self) {
-        let mut town = self.town.borrow_mut();
-        let town = &mut *town;
-        if let Some(session) = self.frozen.pop() {
-            town.front.command(session, Input::Freeze(false));
-            return town.note(format!("session {session} is thawed"));
-        }
-        let sessions: Vec<u64> = town.vms.iter().filter_map(|vm| vm.session).collect();
-        if let Some(session) = town.chance.pick(&sessions).copied() {
-            town.front.command(session, Input::Freeze(true));
-            self.frozen.push(session);
-            town.note(format!("session {session} is frozen"));
-        }
     }
 }
 

@@ -14,7 +14,7 @@ pub struct Frozen {
     /// Those of which nobody was told yet, and when they are let go: [`Tick::NEVER`] while the core life that asked can say more.
     pub(super) untold: BTreeMap<u64, Tick>,
     /// Wishes (VM, the core's request) that are not answered yet. They end with the core that asked.
-    pub(super) asked: Vec<(u64, u64)>,
+    pub asked: Vec<(u64, u64)>,
 }
 
 impl Frozen {

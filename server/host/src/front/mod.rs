@@ -8,13 +8,13 @@
 
 mod core_link;
 mod descriptors;
-mod frozen;
+pub mod frozen;
 mod hand_over;
 mod limits;
 mod log_budget;
 pub mod message_dma;
 mod outbox;
-mod saved;
+pub mod saved;
 mod server;
 mod server_core;
 mod server_keeper;

@@ -113,9 +113,13 @@ impl Core {
 
     pub(super) fn step_bulk(&mut self, now: Tick) {
         for _ in 0..self.bulk.ready() {
-            self.did("bulk work");
-            match self.bulk.step(&mut self.sessions) {
-                Step::Nothing => {}
+            let step = self.bulk.step(&mut self.sessions);
+            if !matches!(step, Step::Frozen) {
+                self.did("bulk work");
+            }
+            match step {
+                // It was looked at, and goes on waiting for the thaw.
+                Step::Nothing | Step::Frozen => {}
                 Step::Work(id, work) => self.outside.submit(id, self.hub.owner_of(id), work),
                 Step::Finished(effect, outcome) => {
                     self.hub

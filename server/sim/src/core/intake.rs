@@ -40,13 +40,12 @@ impl Core {
                     Ok(rings) => rings,
                     Err(error) => panic!("session {session} cannot be taken over: {error}"),
                 };
-                let hasty = self.outside.fault.get() == Fault::FencesTooEarly;
                 let memory = Reach::new(
                     session,
                     front.clone(),
                     core.clone(),
                     Rc::clone(&self.outside.steps),
-                    hasty,
+                    self.outside.fault.get(),
                 );
                 let attached = Session {
                     slot,
@@ -92,6 +91,15 @@ impl Core {
             ToCore::Adopted => {
                 self.adopted = true;
                 self.hub.handle(now, interface::Input::Adopted);
+            }
+            ToCore::Frozen {
+                vm,
+                until,
+                request,
+                kept,
+            } => {
+                self.freezes.handle_level(vm, until, request, kept);
+                self.carry_freezes();
             }
             ToCore::DmaAnswer {
                 session,

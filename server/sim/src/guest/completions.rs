@@ -37,6 +37,10 @@ impl Guest {
                 site.vm.number, flight.kind
             ));
         };
+        // Bus mastering was off, or is now. Where the operator has frozen the VM, it waits for the thaw.
+        if status == Status::NOT_READY && flight.dma == Some(self.dma_ends) {
+            unexpected(site, "NOT_READY while there was DMA");
+        }
         match &flight.kind {
             Kind::Noop | Kind::Cancel | Kind::Publish | Kind::Peers | Kind::Identity => {
                 // A description is kept, and the memory for that may be nearly full.
@@ -68,10 +72,7 @@ impl Guest {
                     | Status::PEER_ABSENT
                     | Status::DENIED
                     | Status::NO_SUCH_NAME
-                    // Bus mastering went off, or the device was frozen, while the message was fetched.
-                    | Status::NOT_READY => {
-                        Fate::Refused
-                    }
+                    | Status::NOT_READY => Fate::Refused,
                     _ if cut => Fate::Refused,
                     _ => {
                         unexpected(site, "no such end of a send");

@@ -102,10 +102,12 @@ impl Guest {
             Act::Reset => {
                 site.vm.set_register(site.front, abi::CONTROL, abi::CONTROL_RESET);
                 self.state = State::Resetting;
+                self.dma_ends += 1;
                 Some("reset register".into())
             }
             Act::FunctionReset => {
                 self.state = State::FunctionReset;
+                self.dma_ends += 1;
                 if site.chance.permille(500) {
                     site.vm.function_level_reset();
                     return Some("function-level reset".into());
@@ -126,6 +128,7 @@ impl Guest {
             }
             Act::BusMaster => {
                 site.vm.bus_master(!self.bus_master);
+                self.dma_ends += 1;
                 Some(format!("bus master {}", !self.bus_master))
             }
             Act::Plug => {
@@ -200,6 +203,7 @@ impl Guest {
             data_bytes: bytes,
             meta: Vec::new(),
             cut: false,
+            dma: None,
         };
         self.publish(site, CHAT, submission, flight);
         Some(format!("sends number {number} to {target:#x}, {bytes} bytes"))
@@ -244,6 +248,7 @@ impl Guest {
             data_bytes: request.data.len() as u64,
             meta: request.meta,
             cut: false,
+            dma: None,
         };
         self.publish(site, FILES, submission, flight);
         Some(what)
@@ -290,12 +295,14 @@ impl Guest {
             data,
             data_bytes,
             meta: meta.to_vec(),
+            dma: None,
         };
         self.publish(site, n, submission, flight);
         Some(what)
     }
 
-    fn publish(&mut self, site: &mut Site<'_>, n: usize, mut submission: Submission, flight: Flight) {
+    fn publish(&mut self, site: &mut Site<'_>, n: usize, mut submission: Submission, mut flight: Flight) {
+        flight.dma = self.bus_master.then_some(self.dma_ends);
         submission.tag = self.next_tag;
         self.next_tag = self.next_tag.wrapping_add(1);
         let suppression = site.suppression && !site.vm.unshared;

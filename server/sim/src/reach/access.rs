@@ -46,7 +46,7 @@ impl GuestMemory for Reach {
             if let Some((ram, offset)) = &span.place {
                 let start = data.len();
                 data.resize(start + span.bytes as usize, 0);
-                ram.read(*offset, &mut data[start..]);
+                ram.device_read(*offset, &mut data[start..]);
                 continue;
             }
             let end = data.len() + span.bytes as usize;
@@ -174,7 +174,7 @@ impl GuestMemory for Reach {
             && iova - map.iova + 8 <= map.bytes
         {
             let mut bytes = [0; 8];
-            ram.read(map.offset + (iova - map.iova), &mut bytes);
+            ram.device_read(map.offset + (iova - map.iova), &mut bytes);
             if u64::from_le_bytes(bytes) == nonce {
                 *proof = Proof::Shared;
                 self.messages.forget(iova, 8);

@@ -9,6 +9,8 @@ impl World {
     pub fn run_dry(&mut self) {
         self.steps.die_in(None);
         self.steps.overtake_in(None);
+        self.steps.cut_every(None);
+        self.steps.cut_in(None);
         self.spindle.borrow_mut().mood = Mood {
             hangs: false,
             slow_ns: 1000,
@@ -17,9 +19,6 @@ impl World {
         {
             let mut town = self.town.borrow_mut();
             let town = &mut *town;
-            for session in std::mem::take(&mut self.frozen) {
-                town.front.command(session, Input::Freeze(false));
-            }
             for index in 0..town.vms.len() {
                 town.guests[index].files.winding_down = true;
                 if town.hostile[index] {
@@ -34,12 +33,15 @@ impl World {
             if self.complaints.first().is_some() {
                 return;
             }
-            self.clock.advance_to(self.clock.now().after_ns(1_000));
+            self.clock.begin_action();
+            self.advance(self.clock.now().after_ns(1_000));
             self.spin();
             self.keep();
             let mut worked = self.run_all();
             worked |= self.wind_down();
             worked |= self.operator_winds_down();
+            worked |= self.freezer_winds_down();
+            self.look_at_freezes();
             worked |= self.town.borrow().front.is_runnable();
             self.look();
             idle = if worked { 0 } else { idle + 1 };
@@ -48,7 +50,7 @@ impl World {
                 continue;
             }
             match self.next_due().filter(|due| *due <= horizon) {
-                Some(due) => self.clock.advance_to(due),
+                Some(due) => self.advance(due),
                 None => break,
             }
         }
@@ -130,6 +132,7 @@ impl World {
 
     fn balance(&mut self) {
         self.operator_balance();
+        self.freezer_balance(&self.complaints);
         let town = self.town.borrow();
         let complain = |text: String| self.complaints.add(text);
         for (vm, guest) in town.vms.iter().zip(&town.guests) {
@@ -204,13 +207,13 @@ impl World {
         town.check_secrets();
         if town.trace.aloud
             && self.complaints.first().is_some()
-            && let Some(core) = &self.core
+            && let Some(core) = self.core.borrow().as_ref()
         {
             for (number, session) in &core.sessions.map {
                 eprintln!("session {number}: {session:#?}");
             }
         }
-        match &self.core {
+        match self.core.borrow().as_ref() {
             None => complain("there is no core".into()),
             Some(core) => {
                 let receives: usize = town

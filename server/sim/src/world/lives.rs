@@ -3,6 +3,8 @@
 //! In: time, deaths, upgrades. Out: cores. One is dead for guest memory before the next begins.
 
 use super::*;
+use crate::limits::CUT_ROUNDS_MAX;
+use std::any::Any;
 
 impl World {
     fn outside(&self, wires: Rc<Wires>) -> Outside {
@@ -13,6 +15,7 @@ impl World {
             spindle: Rc::clone(&self.spindle),
             hub_words: self.hub_words.clone(),
             replies: Rc::clone(&self.operator.replies),
+            glass: Rc::clone(&self.glass),
             fault: Rc::clone(&self.fault),
             complaints: self.complaints.clone(),
             poll_ns: self.poll_ns,
@@ -21,10 +24,13 @@ impl World {
 
     /// The keeper's part.
     pub(super) fn keep(&mut self) {
+        self.settle_cuts();
         let now = self.clock.now();
+        // What the keeper has to say to a front that is handed over waits.
+        let tells = !self.town.borrow().front.is_stopped();
         if self.haunted
             && self.spindle.borrow().haunted().is_empty()
-            && let Some(core) = &mut self.core
+            && let Some(core) = self.core.borrow_mut().as_mut()
         {
             self.haunted = false;
             core.buried();
@@ -32,7 +38,7 @@ impl World {
         }
         match self.keeper {
             Keeper::Serving => {}
-            Keeper::Dead { seen } if seen <= now => {
+            Keeper::Dead { seen } if seen <= now && tells => {
                 let mut town = self.town.borrow_mut();
                 if self.fault.get() != Fault::DropsFences {
                     town.front.core_dead(self.life);
@@ -41,7 +47,7 @@ impl World {
                 town.note(format!("core life {} is seen dead", self.life));
                 self.keeper = Keeper::Starting { at };
             }
-            Keeper::Starting { at } if at <= now => self.start(),
+            Keeper::Starting { at } if at <= now && tells => self.start(),
             Keeper::Dead { .. } | Keeper::Starting { .. } => {}
         }
     }
@@ -76,46 +82,51 @@ impl World {
             core
         });
         match born {
-            Some(core) => self.core = Some(core),
+            Some(core) => *self.core.borrow_mut() = Some(core),
             None => self.died("died while it recovered"),
         }
     }
 
-    /// Runs the core; `None`: it died of it.
     fn alive<T>(&self, run: impl FnOnce() -> T) -> Option<T> {
-        self.steps.set_running(true);
-        let outcome = catch_unwind(AssertUnwindSafe(run));
-        self.steps.set_running(false);
-        match outcome {
-            Ok(value) => Some(value),
-            Err(cause) if cause.is::<Death>() => None,
-            Err(cause) => {
-                let text = cause
-                    .downcast_ref::<String>()
-                    .cloned()
-                    .or_else(|| cause.downcast_ref::<&str>().map(|text| (*text).to_owned()))
-                    .unwrap_or_default();
-                self.complaints.add(format!("a panic: {text}"));
-                None
-            }
+        alive(&self.steps, &self.complaints, run)
+    }
+
+    /// The books about rounds that the core had in the middle of the front's work.
+    pub(super) fn settle_cuts(&mut self) {
+        let rounds = self.cut.rounds.take();
+        if rounds == 0 {
+            return;
+        }
+        self.town.borrow_mut().note(format!(
+            "core life {}: {rounds} rounds while the front was at work",
+            self.life
+        ));
+        if self.cut.died.take() {
+            self.operator_loses_core(true);
+            self.died("died while the front was at work");
+        } else {
+            self.note_served();
+        }
+    }
+
+    fn note_served(&self) {
+        if let Some(core) = self.core.borrow().as_ref().filter(|core| core.adopted) {
+            self.town.borrow_mut().core_serves(|vm| core.has_taken_up(vm));
         }
     }
 
     pub(super) fn core_round(&mut self) {
-        let Some(mut core) = self.core.take() else { return };
-        if !core.is_runnable() {
-            self.core = Some(core);
+        if !self.core_is_runnable() {
             return;
         }
+        let Some(mut core) = self.core.take() else { return };
         let before = self.steps.taken();
-        self.note_replies();
+        self.operator.note_replies();
         match self.alive(|| core.round()) {
             Some(()) => {
                 let taken = self.steps.taken() - before;
-                if core.adopted {
-                    self.town.borrow_mut().core_serves(|vm| core.has_taken_up(vm));
-                }
-                self.core = Some(core);
+                *self.core.borrow_mut() = Some(core);
+                self.note_served();
                 if taken > 3 {
                     self.town
                         .borrow_mut()
@@ -132,10 +143,11 @@ impl World {
     }
 
     pub(super) fn died(&mut self, how: &str) {
-        self.core = None;
+        drop(self.core.take());
         self.deaths += 1;
         self.steps.die_in(None);
         self.steps.overtake_in(None);
+        self.steps.cut_in(None);
         let mut town = self.town.borrow_mut();
         town.core_died();
         let undead = town.chance.permille(500);
@@ -149,12 +161,13 @@ impl World {
         ));
         drop(town);
         self.operator_loses_core(false);
+        self.freezer_loses_core();
     }
 
     /// Another program is asked whether it could be the core, on copies of the state as it is at this instant; then the old one ends in order,
     /// and the next begins on a copy of the hub's memory, which becomes the memory; or, if it refuses, the old one on the old memory.
     pub(super) fn upgrade(&mut self) {
-        if self.core.is_none() {
+        if self.core.borrow().is_none() {
             return;
         }
         self.ask_the_next();
@@ -193,4 +206,59 @@ impl World {
                 .add(format!("another program could not be the core: {answer:?}"));
         }
     }
+}
+
+/// Runs a core; `None`: it died of it.
+fn alive<T>(steps: &Steps, complaints: &Complaints, run: impl FnOnce() -> T) -> Option<T> {
+    steps.set_running(true);
+    let outcome = catch_unwind(AssertUnwindSafe(run));
+    steps.set_running(false);
+    match outcome {
+        Ok(value) => Some(value),
+        Err(cause) if cause.is::<Death>() => None,
+        Err(cause) => {
+            complaints.add(format!("a panic: {}", text_of(&*cause)));
+            None
+        }
+    }
+}
+
+/// What a panic says.
+pub fn text_of(cause: &(dyn Any + Send)) -> &str {
+    let text = cause.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| cause.downcast_ref::<&str>().copied())
+        .unwrap_or_default()
+}
+
+/// What a core does in the middle of the front's work: a round, if it has something to do.
+pub(super) fn rounds_within(
+    core: &Rc<RefCell<Option<Core>>>,
+    cut: &Rc<Cut>,
+    steps: &Rc<Steps>,
+    complaints: &Complaints,
+    operator: &Operator,
+) -> Box<dyn FnMut()> {
+    let (core, cut, complaints) = (Rc::clone(core), Rc::clone(cut), complaints.clone());
+    let (steps, noting) = (Rc::downgrade(steps), operator.noting());
+    Box::new(move || {
+        let Some(steps) = steps.upgrade() else { return };
+        // It has a round already, which the front overtakes.
+        let Ok(Some(mut running)) = core.try_borrow_mut().map(|mut core| core.take()) else {
+            return;
+        };
+        // Only after some it is asleep again.
+        for _ in 0..CUT_ROUNDS_MAX {
+            if !running.is_runnable() {
+                break;
+            }
+            noting();
+            cut.rounds.set(cut.rounds.get() + 1);
+            if alive(&steps, &complaints, || running.round()).is_none() {
+                return cut.died.set(true);
+            }
+        }
+        if let Ok(mut core) = core.try_borrow_mut() {
+            *core = Some(running);
+        }
+    })
 }

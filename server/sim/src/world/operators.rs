@@ -6,7 +6,7 @@
 use super::World;
 use crate::limits::REPLIES_MAX;
 use crate::shadow::{Fate, HEAD_BYTES, HOST};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use vmgmt_core::interface::{ControlReply, ControlRequest};
@@ -36,16 +36,29 @@ pub struct Operator {
     /// Their connection ended before an answer, and they are to be asked again with their key.
     unanswered: VecDeque<Letter>,
     /// Replies in the socket when the core's round began: what came after was perhaps not noted when it dies in that round.
-    noted: usize,
+    noted: Rc<Cell<usize>>,
     /// It does not read: where all others sleep, its reading would wake the core.
     pub(super) still: bool,
+}
+
+impl Operator {
+    /// A round of the core begins.
+    pub(super) fn note_replies(&self) {
+        self.noting()();
+    }
+
+    /// What is to be called when one begins.
+    pub(super) fn noting(&self) -> impl Fn() + 'static {
+        let (noted, replies) = (Rc::clone(&self.noted), Rc::clone(&self.replies));
+        move || noted.set(replies.borrow().len())
+    }
 }
 
 impl World {
     /// Something that an operator does.
     pub(super) fn operate(&mut self) {
         // As the real one, it listens to operators when it has taken over, and not before.
-        if self.core.as_ref().is_none_or(|core| !core.adopted) {
+        if !self.has_adopted() {
             return;
         }
         let what = self.town.borrow_mut().chance.below(20);
@@ -114,7 +127,7 @@ impl World {
     fn ask_core(&mut self, request: ControlRequest) -> u64 {
         self.operator.next_request += 1;
         let id = self.operator.next_request;
-        if let Some(core) = &mut self.core {
+        if let Some(core) = self.core.borrow_mut().as_mut() {
             core.control(self.operator.client, id, request);
         }
         id
@@ -123,7 +136,7 @@ impl World {
     /// It closes its connection, after it has read what is there.
     fn operator_leaves(&mut self) {
         self.operator_reads();
-        if let Some(core) = &mut self.core {
+        if let Some(core) = self.core.borrow_mut().as_mut() {
             core.control_closed(self.operator.client);
         }
         self.town.borrow_mut().note("the operator leaves".into());
@@ -143,14 +156,9 @@ impl World {
         }
     }
 
-    /// A round of the core begins.
-    pub(super) fn note_replies(&mut self) {
-        self.operator.noted = self.operator.replies.borrow().len();
-    }
-
     /// The core is dead. What it put into the socket is read all the same. `in_a_round`: what that round put there may come again.
     pub(super) fn operator_loses_core(&mut self, in_a_round: bool) {
-        let noted = self.operator.noted;
+        let noted = self.operator.noted.get();
         self.read_replies(noted);
         self.town.borrow_mut().shadow.unsure_of_host(in_a_round);
         self.connection_ends();
@@ -169,7 +177,7 @@ impl World {
     pub(super) fn operator_reads(&mut self) {
         let was_full = self.operator.replies.borrow().len() >= REPLIES_MAX;
         self.read_replies(usize::MAX);
-        if was_full && let Some(core) = &mut self.core {
+        if was_full && let Some(core) = self.core.borrow_mut().as_mut() {
             core.operator_has_room();
         }
     }
@@ -215,7 +223,7 @@ impl World {
     pub(super) fn operator_winds_down(&mut self) -> bool {
         let mut worked = !self.operator.replies.borrow().is_empty();
         self.operator_reads();
-        if self.core.as_ref().is_none_or(|core| !core.adopted) {
+        if !self.has_adopted() {
             return worked;
         }
         if !self.operator.unanswered.is_empty() {

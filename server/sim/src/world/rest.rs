@@ -5,9 +5,10 @@
 //! then does anything was not woken when it should have been.
 
 use super::World;
-use crate::core::Core;
 use crate::guest::State;
-use crate::limits::{REST_ACCESSES, REST_OVERTAKES_MAX, REST_STEP_NS, REST_TURNS, REST_TURNS_CALM};
+use crate::limits::{
+    REST_ACCESSES, REST_CUTS, REST_OVERTAKES_MAX, REST_STEP_NS, REST_TURNS, REST_TURNS_CALM,
+};
 use vmgmt_device::page::TouchedPage;
 
 impl World {
@@ -29,8 +30,10 @@ impl World {
         };
         let rests = self.come_to_rest(overtakes);
         self.steps.overtake_in(None);
+        let every = self.steps.cut_every(None);
+        self.steps.cut_in(None);
         self.town.borrow_mut().hurries = false;
-        if rests && self.core.as_ref().is_some_and(|core| core.adopted) {
+        if rests && self.has_adopted() {
             self.town.borrow_mut().note("all sleep".into());
             self.look_at_guests();
             self.look_at_front();
@@ -38,22 +41,39 @@ impl World {
             self.look_at_core();
             self.operator.still = false;
         }
+        self.steps.cut_every(every);
         self.town.borrow_mut().still.fill(false);
     }
 
     /// True: nobody has anything to do, but when time passes or a disk ends its work.
     fn come_to_rest(&mut self, mut overtakes: u64) -> bool {
         let mut calm = 0;
+        let mut cuts = self.town.borrow_mut().chance.below(REST_OVERTAKES_MAX + 1);
         for _ in 0..REST_TURNS {
             // The rounds before sleep are short.
             let accesses = self.town.borrow_mut().chance.below(REST_ACCESSES);
             let overtaken = self.steps.overtakes();
             self.steps.overtake_in((overtakes > 0).then_some(accesses));
-            self.clock.advance_to(self.clock.now().after_ns(REST_STEP_NS));
+            self.advance(self.clock.now().after_ns(REST_STEP_NS));
             self.spin();
             self.keep();
+            // And something still happens of which the front tells, while the core, that was awake, goes to sleep.
+            if cuts > 0 && self.core_is_runnable() {
+                cuts -= 1;
+                let mut town = self.town.borrow_mut();
+                for _ in 0..town.chance.between(1, 8) {
+                    town.guest_turn();
+                }
+                let (first, every) = (town.chance.below(REST_CUTS), town.chance.below(REST_CUTS));
+                self.steps.cut_in([first]);
+                let before = self.steps.cut_every(Some(every));
+                town.front_turn();
+                self.steps.cut_every(before);
+                self.steps.cut_in(None);
+            }
             let mut worked = self.run_all();
             self.town.borrow_mut().react();
+            self.settle_cuts();
             worked |= self.is_awake();
             overtakes = overtakes.saturating_sub(self.steps.overtakes() - overtaken);
             calm = if worked { 0 } else { calm + 1 };
@@ -65,13 +85,17 @@ impl World {
     }
 
     fn is_awake(&self) -> bool {
-        self.town.borrow().front.is_runnable() || self.core.as_ref().is_some_and(Core::is_runnable)
+        let town = self.town.borrow();
+        // While the front is handed over nobody sleeps: it will look at everything.
+        town.front.is_stopped() || town.front.is_runnable() || self.core_is_runnable()
     }
 
     /// Honest guests whose processes run and which a core serves that has taken over all that the one before left.
     fn served(&self) -> Vec<usize> {
-        let town = self.town.borrow();
-        let Some(core) = &self.core else { return Vec::new() };
+        let (town, core) = (self.town.borrow(), self.core.borrow());
+        let Some(core) = core.as_ref() else {
+            return Vec::new();
+        };
         let is_served = |index: &usize| {
             let vm = &town.vms[*index];
             !town.hostile[*index] && !town.still[*index] && vm.is_free() && core.has_taken_up(vm.number)
@@ -89,7 +113,7 @@ impl World {
                 continue;
             }
             // While there is no DMA there is no message interrupt either: it comes when there is DMA again.
-            if !guest.bus_master || vm.session.is_some_and(|session| self.frozen.contains(&session)) {
+            if !guest.bus_master || town.front.frozen.until(vm.number).is_some() {
                 continue;
             }
             for ring in guest.rings.iter().filter(|ring| ring.sleeping && ring.enabled) {
@@ -140,16 +164,22 @@ impl World {
                 .filter_map(|index| town.vms[index].session)
                 .collect()
         };
-        let Some(core) = &mut self.core else { return };
-        let before = core.done;
-        core.wake_for_nothing(&sessions);
+        let before = match self.core.borrow_mut().as_mut() {
+            Some(core) => {
+                core.wake_for_nothing(&sessions);
+                core.done
+            }
+            None => return,
+        };
         // Who reaches a guest's memory by message needs some turns to look. What becomes due meanwhile is no finding.
         let due = self.next_due();
         for _ in 0..REST_TURNS {
             self.core_round();
-            let Some(core) = &self.core else { return };
-            if core.done != before {
-                let what = core.last_done;
+            let (done, what) = match self.core.borrow().as_ref() {
+                Some(core) => (core.done, core.last_done),
+                None => return,
+            };
+            if done != before {
                 self.complaints.add(format!(
                     "all sleep, and the core, woken for nothing, finds something to do: {what}"
                 ));
@@ -159,7 +189,7 @@ impl World {
             if due.is_some_and(|due| due <= now) || !self.is_awake() {
                 return;
             }
-            self.clock.advance_to(now);
+            self.advance(now);
             self.run_all();
             self.town.borrow_mut().react();
         }

@@ -8,6 +8,7 @@
 mod core_link;
 mod session;
 
+use super::frozen::Frozen;
 use super::log_budget::LogBudget;
 use super::server::{Front, LISTENERS, Listener, SESSIONS};
 use super::{limits, session::Session};
@@ -17,6 +18,7 @@ use core_link::SavedCoreLink;
 use mio::{Interest, Token};
 use rustix::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use serde::{Deserialize, Serialize};
+pub use session::SavedMessageDma;
 use session::SavedSession;
 use slab::Slab;
 use std::collections::BTreeSet;
@@ -45,8 +47,9 @@ struct SavedListener {
     device: DeviceConfig,
 }
 
+/// Which VMs are frozen.
 #[derive(Debug, Serialize, Deserialize)]
-struct SavedFrozen {
+pub struct SavedFrozen {
     /// VM, until when.
     vms: Vec<(u64, Tick)>,
     /// VM and the core's request, not answered yet.
@@ -117,11 +120,7 @@ impl Front {
                 .map(|(slot, session)| SavedSession::save(session, unmask.get(&slot), &mut packer))
                 .collect::<Result<_, _>>()?,
             core: core.as_ref().map(|core| SavedCoreLink::save(core, &mut packer)),
-            frozen: SavedFrozen {
-                vms: frozen.all(),
-                asked: frozen.asked.clone(),
-                untold: frozen.untold.iter().map(|(vm, until)| (*vm, *until)).collect(),
-            },
+            frozen: SavedFrozen::from(frozen),
             adopting: adopting.as_ref().map(|slots| slots.iter().copied().collect()),
         };
         let bytes = packed::write(VERSION, &saved, packer.fds.len())?;
@@ -141,18 +140,10 @@ impl Front {
             sessions,
             core,
             adopting,
-            frozen: SavedFrozen { vms, asked, untold },
+            frozen,
         } = packed::read(bytes, VERSION_OLDEST..=VERSION, fds.len())?;
         let mut unpacker = Unpacker::new(fds);
-        let room = (vms.iter()).all(|(vm, until)| self.frozen.set(*vm, Some(*until), true));
-        if !room || asked.len() > limits::FREEZES_ASKED_MAX {
-            return Err("more VMs are frozen than can be".into());
-        }
-        if untold.iter().any(|(vm, _)| self.frozen.until(*vm).is_none()) {
-            return Err("a VM is to be thawed that is not frozen".into());
-        }
-        self.frozen.asked = asked;
-        self.frozen.untold = untold.into_iter().collect();
+        self.frozen = frozen.restore()?;
         self.next_session = next_session;
         self.accept_again = accept_again;
         self.log = log.into();
@@ -216,6 +207,35 @@ impl Front {
             self.enqueue(slot);
         }
         Ok(())
+    }
+}
+
+impl From<&Frozen> for SavedFrozen {
+    fn from(frozen: &Frozen) -> Self {
+        Self {
+            vms: frozen.all(),
+            asked: frozen.asked.clone(),
+            untold: frozen.untold.iter().map(|(vm, until)| (*vm, *until)).collect(),
+        }
+    }
+}
+
+impl SavedFrozen {
+    /// # Errors
+    /// More than there can be.
+    pub fn restore(self) -> Result<Frozen, Refusal> {
+        let Self { vms, asked, untold } = self;
+        let mut frozen = Frozen::default();
+        let room = vms.iter().all(|(vm, until)| frozen.set(*vm, Some(*until), true));
+        if !room || asked.len() > limits::FREEZES_ASKED_MAX {
+            return Err("more VMs are frozen than can be".into());
+        }
+        if untold.iter().any(|(vm, _)| frozen.until(*vm).is_none()) {
+            return Err("a VM is to be thawed that is not frozen".into());
+        }
+        frozen.asked = asked;
+        frozen.untold = untold.into_iter().collect();
+        Ok(frozen)
     }
 }
 

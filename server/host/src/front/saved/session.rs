@@ -62,8 +62,9 @@ struct SavedDevice {
     core_pages: Vec<(u64, Carried)>,
 }
 
+/// What the core asked a client for by messages.
 #[derive(Debug, Serialize, Deserialize)]
-struct SavedMessageDma {
+pub struct SavedMessageDma {
     waiting: Vec<(u64, u64, SavedAsk)>,
     /// Cookie, life, request.
     under_way: Vec<(u64, u64, u64)>,
@@ -382,7 +383,9 @@ impl From<&MessageDma> for SavedMessageDma {
 }
 
 impl SavedMessageDma {
-    fn restore(self) -> Result<MessageDma, Refusal> {
+    /// # Errors
+    /// More than there can be.
+    pub fn restore(self) -> Result<MessageDma, Refusal> {
         let Self {
             waiting,
             under_way,
