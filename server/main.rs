@@ -12,9 +12,9 @@ use std::cell::OnceCell;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
-use vmgmt_host::config::{self, Config, Flags};
+use vmgmt_host::config::{self, Config, Flags, Source};
 use vmgmt_host::sandbox::{self, Account, Role, SandboxConfig};
-use vmgmt_host::{core, front, keeper};
+use vmgmt_host::{core, front, keeper, reader};
 
 /// Gives many QEMU virtual machines one management device (vfio-user) for files, messages and more.
 ///
@@ -72,6 +72,7 @@ fn main() -> ExitCode {
         (Some("front"), Some(parent)) => end(run_front(&arguments, parent)),
         (Some("core"), Some(parent)) if arguments.check => end(run_check(&arguments, parent)),
         (Some("core"), Some(parent)) => end(run_core(&arguments, parent)),
+        (Some("reader"), Some(parent)) => end(run_reader(&arguments, parent)),
         (Some("namespace"), Some(_)) => end(sandbox::hold_namespace()),
         (Some(other), Some(_)) => end(Err(anyhow::anyhow!("there is no role {other:?}"))),
         _ => match arguments.resume {
@@ -158,6 +159,12 @@ fn run_check(arguments: &Arguments, parent: u32) -> anyhow::Result<()> {
     with_log(arguments, || core::check(question, entered))
 }
 
+/// Not shut in: it does what the keeper does at its start, and reads what the operator wrote.
+fn run_reader(arguments: &Arguments, parent: u32) -> anyhow::Result<()> {
+    let channel = keeper::enter_role("reader", parent)?;
+    with_log(arguments, || reader::run(channel))
+}
+
 fn with_log(arguments: &Arguments, run: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
     let log = start_log(arguments.log.as_deref().unwrap_or("info"))?;
     let result = run();
@@ -193,7 +200,12 @@ fn run_keeper(arguments: Arguments) -> ExitCode {
         );
         return ExitCode::from(2);
     }
-    let loaded = config::load(config.as_deref(), &flags).map_err(|mistakes| mistakes.to_string());
+    // Read again at each reload, wherever vmgmtd stands then.
+    let source = Source {
+        file: config.map(|path| std::path::absolute(&path).unwrap_or(path)),
+        flags,
+    };
+    let loaded = config::load(source.file.as_deref(), &source.flags).map_err(|mistakes| mistakes.to_string());
     let started = loaded.and_then(|config| {
         let log = config.server.log.clone().unwrap_or_else(|| "info".into());
         let writer = start_log(&log).map_err(|error| format!("{error:#}"))?;
@@ -211,7 +223,12 @@ fn run_keeper(arguments: Arguments) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let SandboxConfig { enabled, front, .. } = config.core.sandbox;
-    let result = keeper::run(config, for_children(log, enabled, front), finisher(&writer));
+    let result = keeper::run(
+        config,
+        source,
+        for_children(log, enabled, front),
+        finisher(&writer),
+    );
     writer.finish();
     end(result)
 }

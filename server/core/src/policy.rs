@@ -18,6 +18,18 @@ pub struct VmConfig {
     pub transient: bool,
 }
 
+impl VmConfig {
+    /// As the template of a shared socket: these rights for one of its VMs.
+    #[must_use]
+    pub fn rights_for(&self, vm: &Self) -> Self {
+        Self {
+            vm: vm.vm,
+            name: vm.name.clone(),
+            ..self.clone()
+        }
+    }
+}
+
 /// A share granted to a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShareGrant {

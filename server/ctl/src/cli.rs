@@ -130,6 +130,8 @@ enum Command {
     },
     /// Has another vmgmtd program take over, part by part, without the VMs noticing; waits for the outcome.
     Upgrade(upgrade::Options),
+    /// Has the configuration read anew and carried out, without the VMs noticing; waits for the outcome.
+    Reload(upgrade::ReloadOptions),
     /// Lets a VM's device work again that was quarantined for killing the core.
     Release { vm: String },
     /// Looks at this host: kernel, limits, sockets, QEMU. Works without a daemon.
@@ -256,6 +258,7 @@ impl Session {
                 self.call(&Call::Log(Log { follow }), wait)?;
             }
             Command::Upgrade(options) => return upgrade::run(self, &options),
+            Command::Reload(options) => return upgrade::reload(self, &options),
             Command::Release { vm } => self.show(Call::Release(Release { vm }), |_: Value| String::new())?,
             Command::Doctor(options) => return Ok(doctor::run(self, &options)),
             Command::QemuArgs(options) => qemu_args::run(self, &options)?,

@@ -94,12 +94,16 @@ pub(crate) fn status(status: Status) -> String {
 
 /// An upgrade, a line for the whole and one for each part.
 pub(crate) fn upgrade(report: &UpgradeReport) -> String {
-    let mut text = format!(
-        "upgrade {} to {}: {}\n",
-        report.number,
-        report.binary,
-        report.state.name()
-    );
+    let mut text = format!("{}: {}\n", report.title(), report.state.name());
+    for change in &report.changes {
+        let _ = match report.state {
+            UpgradeState::Done => writeln!(text, "    {change}"),
+            _ => writeln!(text, "    (not in force) {change}"),
+        };
+    }
+    if report.state == UpgradeState::Done && !report.configuration.is_empty() && report.changes.is_empty() {
+        text.push_str("    nothing has changed; the shares' directories were opened anew\n");
+    }
     for part in &report.parts {
         let _ = write!(text, "    {}: {}", part.part.name(), part.state.name());
         if matches!(
@@ -109,7 +113,7 @@ pub(crate) fn upgrade(report: &UpgradeReport) -> String {
             let _ = write!(text, ", out of service for {} ms", part.stall_ms);
         }
         if !part.reason.is_empty() {
-            let _ = write!(text, ": {}", part.reason);
+            let _ = write!(text, ": {}", part.reason.replace('\n', "\n        "));
         }
         text.push('\n');
     }
@@ -366,6 +370,35 @@ mod tests {
              core: process 9 as user 0:0, CAPABILITIES 0x21, NO landlock, NO seccomp\n\
              ! core: the sandbox is off by configuration\n\
              upgrade 3 to /new: denied\n    core: done, out of service for 12 ms\n    front: denied: it is old\n! core life 1 died\n"
+        );
+    }
+
+    #[test]
+    fn a_reload_says_what_has_changed_or_what_has_not() {
+        let mut report = UpgradeReport {
+            number: 4,
+            configuration: "/etc/v.toml".into(),
+            changes: vec!["share data: added".into()],
+            state: UpgradeState::Done,
+            ..UpgradeReport::default()
+        };
+        assert_eq!(
+            upgrade(&report),
+            "reload 4 of /etc/v.toml: done\n    share data: added\n"
+        );
+        report.changes.clear();
+        assert!(upgrade(&report).contains("nothing has changed"));
+        report.state = UpgradeState::Denied;
+        report.changes = vec!["share data: added".into()];
+        report.parts = vec![PartReport {
+            part: Part::Core,
+            state: UpgradeState::Denied,
+            reason: "1 mistake\nv.toml:3: no".into(),
+            stall_ms: 0,
+        }];
+        assert_eq!(
+            upgrade(&report),
+            "reload 4 of /etc/v.toml: denied\n    (not in force) share data: added\n    core: denied: 1 mistake\n        v.toml:3: no\n"
         );
     }
 }

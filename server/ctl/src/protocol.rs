@@ -40,6 +40,7 @@ pub const METHODS: &[&str] = &[
     "thaw",
     "log",
     "upgrade",
+    "reload",
     "release",
 ];
 
@@ -84,6 +85,8 @@ pub enum Call {
     Log(Log),
     /// Another program takes over, part by part: [`Upgrading`], at once; then see [`Status::upgrade`].
     Upgrade(Upgrade),
+    /// The configuration is read anew: [`Upgrading`], at once; then see [`Status::upgrade`].
+    Reload,
     /// Quarantined devices of a VM may work again: [`Done`].
     Release(Release),
 }
@@ -230,6 +233,7 @@ impl Call {
             Self::Thaw(_) => "thaw",
             Self::Log(_) => "log",
             Self::Upgrade(_) => "upgrade",
+            Self::Reload => "reload",
             Self::Release(_) => "release",
         }
     }
@@ -256,7 +260,9 @@ impl Call {
 
     fn params(&self) -> Value {
         let params = match self {
-            Self::Hello | Self::Status | Self::Vms | Self::Peers | Self::Shares => return Value::Null,
+            Self::Hello | Self::Status | Self::Vms | Self::Peers | Self::Shares | Self::Reload => {
+                return Value::Null;
+            }
             Self::Send(params) => serde_json::to_value(params),
             Self::Recv(params) => serde_json::to_value(params),
             Self::Push(params) => serde_json::to_value(params),
@@ -289,6 +295,7 @@ impl Call {
             "thaw" => Self::Thaw(from_params(method, params)?),
             "log" => Self::Log(from_params(method, params)?),
             "upgrade" => Self::Upgrade(from_params(method, params)?),
+            "reload" => Self::Reload,
             "release" => Self::Release(from_params(method, params)?),
             _ => {
                 return Err(Failure::new(

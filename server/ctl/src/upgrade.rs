@@ -1,4 +1,4 @@
-//! `vmgmtctl upgrade`: asks for it, then looks at the status, over as many connections as it takes, until it is over.
+//! `vmgmtctl upgrade` and `vmgmtctl reload`: ask for it, then look at the status, over as many connections as it takes, until it is over.
 //!
 //! In: the program and the parts. Out: the report, an exit code. Must never know how a part is replaced.
 
@@ -56,9 +56,27 @@ pub(crate) fn run(session: &Session, options: &Options) -> Result<ExitCode, Clie
         to,
         parts: parts.collect(),
     };
+    carry_out(session, &Call::Upgrade(upgrade), options.wait)
+}
+
+/// How long `vmgmtctl reload` waits.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ReloadOptions {
+    /// How long to wait for the end, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    wait: u64,
+}
+
+/// Has the configuration read anew. Only a reload that was done is a success.
+pub(crate) fn reload(session: &Session, options: &ReloadOptions) -> Result<ExitCode, ClientError> {
+    carry_out(session, &Call::Reload, options.wait)
+}
+
+/// Asks for it, waits for its end, and prints the report.
+fn carry_out(session: &Session, call: &Call, wait_s: u64) -> Result<ExitCode, ClientError> {
     let pid = parse::<Status>(session.call(&Call::Status, Some(ANSWER_WAIT))?)?.pid;
-    let Upgrading { number } = parse(session.call(&Call::Upgrade(upgrade), Some(ANSWER_WAIT))?)?;
-    let report = wait(session, number, pid, Duration::from_secs(options.wait))?;
+    let Upgrading { number } = parse(session.call(call, Some(ANSWER_WAIT))?)?;
+    let report = wait(session, number, pid, Duration::from_secs(wait_s))?;
     if session.json {
         session.print(&serde_json::to_string(&report).unwrap_or_default());
     } else {

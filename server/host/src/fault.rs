@@ -3,8 +3,8 @@
 //! `VMGMT_FAULT=PLACE[@PROGRAM][?PATH]=WHAT,…`. PROGRAM is the file name of the program that it is for (all, if left out), so that one daemon
 //! can have a good old and a bad new program; with PATH the fault is there in processes that find that file when they start.
 //!
-//! * `start`, `check`, `trial`, `go`, `adopt-N` (N sessions are taken over), `ready` (all are), `rehearse`, `serve` (a front that takes over; it
-//!   cannot see its program's name): WHAT is `abort`, `hang` or `exit`.
+//! * `start`, `check`, `trial`, `go`, `adopt-N` (N sessions are taken over), `ready` (all are), `rehearse`, `read` (the configuration,
+//!   anew), `serve` (a front that takes over): WHAT is `abort`, `hang` or `exit`.
 //! * `resume`: WHAT is `refuse` or `panic`.
 //! * `reads`: with `version 1` the program takes only a hub's state that one of version 1 could read.
 //! * `speaks`: the program speaks these versions of the roles' words (`1-2`).

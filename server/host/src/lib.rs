@@ -15,6 +15,7 @@ pub mod front;
 pub mod keeper;
 pub mod messages;
 pub mod packed;
+pub mod reader;
 pub mod sandbox;
 mod state_memory;
 pub mod store;

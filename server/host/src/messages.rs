@@ -131,6 +131,8 @@ pub enum KeeperToCore {
     /// `trial`: it looks whether it could take over, writes nothing but the hub state that it was given, says
     /// [`CoreToKeeper::Able`], and begins when it hears [`KeeperToCore::Go`].
     ///
+    /// `reloads`: this keeper knows [`CoreToKeeper::Reload`].
+    ///
     /// `undead`: VMs for which workers of killed cores may still do something to files; until [`BURIED`].
     Start {
         life: u64,
@@ -142,6 +144,8 @@ pub enum KeeperToCore {
         trial: bool,
         #[serde(default)]
         undead: BTreeSet<u64>,
+        #[serde(default)]
+        reloads: bool,
     },
     /// The only packet to a program that is asked whether it could take over. fds: one sealed memory with copies of the hub's
     /// state (so many bytes) and behind it of each session's (number, bytes), as after a crash.
@@ -199,6 +203,8 @@ pub enum CoreToKeeper {
     RemoveVm { request: u64, name: String },
     /// The operator wants another program to take over.
     Upgrade { request: u64, upgrade: Upgrade },
+    /// The operator wants the configuration to be read anew. Answered as [`CoreToKeeper::Upgrade`].
+    Reload { request: u64 },
     /// The operator releases a VM's quarantined devices.
     Release { request: u64, vm: String },
 }
@@ -379,6 +385,7 @@ mod tests {
             channel_newest: 1,
             trial: false,
             undead: [3, 4].into(),
+            reloads: true,
         };
         let KeeperToCore::Start { undead, .. } = told(&start) else {
             panic!("another message");

@@ -308,8 +308,14 @@ impl Files {
     pub fn reopened(&mut self, office: &mut Office, handle: u64, outcome: Outcome) {
         if let Some(file) = self.open.get_mut(&handle) {
             file.busy = file.busy.saturating_sub(1);
+            // The configuration may have taken the right away with the core before.
+            let granted = granted(office, file.vm, &file.share, file.write).is_ok();
             match outcome {
-                Outcome::Opened { slot, .. } => file.slot = slot,
+                Outcome::Opened { slot, .. } if granted => file.slot = slot,
+                Outcome::Opened { slot, .. } => {
+                    file.stale = true;
+                    office.effect(file.vm, Effect::Close { slot }, Continuation::Nothing);
+                }
                 _ => file.stale = true,
             }
             self.settle(office, handle);

@@ -219,8 +219,10 @@ impl Puts {
         put.busy = put.busy.saturating_sub(1);
         let extent = office.ledger.kept.puts.get(&handle).map_or(0, |kept| kept.extent);
         match outcome {
-            // Somebody cut it: what is missing would become zeros.
-            Outcome::Opened { slot, stat, .. } if stat.size < extent => {
+            // Somebody cut it: what is missing would become zeros. Or the configuration took the right away with the core before.
+            Outcome::Opened { slot, stat, .. }
+                if stat.size < extent || granted(office, put.what.vm, &put.what.share, true).is_err() =>
+            {
                 put.stale = true;
                 office.effect(put.what.vm, Effect::Close { slot }, Continuation::Nothing);
             }

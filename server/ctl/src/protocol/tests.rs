@@ -47,6 +47,7 @@ fn calls() -> Vec<Call> {
             to: Some("/usr/sbin/vmgmtd".into()),
             parts: vec![Part::Core, Part::Front],
         }),
+        Call::Reload,
         Call::Release(Release { vm: "web".into() }),
     ]
 }

@@ -108,6 +108,12 @@ pub struct UpgradeReport {
     pub number: u64,
     /// Path of the new program.
     pub binary: String,
+    /// Where the configuration was read anew, if this was a reload; empty, if not.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub configuration: String,
+    /// What differs in it, a line for each.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub changes: Vec<String>,
     /// Of the whole: that of the first part that is not done.
     pub state: UpgradeState,
     /// Why, in plain words, where it is not done.
@@ -123,6 +129,16 @@ impl UpgradeReport {
     #[must_use]
     pub const fn is_over(&self) -> bool {
         !matches!(self.state, UpgradeState::Waiting | UpgradeState::Running)
+    }
+
+    /// What it is, for people.
+    #[must_use]
+    pub fn title(&self) -> String {
+        if self.configuration.is_empty() {
+            format!("upgrade {} to {}", self.number, self.binary)
+        } else {
+            format!("reload {} of {}", self.number, self.configuration)
+        }
     }
 }
 

@@ -1,7 +1,9 @@
 //! A mistake in the configuration: where, what, and what to do.
 
+use serde::{Deserialize, Serialize};
+
 /// One mistake.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mistake {
     /// File, line and key, or the flag.
     pub place: String,

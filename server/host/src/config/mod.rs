@@ -3,6 +3,7 @@
 //! In: a TOML file or command line flags. Out: [`ListenerConfig`]s for the front, [`VmConfig`]s and a [`CoreConfig`] for the
 //! core. Every mistake is named with its place and a remedy before anything is started, all that can be found at once.
 
+mod change;
 mod check;
 mod fields;
 mod file;
@@ -10,6 +11,7 @@ mod mistake;
 mod roles;
 mod sandbox;
 
+pub use change::{Change, Present};
 pub use check::added_vm;
 pub(crate) use fields::group_id;
 pub use mistake::{Mistake, Mistakes};
@@ -17,6 +19,7 @@ pub use roles::{
     Access, CoreConfig, DeviceConfig, Identity, ListenerConfig, ShareConfig, ShareGrant, VmConfig, VmLimits,
 };
 
+use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
 /// Numbers of the configuration.
@@ -52,7 +55,7 @@ pub mod limits {
 }
 
 /// All that vmgmtd is told before it starts.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Config {
     pub server: ServerConfig,
     pub core: CoreConfig,
@@ -63,7 +66,7 @@ pub struct Config {
 }
 
 /// What the keeper itself needs.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServerConfig {
     /// Path of the control socket.
     pub control: PathBuf,
@@ -75,8 +78,27 @@ pub struct ServerConfig {
     pub drain_deadline_ms: u64,
 }
 
+/// Where the configuration is read, each time.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Source {
+    /// An absolute path.
+    pub file: Option<PathBuf>,
+    pub flags: Flags,
+}
+
+impl Source {
+    /// For people.
+    #[must_use]
+    pub fn name(&self) -> String {
+        let flags = || "the command line".to_owned();
+        self.file
+            .as_ref()
+            .map_or_else(flags, |file| file.display().to_string())
+    }
+}
+
 /// What the command line says; it adds to the file and wins over it.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Flags {
     /// Shared sockets.
     pub sockets: Vec<PathBuf>,

@@ -45,6 +45,8 @@ pub struct Start {
     trial: bool,
     /// VMs for which workers of killed cores may still do something.
     undead: BTreeSet<u64>,
+    /// The keeper can read the configuration anew.
+    reloads: bool,
 }
 
 impl Start {
@@ -66,6 +68,7 @@ impl Start {
                     channel_newest,
                     trial,
                     undead,
+                    reloads,
                 },
             mut fds,
             ..
@@ -73,7 +76,6 @@ impl Start {
         else {
             bail!("the keeper's first packet is not Start");
         };
-        crate::fault::read();
         let channel = agree(channel, channel_newest)?;
         crate::fault::at("start");
         let (count, shares) = (fds.len(), config.shares.len());
@@ -94,6 +96,7 @@ impl Start {
             umask: umask(Mode::empty()).as_raw_mode(),
             trial,
             undead,
+            reloads,
         }))
     }
 

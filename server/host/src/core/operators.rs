@@ -53,6 +53,10 @@ pub enum Ask {
         request: u64,
         upgrade: protocol::Upgrade,
     },
+    /// A reload, for the keeper.
+    Reload {
+        request: u64,
+    },
     /// A release, for the keeper.
     Release {
         request: u64,
@@ -469,6 +473,10 @@ impl Operators {
             Call::Upgrade(upgrade) => {
                 let request = self.ask_keeper(client, id);
                 return Ok(Some(Ask::Upgrade { request, upgrade }));
+            }
+            Call::Reload => {
+                let request = self.ask_keeper(client, id);
+                return Ok(Some(Ask::Reload { request }));
             }
             Call::Release(release) => {
                 let request = self.ask_keeper(client, id);

@@ -54,7 +54,6 @@ impl Question {
         let Some(packet) = super::first_packet(&keeper)? else {
             return Ok(None);
         };
-        fault::read();
         let KeeperToCore::Check {
             config,
             channel,

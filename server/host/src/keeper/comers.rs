@@ -101,7 +101,7 @@ impl Keeper {
         Ok(())
     }
 
-    fn vm_gone(&mut self, vm: Vm) {
+    pub(super) fn vm_gone(&mut self, vm: Vm) {
         self.tell_core(KeeperToCore::VmGone { vm: vm.config.vm }, Vec::new());
         if let Some((life, request)) = vm.removal
             && self.core.as_ref().is_some_and(|core| core.life == life)
@@ -111,6 +111,9 @@ impl Keeper {
     }
 
     pub(super) fn add_vm(&mut self, vm: VmConfig, listener: ListenerConfig) -> anyhow::Result<()> {
+        if self.reload.is_some() {
+            bail!("a new configuration is just being put in force: try again in a moment");
+        }
         if self.vms.named(&vm.name).is_some() {
             bail!("there is a VM {:?} already", vm.name);
         }
@@ -126,13 +129,13 @@ impl Keeper {
         Ok(())
     }
 
-    /// Gives a socket and its VM their numbers and makes them known: the VM to the core, then the socket to the front.
+    /// Gives a socket and its VM their numbers and makes them known: the VM to the core, then the socket to the front. The socket's number.
     pub(super) fn add_listener(
         &mut self,
         mut listener: ListenerConfig,
         vm: Option<VmConfig>,
         socket: Socket,
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<u32> {
         self.last_listener += 1;
         listener.listener = self.last_listener;
         let fd = socket.fd.try_clone()?;
@@ -145,7 +148,7 @@ impl Keeper {
         self.front
             .queue(KeeperToFront::Listen(listener.clone()), vec![fd]);
         self.listeners.insert(listener.listener, (listener, socket));
-        Ok(())
+        Ok(self.last_listener)
     }
 
     /// Takes a VM out of service; it is gone, and the answer given, when its last session has ended.
@@ -160,11 +163,18 @@ impl Keeper {
         if shared {
             self.front
                 .queue(KeeperToFront::CloseVm { vm: number }, Vec::new());
-        } else if self.listeners.remove(&listener).is_some() {
-            self.front.queue(KeeperToFront::Unlisten { listener }, Vec::new());
+        } else {
+            self.take_away(listener);
         }
         if let Some(vm) = self.vms.remove(number) {
             self.vm_gone(vm);
+        }
+    }
+
+    /// Takes a socket away; who came in by it goes.
+    pub(super) fn take_away(&mut self, listener: u32) {
+        if self.listeners.remove(&listener).is_some() {
+            self.front.queue(KeeperToFront::Unlisten { listener }, Vec::new());
         }
     }
 }

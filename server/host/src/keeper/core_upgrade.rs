@@ -70,9 +70,13 @@ impl CoreStep {
 
 impl Keeper {
     pub(super) fn upgrade_core(&mut self, binary: &Binary, step: Step) -> Progress {
-        let Step::Core(step) = step else {
-            let since = Instant::now();
-            return running(CoreStep::Asking { since });
+        let step = match step {
+            Step::Core(step) => step,
+            Step::Reading(reading) => return self.read_configuration(binary, reading),
+            _ => {
+                let since = Instant::now();
+                return running(CoreStep::Asking { since });
+            }
         };
         if self.stop_at.is_some() {
             self.thaw_core();
@@ -107,7 +111,7 @@ impl Keeper {
         }
     }
 
-    fn freeze_core(&mut self, binary: &Binary) -> Progress {
+    pub(super) fn freeze_core(&mut self, binary: &Binary) -> Progress {
         let since = Instant::now();
         if let Some(core) = &self.core {
             core.child.freeze(true);
@@ -154,7 +158,7 @@ impl Keeper {
         let sessions = self.session_states.iter();
         let sessions = sessions.map(|(session, fd)| Ok((*session, state_memory::bytes(fd)?)));
         let question = KeeperToCore::Check {
-            config: Box::new(self.core_config.clone()),
+            config: Box::new(self.next_core_config().clone()),
             channel: *spoken().start(),
             channel_newest: *spoken().end(),
             hub_bytes: state_memory::bytes(&self.hub_state)?,
@@ -199,7 +203,7 @@ impl Keeper {
     /// Ends a child that was only asked something, and waits for it some time later.
     pub(super) fn dismiss(&mut self, mut child: Child<KeeperToCore>) {
         child.kill(None);
-        self.undead.push(child);
+        self.dismissed.push(child);
     }
 
     fn begin_drain(&mut self) -> Progress {
@@ -221,6 +225,7 @@ impl Keeper {
             }
             return running(CoreStep::Draining { begun });
         }
+        self.exchange_settings();
         let tried = state_memory::duplicate("vmgmt-hub", &self.hub_state)
             .map_err(Into::into)
             .and_then(|hub| self.start_core(Some((binary, &hub))).map(|()| hub));
@@ -230,14 +235,21 @@ impl Keeper {
                 begun,
                 since: Instant::now(),
             }),
-            Err(error) => returning(format!("the new program cannot be started: {error:#}"), begun),
+            Err(error) => self.go_back(format!("the new program cannot be started: {error:#}"), begun),
         }
+    }
+
+    /// The old program is to be in service again, with the old configuration.
+    fn go_back(&mut self, reason: String, begun: Instant) -> Progress {
+        self.exchange_settings();
+        let since = Instant::now();
+        running(CoreStep::Returning { reason, begun, since })
     }
 
     fn try_core(&mut self, binary: &Binary, hub: OwnedFd, begun: Instant, since: Instant) -> Progress {
         let Some(core) = &mut self.core else {
             let reason = format!("the new program failed on trial: {}", self.core_end);
-            return returning(reason, begun);
+            return self.go_back(reason, begun);
         };
         if core.standing == Standing::Able {
             core.child.queue(KeeperToCore::Go, Vec::new());
@@ -270,7 +282,7 @@ impl Keeper {
             None => {
                 (self.core_binary, self.hub_state) = going.old;
                 let reason = format!("the new program ended before it served: {}", self.core_end);
-                returning(reason, going.begun)
+                self.go_back(reason, going.begun)
             }
         }
     }
@@ -290,9 +302,4 @@ impl CoreLife {
 
 const fn running(step: CoreStep) -> Progress {
     Progress::Running(Step::Core(step))
-}
-
-fn returning(reason: String, begun: Instant) -> Progress {
-    let since = Instant::now();
-    running(CoreStep::Returning { reason, begun, since })
 }

@@ -1,4 +1,4 @@
-//! The control socket while no core serves it: `status`, `upgrade` and `release` are answered, all else is told to come back.
+//! The control socket while no core serves it: `status`, `upgrade`, `reload` and `release` are answered, all else is told to come back.
 
 use super::Keeper;
 use crate::control::protocol::{Call, Done, ErrorCode, Failure, Hello, Status, Upgrading};
@@ -40,10 +40,16 @@ impl Keeper {
             match call {
                 Call::Hello => server.reply(client, id, &Hello::of_this_version()),
                 Call::Status => server.reply(client, id, &self.status()),
-                Call::Upgrade(wish) => match self.begin_upgrade(&wish) {
-                    Ok(number) => server.reply(client, id, &Upgrading { number }),
-                    Err(text) => server.fail(client, id, failed(text)),
-                },
+                Call::Upgrade(_) | Call::Reload => {
+                    let begun = match &call {
+                        Call::Upgrade(wish) => self.begin_upgrade(wish),
+                        _ => self.begin_reload(),
+                    };
+                    match begun {
+                        Ok(number) => server.reply(client, id, &Upgrading { number }),
+                        Err(text) => server.fail(client, id, failed(text)),
+                    }
+                }
                 Call::Release(release) => match self.release(&release.vm) {
                     Ok(()) => server.reply(client, id, &Done {}),
                     Err(text) => server.fail(client, id, failed(text)),

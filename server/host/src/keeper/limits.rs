@@ -27,6 +27,8 @@ pub(super) const START_DEADLINE: Duration = Duration::from_secs(30);
 pub(super) const CHECK_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a core may take to write its state in the form of the oldest version that can have it; one of before that cannot says nothing.
 pub(super) const TIDY_DEADLINE: Duration = Duration::from_secs(1);
+/// How long the configuration may take to be read anew, with its shares: nobody waits for it, but the operator.
+pub(super) const READ_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a core may take to stand still, so that its state can be copied: its loop never waits, but for a processor.
 pub(super) const FREEZE_DEADLINE: Duration = Duration::from_millis(500);
 /// How long a draining core may take beyond its deadline to write its snapshot and end.

@@ -155,6 +155,7 @@ impl Keeper {
 
     /// When the last is gone, files are only the core's.
     pub(super) fn bury_undead(&mut self) {
+        self.dismissed.retain_mut(|child| child.ended().is_none());
         self.undead.retain_mut(|child| child.ended().is_none());
         if self.undead.is_empty() && !std::mem::take(&mut self.undead_vms).is_empty() {
             let (request, error) = (BURIED, None);
@@ -213,6 +214,7 @@ impl Keeper {
                 channel_newest: *spoken().end(),
                 trial: trial.is_some(),
                 undead: self.undead_vms.clone(),
+                reloads: true,
             },
             fds,
         );

@@ -10,7 +10,7 @@
 //! `restart.rs` (a core's start, its death, and what follows); `child.rs` (a process and how it ends); `comers.rs` over `vms.rs` (who may
 //! come in). `sockets.rs`, `signals.rs`, `binary.rs`, `role.rs` are leaves; `fallback.rs` answers operators while no core does.
 //! All else runs in an upgrade only: `upgrade.rs` (the order of its parts), `core_upgrade.rs`, `hand_over.rs` (the front), `re_exec.rs` over
-//! `saved.rs` (this process itself). `server/host/tests/small_rooms.rs` holds how long all this may become.
+//! `saved.rs` (this process itself), `reload.rs` (another configuration). `server/host/tests/small_rooms.rs` holds how long all this may become.
 
 mod binary;
 mod child;
@@ -21,6 +21,7 @@ mod hand_over;
 mod limits;
 mod lives;
 mod re_exec;
+mod reload;
 mod restart;
 mod role;
 mod saved;
@@ -35,7 +36,7 @@ pub use re_exec::{StartLog, rehearse};
 pub use role::enter_role;
 
 use crate::channel::ChannelError;
-use crate::config::{Config, CoreConfig, ListenerConfig};
+use crate::config::{Config, CoreConfig, ListenerConfig, ServerConfig, Source};
 use crate::control::ControlServer;
 use crate::control::protocol::{SandboxedRole, Upgrade};
 use crate::messages::{CoreToKeeper, FrontToKeeper, KeeperToCore, KeeperToFront};
@@ -50,6 +51,7 @@ use limits::{
 use lives::{CoreLife, Standing};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
+use reload::Reload;
 use restart::Restarts;
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use signals::Signals;
@@ -67,6 +69,8 @@ struct Keeper {
     poll: Poll,
     signals: Signals,
     drain_deadline_ms: u64,
+    /// Where the configuration is read at a reload, and what it said of the keeper; `None`: an earlier version did not tell.
+    origin: Option<(Source, ServerConfig)>,
     /// Where this program was started from: an upgrade that names no other is to what is there then.
     path: PathBuf,
     /// What the core runs.
@@ -74,6 +78,8 @@ struct Keeper {
     upgrades: Upgrades,
     /// The upgrade that is under way: to what, and where it stands.
     upgrading: Option<(Binary, Step)>,
+    /// The configuration that it is for.
+    reload: Option<Reload>,
     core_config: CoreConfig,
     shares: Shares,
     arguments: Vec<String>,
@@ -82,6 +88,8 @@ struct Keeper {
     fallback: Option<ControlServer>,
     listeners: BTreeMap<u32, (ListenerConfig, Socket)>,
     last_listener: u32,
+    /// Those listeners that are of the configuration.
+    configured: BTreeSet<u32>,
     vms: Vms,
     hub_state: OwnedFd,
     /// The sessions' in-flight tables, which the front holds for the cores: here only to be copied.
@@ -100,7 +108,9 @@ struct Keeper {
     core_end: String,
     /// Killed cores that still sleep in the kernel.
     undead: Vec<Child<KeeperToCore>>,
-    /// VMs for which their workers were doing something.
+    /// Children that were only asked something: killed, and to be waited for.
+    dismissed: Vec<Child<KeeperToCore>>,
+    /// VMs for which workers of the undead were doing something.
     undead_vms: BTreeSet<u64>,
     restarts: Restarts,
     /// When the next core is due, while there is none.
@@ -114,15 +124,20 @@ struct Keeper {
     flush_log: Box<dyn Fn()>,
 }
 
-/// Runs vmgmtd until a signal ends it. `arguments` are given to front and core.
+/// Runs vmgmtd until a signal ends it. `source`: where `config` was read; `arguments` are given to front and core.
 ///
 /// # Errors
 /// It cannot start, or the front has died: all devices are gone.
-pub fn run(config: Config, arguments: Vec<String>, flush_log: Box<dyn Fn()>) -> anyhow::Result<()> {
+pub fn run(
+    config: Config,
+    source: Source,
+    arguments: Vec<String>,
+    flush_log: Box<dyn Fn()>,
+) -> anyhow::Result<()> {
     raise_descriptor_limit();
     // Without CAP_SYS_RESOURCE it stays as the service manager set it.
     let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
-    turn_until_the_end(Keeper::new(config, arguments, flush_log)?)
+    turn_until_the_end(Keeper::new(config, source, arguments, flush_log)?)
 }
 
 /// Goes on as the keeper that this process was before it executed this program: with what standard input holds. `since_ns`: when that
@@ -165,7 +180,12 @@ fn turn_until_the_end(mut keeper: Keeper) -> anyhow::Result<()> {
 }
 
 impl Keeper {
-    fn new(config: Config, arguments: Vec<String>, flush_log: Box<dyn Fn()>) -> anyhow::Result<Self> {
+    fn new(
+        config: Config,
+        source: Source,
+        arguments: Vec<String>,
+        flush_log: Box<dyn Fn()>,
+    ) -> anyhow::Result<Self> {
         let Config {
             server,
             core,
@@ -202,10 +222,12 @@ impl Keeper {
             poll,
             signals,
             drain_deadline_ms: server.drain_deadline_ms,
+            origin: Some((source, server)),
             path: binary.path().to_owned(),
             core_binary: binary,
             upgrades: Upgrades::default(),
             upgrading: None,
+            reload: None,
             core_config: core,
             shares: Shares::default(),
             arguments,
@@ -213,6 +235,7 @@ impl Keeper {
             fallback: None,
             listeners: BTreeMap::new(),
             last_listener: 0,
+            configured: BTreeSet::new(),
             vms: Vms::default(),
             hub_state: state_memory::create("vmgmt-hub", HUB_STATE_BYTES)
                 .context("memory for the hub's state")?,
@@ -226,6 +249,7 @@ impl Keeper {
             last_life: 0,
             core_end: String::new(),
             undead: Vec::new(),
+            dismissed: Vec::new(),
             undead_vms: BTreeSet::new(),
             restarts: Restarts::default(),
             restart_at: now,
@@ -236,7 +260,8 @@ impl Keeper {
             flush_log,
         };
         for (listener, vm, socket) in bound {
-            keeper.add_listener(listener, vm, socket)?;
+            let number = keeper.add_listener(listener, vm, socket)?;
+            keeper.configured.insert(number);
         }
         Ok(keeper)
     }
@@ -291,6 +316,13 @@ impl Keeper {
         {
             self.notice(format!(
                 "the upgrade that a signal asked for does not begin: {text}"
+            ));
+        }
+        if asked.reload
+            && let Err(text) = self.begin_reload()
+        {
+            self.notice(format!(
+                "the reload that a signal asked for does not begin: {text}"
             ));
         }
         if !asked.stop {
@@ -403,14 +435,12 @@ impl Keeper {
                     }
                     CoreToKeeper::RemoveVm { request, name } => self.remove_vm(request, &name),
                     CoreToKeeper::Upgrade { request, upgrade } => {
-                        let answer = match self.begin_upgrade(&upgrade) {
-                            Ok(number) => KeeperToCore::Upgrading { request, number },
-                            Err(text) => KeeperToCore::Done {
-                                request,
-                                error: Some(text),
-                            },
-                        };
-                        self.tell_core(answer, Vec::new());
+                        let begun = self.begin_upgrade(&upgrade);
+                        self.tell_begun(request, begun);
+                    }
+                    CoreToKeeper::Reload { request } => {
+                        let begun = self.begin_reload();
+                        self.tell_begun(request, begun);
                     }
                     CoreToKeeper::Release { request, vm } => {
                         let error = self.release(&vm).err();
@@ -428,6 +458,18 @@ impl Keeper {
             }
         }
         true
+    }
+
+    /// Answers the core's request to begin something.
+    fn tell_begun(&mut self, request: u64, begun: Result<u64, String>) {
+        let answer = match begun {
+            Ok(number) => KeeperToCore::Upgrading { request, number },
+            Err(text) => KeeperToCore::Done {
+                request,
+                error: Some(text),
+            },
+        };
+        self.tell_core(answer, Vec::new());
     }
 
     fn announce(&mut self) {

@@ -22,7 +22,7 @@ pub fn enter_role(role: &str, parent: u32) -> anyhow::Result<OwnedFd> {
         "the {role} is started by vmgmtd itself, not by hand"
     );
     // A service manager signals all processes; the keeper tells its children when and how to end.
-    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGUSR2] {
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGUSR2, libc::SIGHUP] {
         signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)))?;
     }
     // The keeper and the front are the last that a host short of memory should kill; the core can be replaced.

@@ -14,7 +14,7 @@ use super::upgrade::Upgrades;
 use super::vms::{SavedVms, Vms};
 use super::{Keeper, Signals, watch};
 use crate::channel::Channel;
-use crate::config::{CoreConfig, ListenerConfig};
+use crate::config::{CoreConfig, ListenerConfig, ServerConfig, Source};
 use crate::control::protocol::{SandboxedRole, UpgradeReport};
 use crate::messages::{KeeperToCore, KeeperToFront};
 use crate::packed::{self, Carried, Packer, Refusal, Unpacker};
@@ -67,6 +67,10 @@ pub(super) struct SavedKeeper {
     /// it is given by number, and does not look there.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     shares: Vec<PathBuf>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    origin: Option<(Source, ServerConfig)>,
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    configured: BTreeSet<u32>,
 }
 
 /// A packed keeper.
@@ -121,11 +125,13 @@ impl Keeper {
             poll: _,
             signals: _,
             drain_deadline_ms,
+            origin,
             path,
             core_binary,
             upgrades,
             // Its part is what is going on; no other comes after it.
             upgrading: _,
+            reload: _,
             core_config,
             arguments,
             control,
@@ -134,6 +140,7 @@ impl Keeper {
             shares,
             listeners,
             last_listener,
+            configured,
             vms,
             hub_state,
             session_states,
@@ -146,6 +153,8 @@ impl Keeper {
             last_life,
             core_end,
             undead,
+            // They are dead, or will be.
+            dismissed: _,
             undead_vms,
             restarts,
             restart_at,
@@ -232,6 +241,8 @@ impl Keeper {
             front_sandbox: front_sandbox.clone(),
             path: Some(path.clone()),
             shares: shares.opened().map(|(path, _)| path.clone()).collect(),
+            origin: origin.clone(),
+            configured: configured.clone(),
         };
         Ok(Packed {
             bytes: packed::write(VERSION, &saved, packer.fds.len())?,
@@ -287,6 +298,7 @@ impl Keeper {
             poll,
             signals,
             drain_deadline_ms: saved.drain_deadline_ms,
+            origin: saved.origin,
             path: saved.path.unwrap_or(own.path),
             core_binary: Binary {
                 path: saved.core_binary.path,
@@ -295,6 +307,7 @@ impl Keeper {
             },
             upgrades,
             upgrading: None,
+            reload: None,
             core_config: saved.core_config,
             arguments: saved.arguments,
             control: restore_socket(saved.control, &mut take)?,
@@ -306,6 +319,7 @@ impl Keeper {
                 .map(|(config, socket)| Ok((config.listener, (config, restore_socket(socket, &mut take)?))))
                 .collect::<Result<_, Refusal>>()?,
             last_listener: saved.last_listener,
+            configured: saved.configured,
             vms: Vms::restore(saved.vms, &mut take)?,
             hub_state: take(saved.hub_state)?,
             session_states: saved
@@ -330,6 +344,7 @@ impl Keeper {
                 .into_iter()
                 .map(|child| restore_child(child, &mut take))
                 .collect::<Result<_, Refusal>>()?,
+            dismissed: Vec::new(),
             undead_vms: saved.undead_vms,
             restarts: saved.restarts,
             restart_at: now + saved.restart_in,
@@ -389,8 +404,8 @@ impl SavedKeeper {
 impl SavedKeeper {
     /// Leaves out what a keeper of the first days did not have.
     pub(super) fn forget_later_fields(&mut self) {
-        self.path = None;
-        self.shares.clear();
+        (self.path, self.origin) = (None, None);
+        (self.shares, self.configured) = Default::default();
     }
 
     /// Sets all that depends on when it was saved.

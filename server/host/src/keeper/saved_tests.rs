@@ -1,7 +1,7 @@
 //! The keeper's saved state of each version that this one must read, as it was written then.
 //!
-//! `UPDATE_GOLDEN=1 cargo test -p vmgmt-host --lib keeper::saved_tests` writes `tests/golden/keeper-state-v1.cbor` anew: once for each
-//! version, and never again once a release has that version.
+//! `UPDATE_GOLDEN=1 cargo test -p vmgmt-host --lib keeper::saved_tests` writes `tests/golden/keeper-state-v1.cbor` anew (and `-later`, with the
+//! fields that came later and need not be there): once for each version, and never again once a release has that version.
 
 use super::saved::{SavedKeeper, VERSION, VERSION_OLDEST};
 use super::*;
@@ -36,6 +36,7 @@ fn signals() -> Signals {
         came: UnixStream::pair().unwrap().0,
         stop_asked: Arc::default(),
         upgrade_asked: Arc::default(),
+        reload_asked: Arc::default(),
     }
 }
 
@@ -150,6 +151,7 @@ pub(super) fn scene() -> Keeper {
         poll: Poll::new().unwrap(),
         signals: signals(),
         drain_deadline_ms: 2000,
+        origin: None,
         path: own.path.clone(),
         core_binary: Binary {
             path: "/old/vmgmtd".into(),
@@ -157,6 +159,7 @@ pub(super) fn scene() -> Keeper {
         },
         upgrades,
         upgrading: None,
+        reload: None,
         core_config: CoreConfig {
             shares: vec![ShareConfig {
                 name: "work".into(),
@@ -188,6 +191,7 @@ pub(super) fn scene() -> Keeper {
         ]
         .into(),
         last_listener: 2,
+        configured: BTreeSet::new(),
         vms,
         hub_state: any(),
         session_states: [(10, any()), (11, any())].into(),
@@ -215,6 +219,7 @@ pub(super) fn scene() -> Keeper {
         last_life: 4,
         core_end: "signal 9".into(),
         undead: vec![child(98, vec![], Some("killed: it stood still"))],
+        dismissed: Vec::new(),
         // A keeper of the first days had none.
         undead_vms: BTreeSet::new(),
         restarts,
@@ -297,35 +302,69 @@ fn a_state_of_version_1_is_read_and_this_version_writes_it_as_it_was() {
     );
 }
 
-#[test]
-fn whose_files_sleeping_workers_may_still_write_is_kept() {
-    let mut scene = scene();
-    scene.undead_vms = [1, 7].into();
-    let (bytes, fds) = saved(&scene);
-    assert_eq!(restored(&bytes, fds).undead_vms, [1, 7].into());
+/// The same keeper with what later ones have, too.
+fn later_scene() -> Keeper {
+    let server = ServerConfig {
+        control: "/nowhere/control.sock".into(),
+        control_mode: 0o600,
+        control_group: Some("kvm".into()),
+        log: None,
+        drain_deadline_ms: 2000,
+    };
+    let flags = crate::config::Flags {
+        sockets: vec!["/nowhere/2.sock".into()],
+        sandbox: Some(true),
+        ..Default::default()
+    };
+    let file = Some("/etc/vmgmt/vmgmtd.toml".into());
+    Keeper {
+        undead_vms: [1, 7].into(),
+        path: "/usr/local/bin/vmgmtd".into(),
+        shares: Shares::of_opened([("/srv/a".into(), any()), ("/srv/b".into(), any())]),
+        origin: Some((Source { file, flags }, server)),
+        configured: [1, 2].into(),
+        ..scene()
+    }
 }
 
 #[test]
-fn its_path_and_the_directories_of_the_shares_are_kept() {
-    let mut scene = scene();
-    scene.path = "/usr/local/bin/vmgmtd".into();
-    let (one, other) = (any(), any());
-    scene.shares = Shares::of_opened([("/a".into(), one), ("/b".into(), other)]);
+fn what_later_keepers_keep_is_read_and_written_as_it_was() {
+    let scene = later_scene();
     let (bytes, fds) = saved(&scene);
+    let shares = || -> Vec<OwnedFd> {
+        let packed = scene.save().unwrap();
+        let copies = packed.shares.iter().map(|fd| fd.try_clone_to_owned().unwrap());
+        copies.collect()
+    };
+    let file = golden().with_file_name("keeper-state-v1-later.cbor");
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        std::fs::write(&file, &bytes).unwrap();
+    }
+    let golden = std::fs::read(file).unwrap();
     // A program of the first days takes what is named by number, and finds no more.
-    let old: SavedKeeper = packed::read(&bytes, VERSION..=VERSION, fds.len()).unwrap();
-    assert_eq!(old.named().len(), fds.len());
-    let missing = Keeper::restore(&bytes, fds, vec![any()], signals(), Box::new(|| ()));
-    let text = missing.map(drop).unwrap_err().to_string();
+    let first: SavedKeeper = packed::read(&golden, VERSION..=VERSION, fds.len()).unwrap();
+    assert_eq!(first.named().len(), fds.len());
+    let mut missing = shares();
+    missing.pop();
+    let refused = Keeper::restore(&golden, fds, missing, signals(), Box::new(|| ()));
+    let text = refused.map(drop).unwrap_err().to_string();
     assert_eq!(text, "2 shares came with 1 directories");
-    let (bytes, fds) = saved(&scene);
-    let shares = scene.save().unwrap().shares;
-    let shares: Vec<_> = shares.iter().map(|fd| fd.try_clone_to_owned().unwrap()).collect();
-    let keeper = Keeper::restore(&bytes, fds, shares, signals(), Box::new(|| ())).unwrap();
+    let (_, fds) = saved(&scene);
+    let keeper = Keeper::restore(&golden, fds, shares(), signals(), Box::new(|| ())).unwrap();
+    assert_eq!(keeper.undead_vms, [1, 7].into());
     assert_eq!(keeper.path, PathBuf::from("/usr/local/bin/vmgmtd"));
-    let paths: Vec<_> = keeper.shares.opened().map(|(path, _)| path.clone()).collect();
-    assert_eq!(paths, [PathBuf::from("/a"), "/b".into()]);
-    assert_eq!(keeper.save().unwrap().shares.len(), 2);
+    assert_eq!(
+        (&keeper.origin, &keeper.configured),
+        (&scene.origin, &scene.configured)
+    );
+    assert!(
+        keeper
+            .shares
+            .opened()
+            .map(|(path, _)| path)
+            .eq(scene.shares.opened().map(|(path, _)| path))
+    );
+    assert_eq!(saved(&keeper).0, golden, "it is not all kept");
 }
 
 // The keeper waits for the process.

@@ -1,4 +1,4 @@
-//! The signals that the keeper catches. In: SIGTERM, SIGINT, SIGUSR2. Out: what they ask for, and a descriptor that wakes the loop. Never acts.
+//! The signals that the keeper catches. In: SIGTERM, SIGINT, SIGUSR2, SIGHUP. Out: what they ask for, and a descriptor that wakes the loop. Never acts.
 
 use std::io::Read;
 use std::os::unix::net::UnixStream;
@@ -11,10 +11,11 @@ pub(super) struct Signals {
     pub(super) came: UnixStream,
     pub(super) stop_asked: Arc<AtomicBool>,
     pub(super) upgrade_asked: Arc<AtomicBool>,
+    pub(super) reload_asked: Arc<AtomicBool>,
 }
 
 impl Signals {
-    pub(super) const ALL: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGUSR2];
+    pub(super) const ALL: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGUSR2, libc::SIGHUP];
 
     /// Catches them from now on.
     ///
@@ -27,10 +28,12 @@ impl Signals {
             came,
             stop_asked: Arc::default(),
             upgrade_asked: Arc::default(),
+            reload_asked: Arc::default(),
         };
         for signal in Self::ALL {
             let asked = match signal {
                 libc::SIGUSR2 => &signals.upgrade_asked,
+                libc::SIGHUP => &signals.reload_asked,
                 _ => &signals.stop_asked,
             };
             signal_hook::flag::register(signal, Arc::clone(asked))?;
@@ -51,6 +54,7 @@ impl Signals {
         Asked {
             stop: self.stop_asked.swap(false, Ordering::Relaxed),
             upgrade: self.upgrade_asked.swap(false, Ordering::Relaxed),
+            reload: self.reload_asked.swap(false, Ordering::Relaxed),
         }
     }
 }
@@ -59,4 +63,5 @@ impl Signals {
 pub(super) struct Asked {
     pub(super) stop: bool,
     pub(super) upgrade: bool,
+    pub(super) reload: bool,
 }

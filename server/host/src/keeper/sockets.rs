@@ -97,6 +97,18 @@ pub(super) fn listen_on(path: &Path, mode: u32, group: Option<&str>) -> Result<S
         path: path.to_owned(),
         file: file_at(path),
     };
+    set_access(path, mode, group)?;
+    listen(&socket.fd, BACKLOG).map_err(|errno| failed("listen", errno))?;
+    Ok(socket)
+}
+
+/// Who may connect to a socket.
+pub(super) fn set_access(path: &Path, mode: u32, group: Option<&str>) -> Result<(), Mistake> {
+    let mistake = |what: String, remedy: &str| Mistake {
+        place: format!("socket {}", path.display()),
+        what,
+        remedy: remedy.to_owned(),
+    };
     if let Some(group) = group {
         let Some(number) = crate::config::group_id(group) else {
             return Err(mistake(
@@ -111,9 +123,12 @@ pub(super) fn listen_on(path: &Path, mode: u32, group: Option<&str>) -> Result<S
             )
         })?;
     }
-    chmod(path, Mode::from_raw_mode(mode)).map_err(|errno| failed("chmod", errno))?;
-    listen(&socket.fd, BACKLOG).map_err(|errno| failed("listen", errno))?;
-    Ok(socket)
+    chmod(path, Mode::from_raw_mode(mode)).map_err(|errno| {
+        mistake(
+            format!("chmod: {errno}"),
+            "let vmgmtd's user write in that directory, or choose another",
+        )
+    })
 }
 
 fn new_socket() -> Result<OwnedFd, Errno> {

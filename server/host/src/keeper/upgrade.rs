@@ -14,6 +14,7 @@ use super::binary::Binary;
 use super::core_upgrade::CoreStep;
 use super::hand_over::HandOver;
 use super::re_exec::Check;
+use super::reload::Reading;
 use crate::control::protocol::{Part, PartReport, Upgrade, UpgradeReport, UpgradeState};
 use crate::messages::KeeperToCore;
 use std::path::Path;
@@ -23,6 +24,8 @@ use std::time::{Duration, SystemTime};
 pub(super) enum Step {
     /// Its turn has just come.
     Begin,
+    /// A core's upgrade that is a reload: the configuration is read.
+    Reading(Reading),
     Core(CoreStep),
     Front(HandOver),
     Keeper(Check),
@@ -65,7 +68,7 @@ impl Upgrades {
         report.parts.iter().find(its_turn).map(|part| part.part)
     }
 
-    fn begin(&mut self, binary: &Path, parts: &[Part], now_ns: u64) -> u64 {
+    pub(super) fn begin(&mut self, binary: &Path, parts: &[Part], now_ns: u64) -> u64 {
         let number = self.report.as_ref().map_or(0, |report| report.number) + 1;
         let wanted = |part: &Part| parts.is_empty() || parts.contains(part);
         let mut report = UpgradeReport {
@@ -87,8 +90,15 @@ impl Upgrades {
         number
     }
 
+    /// It is a reload: of this configuration, and (once that is known) with these changes.
+    pub(super) fn is_reload(&mut self, configuration: &str, changes: Vec<String>) {
+        if let Some(report) = &mut self.report {
+            (report.configuration, report.changes) = (configuration.to_owned(), changes);
+        }
+    }
+
     /// The part whose turn it is runs.
-    fn begin_part(&mut self) {
+    pub(super) fn begin_part(&mut self) {
         self.tidied = false;
         if let Some(part) = self.current() {
             part.state = UpgradeState::Running;
@@ -133,17 +143,23 @@ impl Upgrades {
 }
 
 impl Keeper {
-    /// Begins an upgrade as the operator wants it: gives its number, or why not.
-    pub(super) fn begin_upgrade(&mut self, wish: &Upgrade) -> Result<u64, String> {
+    /// Whether an upgrade may begin now.
+    pub(super) fn may_begin(&self) -> Result<(), String> {
         if self.stop_at.is_some() {
             return Err("vmgmtd is stopping".into());
         }
         if let (Some(_), Some(report)) = (&self.upgrading, self.upgrades.report()) {
             return Err(format!(
-                "upgrade {} is under way: wait for its end (vmgmtctl status)",
-                report.number
+                "{} is under way: wait for its end (vmgmtctl status)",
+                report.title()
             ));
         }
+        Ok(())
+    }
+
+    /// Begins an upgrade as the operator wants it: gives its number, or why not.
+    pub(super) fn begin_upgrade(&mut self, wish: &Upgrade) -> Result<u64, String> {
+        self.may_begin()?;
         let binary = Binary::open(wish.to.as_deref().map_or(&self.path, Path::new))?;
         let number = self.upgrades.begin(binary.path(), &wish.parts, now_ns());
         tracing::info!("upgrade {number} to {}", binary.path().display());
@@ -182,16 +198,13 @@ impl Keeper {
     /// Notes how the part whose turn it is has ended; whether another is to come.
     pub(super) fn end_part(&mut self, state: UpgradeState, reason: String, stall: Duration) -> bool {
         let more = self.upgrades.end_part(state, reason, stall, now_ns());
+        if let Some(reload) = self.reload.take().filter(|_| state == UpgradeState::Done) {
+            self.settle(reload);
+        }
         if let Some(report) = self.upgrades.report().filter(|report| report.is_over()) {
             let text = match report.state {
-                UpgradeState::Done => format!("upgrade {} to {} is done", report.number, report.binary),
-                state => format!(
-                    "upgrade {} to {} is {}: {}",
-                    report.number,
-                    report.binary,
-                    state.name(),
-                    report.reason
-                ),
+                UpgradeState::Done => format!("{} is done", report.title()),
+                state => format!("{} is {}: {}", report.title(), state.name(), report.reason),
             };
             self.notice(text);
         }
@@ -200,14 +213,14 @@ impl Keeper {
     }
 
     /// Gives the core the report, for its status.
-    fn tell_report(&mut self) {
+    pub(super) fn tell_report(&mut self) {
         if let Some(report) = self.upgrades.report().cloned() {
             self.tell_core(KeeperToCore::Upgrade(Box::new(report)), Vec::new());
         }
     }
 }
 
-fn now_ns() -> u64 {
+pub(super) fn now_ns() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     since.map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
 }

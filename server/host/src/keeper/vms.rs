@@ -215,6 +215,12 @@ impl Vms {
     pub(super) fn iter(&self) -> impl Iterator<Item = &Vm> {
         self.vms.values()
     }
+    /// Gives a VM other rights; the old ones are given back by that.
+    pub(super) fn exchange(&mut self, config: &mut VmConfig) {
+        if let Some(vm) = self.vms.get_mut(&config.vm) {
+            std::mem::swap(&mut vm.config, config);
+        }
+    }
     pub(super) fn named(&mut self, name: &str) -> Option<&mut Vm> {
         self.vms.values_mut().find(|vm| vm.config.name == name)
     }
@@ -275,6 +281,15 @@ impl Vms {
         entry.sessions.remove(&session);
         let ended = entry.sessions.is_empty() && (entry.config.transient || entry.removal.is_some());
         if ended { self.vms.remove(&vm) } else { None }
+    }
+
+    /// The VM of an own socket is removed, and nobody waits for that (no life of a core has number 0); gives it if that is its end already.
+    pub(super) fn leave(&mut self, listener: u32) -> Option<Vm> {
+        let mut own = self.vms.values_mut().filter(|vm| !vm.config.transient);
+        let vm = own.find(|vm| vm.listener == listener)?;
+        vm.removal = Some((0, 0));
+        let number = vm.config.vm;
+        self.remove(number)
     }
 
     /// Takes a VM without sessions out.

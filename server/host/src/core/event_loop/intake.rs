@@ -352,6 +352,13 @@ impl EventLoop {
                 Ask::Upgrade { request, upgrade } => {
                     self.ask_keeper(request, &CoreToKeeper::Upgrade { request, upgrade });
                 }
+                Ask::Reload { request } if self.reloads => {
+                    self.ask_keeper(request, &CoreToKeeper::Reload { request });
+                }
+                Ask::Reload { request } => {
+                    let text = "the keeper is of an earlier version and cannot reload: vmgmtctl upgrade --part keeper";
+                    self.operators.handle_keeper(request, Some(text.to_owned()));
+                }
                 Ask::Release { request, vm } => {
                     self.ask_keeper(request, &CoreToKeeper::Release { request, vm })
                 }

@@ -117,6 +117,8 @@ pub struct EventLoop {
     upgrade: Option<Box<UpgradeReport>>,
     /// What this process may still do, and the front.
     sandbox: Vec<SandboxedRole>,
+    /// The keeper can read the configuration anew.
+    reloads: bool,
     started: Instant,
     /// Whole until all sessions of before have been told.
     adopted: bool,
@@ -154,6 +156,7 @@ pub struct Hands {
     operators: Operators,
     /// VMs for which workers of killed cores may still do something.
     undead: BTreeSet<u64>,
+    reloads: bool,
 }
 
 impl Hands {
@@ -177,6 +180,7 @@ impl Hands {
             umask,
             trial: _,
             undead,
+            reloads,
         } = start;
         let Ok(
             [
@@ -224,6 +228,7 @@ impl Hands {
             poll,
             operators,
             undead,
+            reloads,
         })
     }
 
@@ -256,6 +261,7 @@ impl EventLoop {
             poll,
             operators,
             undead,
+            reloads,
         } = hands;
         let sandbox = vec![sandbox];
         let journal = Journal::open(MappedWords::writable(&hub_state).context("the hub's state")?)?;
@@ -287,6 +293,7 @@ impl EventLoop {
             lines: Lines::default(),
             upgrade: None,
             sandbox,
+            reloads,
             started: Instant::now(),
             adopted: false,
             ready: false,
