@@ -4,7 +4,7 @@
 
 use super::interface::AttachError;
 use super::limits::RECORDS_MAX;
-use super::table::{LAYOUT, STATE_WORDS, Table};
+use super::table::{LAYOUT, LAYOUT_OLDEST, STATE_WORDS, Table};
 use crate::page::Words;
 use vmgmt_abi::registers::RINGS_MAX;
 
@@ -48,7 +48,7 @@ pub fn forget_state<W: Words + Clone>(state: &W) {
 pub(super) fn check_header<W: Words>(table: &Table<W>) -> Result<bool, AttachError> {
     match table.layout() {
         0 => return Ok(true),
-        LAYOUT => {}
+        LAYOUT_OLDEST..=LAYOUT => {}
         found => return Err(AttachError::Layout { found, known: LAYOUT }),
     }
     match table

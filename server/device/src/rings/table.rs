@@ -35,6 +35,8 @@ const FORGETFUL: bool = cfg!(feature = "without-crash-consistency");
 
 /// Layout version of the table, first word.
 pub const LAYOUT: u64 = 0x564d_4752_0000_0001;
+/// The oldest that this version reads: its own, and the one before where there is one. A table keeps the layout that it was made with.
+pub const LAYOUT_OLDEST: u64 = LAYOUT;
 
 const GENERATION: usize = 1;
 const LIFE: usize = 2;
