@@ -193,6 +193,13 @@ impl World {
                 self.freezer.vms.insert(vm, Standing::Unknown);
                 self.note(format!("VM {vm} does not become quiet: {busy}"));
             }
+            // Its time was over before the front could keep it.
+            (Some(Standing::Asked { id: asked, until, .. }), Answer::NotFrozen)
+                if asked == id && until <= self.clock.now() =>
+            {
+                self.freezer.vms.remove(&vm);
+                self.note(format!("VM {vm} was to be frozen for too short a time"));
+            }
             (Some(Standing::Thawing { id: asked, sure, .. }), answer) if asked == id => {
                 if sure && *answer != Answer::Thawed {
                     self.complaints
