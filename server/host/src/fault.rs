@@ -155,7 +155,7 @@ mod on_demand {
     pub(crate) const fn replaced(_: &str) -> Option<&'static [u8]> {
         None
     }
-    pub(crate) const fn on_submission(_: &[u8], _: impl Fn()) {}
+    pub(crate) fn on_submission(_: &[u8], _: impl Fn()) {}
     #[allow(clippy::unnecessary_wraps)] // as the other
     pub(crate) const fn fails(_: &str) -> anyhow::Result<()> {
         Ok(())

@@ -109,9 +109,9 @@ impl<W: Words> Rings<W> {
         }
         self.desk.suppression = front.features() & feature::EVENT_SUPPRESSION != 0;
         for n in 0..RINGS_MAX {
-            // A set-up that is being written: the front will touch this session again.
-            if let Some(setup) = front.ring(n) {
-                self.refresh_ring(n, &setup, front, core);
+            match front.ring(n) {
+                Some(setup) => self.refresh_ring(n, &setup, front, core),
+                None => self.end_unread(n, core),
             }
         }
         let interrupts = Some((front.interrupts(), front.vectors_changed()));
@@ -121,6 +121,26 @@ impl<W: Words> Rings<W> {
             self.rings
                 .iter_mut()
                 .for_each(|ring| ring.signal |= ring.is_open());
+        }
+    }
+
+    /// A set-up that is being written. The front will touch this session again; but whatever it is going to be, the ring of before has ended, and
+    /// where it was closed before and is enabled again its memory is the guest's already.
+    fn end_unread(&mut self, n: usize, core: &CorePage<W>) {
+        let Some(ring) = self.rings.get_mut(n) else {
+            return;
+        };
+        let under = RingSetup {
+            enabled: false,
+            ..ring.setup
+        };
+        match ring.stage {
+            Stage::Open => {
+                self.stale_reads = true;
+                ring.stage = Stage::Closing { under };
+            }
+            Stage::Opening { .. } => self.closed(n, &under, core),
+            Stage::Closed | Stage::Refused | Stage::Closing { .. } => {}
         }
     }
 

@@ -4,7 +4,7 @@ use crate::{DATA, bed, complete, of, open, status, submission, turn};
 use vmgmt_abi::registers::{DeviceState, RingState};
 use vmgmt_abi::ring::event_offset;
 use vmgmt_abi::{Mode, Opcode, Status, Submission};
-use vmgmt_device::page::{PlainWords, control};
+use vmgmt_device::page::{FrontPage, PlainWords, RingSetup, Words, control};
 use vmgmt_device::rings::testing::RingPlan;
 use vmgmt_device::rings::{Answer, Channel, Output};
 
@@ -120,6 +120,43 @@ fn a_closed_ring_forgets_everything() {
     assert_eq!(ring.take(&bed.guest), None);
     complete(&mut bed, &new, Answer::ok(0), &[], false);
     assert_eq!(status(ring.take(&bed.guest)), Some((6, Status::OK)));
+}
+
+/// The guest closes a ring, is told that it is closed, clears its memory and enables it again; the core looks in the middle of the last.
+#[test]
+fn a_ring_whose_next_set_up_is_being_written_is_left_alone() {
+    let mut bed = bed();
+    let mut ring = open(&mut bed, Mode::CHAT);
+    for tag in 1..4 {
+        ring.submit(&bed.guest, &of(Opcode::RECEIVE, tag));
+    }
+    turn(&mut bed);
+    let before: Vec<u64> = (0..FrontPage::<PlainWords>::words_needed(8))
+        .map(|index| bed.front_words.load(index))
+        .collect();
+    bed.front.set_ring(
+        ring.n,
+        &RingSetup {
+            enabled: false,
+            ..ring.setup
+        },
+    );
+    // The epoch comes first in its record, and is odd while that is written.
+    let epoch = (0..before.len()).find(|index| bed.front_words.load(*index) != before[*index]);
+    let epoch = epoch.unwrap();
+    let closed = bed.front_words.load(epoch);
+    bed.front_words.store(epoch, closed | 1);
+    (0..16).for_each(|word| bed.guest.store_u64(ring.setup.events + 8 * word, 0));
+    bed.touch();
+    turn(&mut bed);
+    bed.front_words.store(epoch, closed);
+    bed.enable(&mut ring);
+    turn(&mut bed);
+    assert_eq!(bed.core.state(1), Some((DeviceState::ACTIVE, Status::OK)));
+    assert_eq!(bed.core.open_answer(ring.n).state, RingState::OPEN);
+    ring.submit(&bed.guest, &of(Opcode::NOOP, 9));
+    turn(&mut bed);
+    assert_eq!(status(ring.take(&bed.guest)), Some((9, Status::OK)));
 }
 
 #[test]

@@ -118,6 +118,8 @@ impl CoreLink {
             Some((seen, _)) if seen != beat => self.watch = owes.then_some((beat, now)),
             // A core that has not beaten yet is being started; that is for the keeper to watch.
             Some(_) if beat == 0 => self.watch = Some((beat, now)),
+            // We did not look in time ourselves: the host was suspended, and the core with it.
+            Some((_, since)) if now.since_ns(since) >= 2 * BEAT_NS_MAX => self.watch = Some((beat, now)),
             Some((_, since)) if now.since_ns(since) >= BEAT_NS_MAX => {
                 return !std::mem::replace(&mut self.told_stuck, true);
             }
@@ -232,6 +234,21 @@ mod tests {
             rustix::io::write(&link.wake_core, &1u64.to_ne_bytes()).unwrap();
             assert_eq!(stuck, None, "at this touch the beat stands still for ever");
         });
+    }
+
+    #[test]
+    fn a_host_that_was_suspended_makes_no_core_stuck() {
+        let (mut link, core) = link();
+        core.move_beat();
+        link.touch(Tick(1), 0);
+        // Hours later; both go on, and the core is given as long as ever.
+        let late = Tick(1).after_ns(3_600_000_000_000);
+        assert!(!link.is_stuck(late, false));
+        assert_eq!(link.deadline(), late.after_ns(BEAT_NS_MAX));
+        assert!(
+            link.is_stuck(late.after_ns(BEAT_NS_MAX), false),
+            "it hangs all the same"
+        );
     }
 
     #[test]

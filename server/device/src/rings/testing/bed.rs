@@ -97,6 +97,8 @@ pub struct Bed<W: Words, M: GuestMemory> {
     pub guest: FlatGuest,
     pub memory: M,
     pub front: FrontPage<W>,
+    /// The front page's, for a test that writes half of a record.
+    pub front_words: W,
     pub core: CorePage<W>,
     pub state: W,
     pub rings: Rings<W>,
@@ -110,7 +112,8 @@ impl<W: Words, M: GuestMemory> Bed<W, M> {
     /// # Errors
     /// As [`Rings::attach`].
     pub fn new(guest: &FlatGuest, memory: M, words: impl Fn(usize) -> W) -> Result<Self, AttachError> {
-        let front = FrontPage::new(words(FrontPage::<W>::words_needed(MAPS_MAX)));
+        let front_words = words(FrontPage::<W>::words_needed(MAPS_MAX));
+        let front = FrontPage::new(front_words.clone());
         front.init(7, 3);
         front.set_life(1);
         front.set_generation(1);
@@ -129,6 +132,7 @@ impl<W: Words, M: GuestMemory> Bed<W, M> {
             guest: guest.clone(),
             memory,
             front,
+            front_words,
             core,
             state,
             rings,
