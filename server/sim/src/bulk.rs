@@ -167,17 +167,16 @@ impl Bulk {
         self.ready.extend(self.waiting.drain(..));
     }
 
-    /// A session was touched: who waits for its thaw tries again. Where it is frozen, who waits for its messages lets go of it.
-    pub fn look_again(&mut self, session: u64, frozen: bool) {
+    /// A session was touched: who waits for its thaw, or for its messages, tries again. Where a map was taken away, what was asked for in it has
+    /// failed, and no answer will say so; where it is frozen, who waits for its messages lets go of it.
+    pub fn look_again(&mut self, session: u64) {
         let tasks = &self.tasks;
         let concerned = |id: &mut EffectId| {
             let task = tasks.get(id);
             task.is_none_or(|task| task.kind.tokens().iter().any(|token| token.session == session))
         };
         self.ready.extend(self.frozen.extract_if(.., concerned));
-        if frozen {
-            self.ready.extend(self.waiting.extract_if(.., concerned));
-        }
+        self.ready.extend(self.waiting.extract_if(.., concerned));
     }
 
     pub fn handle_worker(&mut self, id: EffectId, done: Done) -> Option<Outcome> {

@@ -461,8 +461,7 @@ impl Core {
         let look = std::mem::take(&mut session.look);
         if look {
             session.handle(now, Input::Touched);
-            let frozen = session.memory.is_frozen();
-            self.bulk.look_again(number, frozen);
+            self.bulk.look_again(number);
         }
         if session.rings.poll_timeout().is_some_and(|due| due <= now) {
             session

@@ -118,6 +118,12 @@ pub struct World {
     pub undead: u64,
 }
 
+impl Drop for World {
+    fn drop(&mut self) {
+        self.steps.disconnect();
+    }
+}
+
 impl World {
     pub fn new(seed: u64, fault: Fault, aloud: bool) -> Self {
         let mut chance = Chance::new(seed);

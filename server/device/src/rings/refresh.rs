@@ -164,7 +164,8 @@ impl<W: Words> Rings<W> {
         }
         // An answer may be of before the guest prepared the ring anew: its nonce would be the old one.
         self.stale_reads = true;
-        if !setup.enabled && ring.is_open() {
+        // (It closes already where this set-up was seen while it was being written.)
+        if !setup.enabled && matches!(ring.stage, Stage::Open | Stage::Closing { .. }) {
             ring.stage = Stage::Closing { under: *setup };
             return;
         }

@@ -219,8 +219,9 @@ impl Bulk {
         self.ready.extend(self.waiting_for_memory.drain(..));
     }
 
-    /// A session was touched: who waits for its thaw tries again. Where it is frozen, who waits for its messages lets go of it.
-    pub fn look_again(&mut self, session: u64, frozen: bool) {
+    /// A session was touched: who waits for its thaw, or for its messages, tries again. Where a map was taken away, what was asked for in it has
+    /// failed, and no answer will say so; where it is frozen, who waits for its messages lets go of it.
+    pub fn look_again(&mut self, session: u64) {
         let concerned = |id: &mut EffectId, tasks: &BTreeMap<EffectId, Task>| {
             let task = tasks.get(id);
             task.is_none_or(|task| task.work.tokens().iter().any(|token| token.session == session))
@@ -228,10 +229,8 @@ impl Bulk {
         let tasks = &self.tasks;
         self.ready
             .extend(self.frozen.extract_if(.., |id| concerned(id, tasks)));
-        if frozen {
-            self.ready
-                .extend(self.waiting_for_memory.extract_if(.., |id| concerned(id, tasks)));
-        }
+        self.ready
+            .extend(self.waiting_for_memory.extract_if(.., |id| concerned(id, tasks)));
     }
 
     /// A worker is back. `None`: there is no such work, or it goes on.
@@ -344,5 +343,23 @@ impl Bulk {
     fn begin(&mut self, id: EffectId, owner: u64, bytes: u64, work: Work) {
         self.tasks.insert(id, Task::new(owner, bytes, work));
         self.ready.push_back(id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A map was taken away, and the reads in it that had not gone out have failed: no answer comes that would say so.
+    #[test]
+    fn a_touch_lets_those_try_again_who_wait_for_an_answer() {
+        let mut bulk = Bulk {
+            waiting_for_memory: vec![EffectId(1)],
+            frozen: vec![EffectId(2)],
+            ..Bulk::default()
+        };
+        bulk.look_again(7);
+        assert_eq!(bulk.ready, [EffectId(2), EffectId(1)]);
+        assert!(bulk.waiting_for_memory.is_empty() && bulk.frozen.is_empty());
     }
 }

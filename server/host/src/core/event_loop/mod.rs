@@ -476,7 +476,7 @@ impl EventLoop {
         let look = std::mem::take(&mut session.look);
         if look {
             session.handle(now, Input::Touched);
-            self.bulk.look_again(number, session.memory.is_frozen());
+            self.bulk.look_again(number);
         }
         if session.rings_due().is_some_and(|due| due <= now) {
             session
