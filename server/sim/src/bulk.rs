@@ -47,8 +47,8 @@ struct Task {
 /// What a step came to.
 pub enum Step {
     Nothing,
-    /// It waits for a thaw.
-    Frozen,
+    /// It was looked at, and goes on waiting: for a thaw, or for an answer by message.
+    Waits,
     /// For a worker.
     Work(EffectId, Work),
     Finished(EffectId, Outcome),
@@ -211,8 +211,9 @@ impl Bulk {
         let Some(id) = self.ready.pop_front() else {
             return Step::Nothing;
         };
+        // (Who ended while it waited is still in that list.)
         let Some(task) = self.tasks.get_mut(&id) else {
-            return Step::Nothing;
+            return Step::Waits;
         };
         if task.on_worker {
             // Told void meanwhile: it ends when its worker is back.
@@ -234,7 +235,7 @@ impl Bulk {
             .any(|token| is_frozen(sessions, token.session))
         {
             self.frozen.push(id);
-            return Step::Frozen;
+            return Step::Waits;
         }
         match task.piece(sessions) {
             Ok(Some(work)) => {
@@ -247,7 +248,7 @@ impl Bulk {
             }
             Err(Fault::Waits) => {
                 self.waiting.push(id);
-                Step::Nothing
+                Step::Waits
             }
             Err(Fault::Ends(outcome)) => {
                 self.tasks.remove(&id);

@@ -114,12 +114,11 @@ impl Core {
     pub(super) fn step_bulk(&mut self, now: Tick) {
         for _ in 0..self.bulk.ready() {
             let step = self.bulk.step(&mut self.sessions);
-            if !matches!(step, Step::Frozen) {
+            if !matches!(step, Step::Waits) {
                 self.did("bulk work");
             }
             match step {
-                // It was looked at, and goes on waiting for the thaw.
-                Step::Nothing | Step::Frozen => {}
+                Step::Nothing | Step::Waits => {}
                 Step::Work(id, work) => self.outside.submit(id, self.hub.owner_of(id), work),
                 Step::Finished(effect, outcome) => {
                     self.hub
