@@ -24,7 +24,7 @@ use vmgmt_testkit::setup::{self, Image, Wanted, repository};
 /// How long fresh seeds are simulated.
 const SIM_SECONDS: u64 = 10;
 /// The longest that one command of a part may take, several times what it needs: what hangs ends with a word about it.
-const COMMAND_SECONDS_MAX: u32 = 1500;
+const COMMAND_SECONDS_MAX: u32 = 2400;
 /// QEMU tests that run at once, each with a VM or two: more than this on a small machine only wait for each other.
 const QEMU_TESTS_AT_ONCE_MAX: usize = 3;
 
