@@ -127,20 +127,28 @@ impl<W: Words> Rings<W> {
     /// A set-up that is being written. The front will touch this session again; but whatever it is going to be, the ring of before has ended, and
     /// where it was closed before and is enabled again its memory is the guest's already.
     fn end_unread(&mut self, n: usize, core: &CorePage<W>) {
-        let Some(ring) = self.rings.get_mut(n) else {
+        let Some(ring) = self.rings.get(n) else {
             return;
         };
-        let under = RingSetup {
-            enabled: false,
-            ..ring.setup
-        };
-        match ring.stage {
-            Stage::Open => {
-                self.stale_reads = true;
-                ring.stage = Stage::Closing { under };
+        if matches!(ring.stage, Stage::Open | Stage::Opening { .. }) {
+            let under = RingSetup {
+                enabled: false,
+                ..ring.setup
+            };
+            self.close(n, &under, core);
+        }
+    }
+
+    /// Ring `n` is closed under a set-up: at once, or, where it is open, when nothing of it is on its way any more.
+    fn close(&mut self, n: usize, under: &RingSetup, core: &CorePage<W>) {
+        // An answer may be of before the guest prepared the ring anew: its nonce would be the old one.
+        self.stale_reads = true;
+        match self.rings.get_mut(n) {
+            // (It closes already where this set-up was seen while it was being written.)
+            Some(ring) if matches!(ring.stage, Stage::Open | Stage::Closing { .. }) => {
+                ring.stage = Stage::Closing { under: *under };
             }
-            Stage::Opening { .. } => self.closed(n, &under, core),
-            Stage::Closed | Stage::Refused | Stage::Closing { .. } => {}
+            _ => self.closed(n, under, core),
         }
     }
 
@@ -162,16 +170,11 @@ impl<W: Words> Rings<W> {
         if setup.epoch == ring.epoch_seen() {
             return;
         }
-        // An answer may be of before the guest prepared the ring anew: its nonce would be the old one.
-        self.stale_reads = true;
-        // (It closes already where this set-up was seen while it was being written.)
-        if !setup.enabled && matches!(ring.stage, Stage::Open | Stage::Closing { .. }) {
-            ring.stage = Stage::Closing { under: *setup };
-            return;
-        }
         if !setup.enabled {
-            return self.closed(n, setup, core);
+            return self.close(n, setup, core);
         }
+        // As where it is closed.
+        self.stale_reads = true;
         let known = self.desk.table.ring_epoch(n).is_some();
         self.take_leave(n);
         let Some(ring) = self.rings.get_mut(n) else {
