@@ -482,6 +482,9 @@ impl Front {
             return;
         };
         let fence = client.function.fence();
+        client
+            .function
+            .set_messages_out(client.connection.dma_outstanding() > 0);
         client.function.handle(now, input);
         if client.function.fence() != fence {
             let answers = client.dma.drop_all(&mut client.connection);

@@ -127,8 +127,10 @@ pub struct Function<W: Words> {
     pub(super) quarantined: bool,
     /// Replies that wait for a fence.
     pub(super) held: HeldReplies,
-    /// The last reset's fence, until it has passed.
+    /// The last reset's fence, until it has passed and the client has answered all messages of before.
     pub(super) reset_fence: Option<u64>,
+    /// [`Function::set_messages_out`].
+    pub(super) messages_out: bool,
     /// The session's end: its fence, until that has passed.
     pub(super) gone_fence: Option<u64>,
     /// The session has ended.
@@ -167,6 +169,7 @@ impl<W: Words> Function<W> {
             quarantined: false,
             held: HeldReplies::new(),
             reset_fence: None,
+            messages_out: false,
             gone_fence: None,
             gone: false,
             touched: false,
@@ -208,6 +211,12 @@ impl<W: Words> Function<W> {
         self.settle(now);
     }
 
+    /// Whether the client was sent DMA messages that it has not answered, given up or not: each may still be carried out. To be told before
+    /// each input; a reset is over only without them (docs/abi.md, "Reset").
+    pub const fn set_messages_out(&mut self, messages_out: bool) {
+        self.messages_out = messages_out;
+    }
+
     /// When [`Function::handle_timeout`] is to be called; [`Tick::NEVER`] while nothing waits.
     pub const fn poll_timeout(&self) -> Tick {
         self.look_again
@@ -243,10 +252,10 @@ impl<W: Words> Function<W> {
         self.table.maps()
     }
 
-    /// Something waits for a core.
+    /// Something waits for a core. A reset that waits for the client's answers is looked at again when the guest reads STATE.
     pub fn waits_for_core(&self) -> bool {
         !self.held.is_empty()
-            || self.reset_fence.is_some()
+            || self.reset_fence.is_some() && !self.messages_out
             || self.gone_fence.is_some()
             || self.rings_closing()
     }
@@ -463,7 +472,8 @@ impl<W: Words> Function<W> {
                 .closing
                 .filter(|fence| *fence > passed || !cores.have_closed(n, epoch));
         }
-        self.reset_fence = self.reset_fence.filter(|fence| *fence > passed);
+        let messages_out = self.messages_out;
+        self.reset_fence = self.reset_fence.filter(|fence| *fence > passed || messages_out);
         if self.gone_fence.is_some_and(|fence| fence <= passed) {
             self.gone_fence = None;
             self.output.push_back(Output::Gone);

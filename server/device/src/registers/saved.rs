@@ -103,6 +103,8 @@ impl<W: Words> Function<W> {
             quarantined,
             held,
             reset_fence,
+            // The connection's to know: told after the restore and before each input.
+            messages_out: _,
             gone_fence,
             gone,
             touched,
@@ -231,6 +233,7 @@ impl<W: Words> Function<W> {
             quarantined,
             held: held.into(),
             reset_fence,
+            messages_out: false,
             gone_fence,
             gone,
             touched: false,

@@ -78,6 +78,9 @@ impl Session {
     pub fn input(&mut self, outside: &mut Outside<'_>, input: Input<MappedWords>) {
         let Some(device) = &mut self.device else { return };
         let fence = device.function.fence();
+        device
+            .function
+            .set_messages_out(self.connection.dma_outstanding() > 0);
         device.function.handle(outside.now, input);
         if device.function.fence() != fence {
             let answers = self.dma.drop_all(&mut self.connection);

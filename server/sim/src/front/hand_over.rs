@@ -193,12 +193,15 @@ impl Front {
             });
             let pages: Vec<(u64, SimWords)> = pages.collect();
             let page = client.front_page.of_front(&self.steps);
+            let mut function =
+                Function::restore(saved.function, page, &pages).map_err(|error| told(&error))?;
+            let connection = Connection::restore(saved.connection).map_err(|error| told(&error))?;
+            function.set_messages_out(connection.dma_outstanding() > 0);
             unpacked.push((
                 session,
                 Unpacked {
-                    function: Function::restore(saved.function, page, &pages)
-                        .map_err(|error| told(&error))?,
-                    connection: Connection::restore(saved.connection).map_err(|error| told(&error))?,
+                    function,
+                    connection,
                     dma: saved.dma.restore().map_err(|error| told(&error))?,
                 },
             ));

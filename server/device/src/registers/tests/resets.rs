@@ -58,6 +58,23 @@ fn the_reset_register_is_posted_and_shows_resetting_until_fenced() {
 }
 
 #[test]
+fn the_reset_register_shows_resetting_while_the_client_may_still_write() {
+    let (mut bench, _core) = used();
+    bench.function.set_messages_out(true);
+    bench.set(0, abi::CONTROL, abi::CONTROL_RESET);
+    assert_eq!(bench.get(0, abi::STATE), DeviceState::RESETTING.0);
+    assert_eq!(
+        bench.function.poll_timeout(),
+        Tick::NEVER,
+        "a client that never answers costs no wake-ups"
+    );
+    bench.set(0, abi::RINGS + abi::RING_ENABLE, 1);
+    assert_eq!(bench.get(0, abi::RINGS + abi::RING_ENABLE), 0);
+    bench.function.set_messages_out(false);
+    assert_eq!(bench.get(0, abi::STATE), DeviceState::BLANK.0);
+}
+
+#[test]
 fn device_reset_is_answered_when_fenced_and_clears_configuration_space() {
     let (mut bench, core) = used();
     core.set_busy(true);

@@ -219,7 +219,7 @@ impl SavedSession {
             return Err("a memory object's number is to come".into());
         }
         kept.next = next_object;
-        let device = device.map(|device| device.restore(unpacker)).transpose()?;
+        let mut device = device.map(|device| device.restore(unpacker)).transpose()?;
         let named = device.as_ref().map(|device| device.function.eventfds());
         let missing = |slot: &FdSlot| descriptors.get(*slot).is_none();
         if connection.descriptors().iter().any(missing) || named.iter().flatten().any(missing) {
@@ -239,6 +239,11 @@ impl SavedSession {
         };
         if (admission == Admission::Admitted) != (device.is_some() || abandoned) && !abandoned {
             return Err("admitted without a device, or the other way round".into());
+        }
+        let connection =
+            Connection::restore(connection).map_err(|error| Refusal::Other(error.to_string()))?;
+        if let Some(device) = &mut device {
+            device.function.set_messages_out(connection.dma_outstanding() > 0);
         }
         let stalled_map = stalled_map.map(|map| map.restore(&kept)).transpose()?;
         let session = Session {
@@ -260,7 +265,7 @@ impl SavedSession {
             messages_out: false,
             told_life,
             kicked,
-            connection: Connection::restore(connection).map_err(|error| Refusal::Other(error.to_string()))?,
+            connection,
             device,
             descriptors,
             objects: kept,
