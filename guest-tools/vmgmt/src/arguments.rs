@@ -144,7 +144,7 @@ pub enum Command {
         local: PathBuf,
         /// VM:[name]
         target: String,
-        /// Give up when nobody accepts in so many seconds
+        /// Give up when nobody accepts in so many seconds; until then wait for a VM that is away, too
         #[arg(long, value_name = "SECONDS")]
         timeout: Option<f64>,
         #[arg(long)]

@@ -41,6 +41,7 @@ impl Hub {
         records: impl IntoIterator<Item = Record>,
     ) -> Result<Self, RestoreError> {
         let mut hub = Self::new(life);
+        hub.office.adopting = true;
         hub.office.effects = Effects::beside(undead);
         if let Some(saved) = snapshot {
             hub.office.next_handle = hub.office.next_handle.max(saved.next_handle);

@@ -121,6 +121,9 @@ pub struct KeptOffer {
     pub name: String,
     pub size: u64,
     pub state: OfferState,
+    /// Its submission has no deadline: it waits as long as the target has a device.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub while_present: bool,
 }
 
 /// A transfer of the operator that has a key.

@@ -165,6 +165,8 @@ pub struct Office {
     pub state_full: bool,
     /// Mailboxes that got something in this turn; empty between turns.
     pub woken: Vec<u64>,
+    /// After a crash: the sessions that are still there are being told; who is absent is known when all are.
+    pub adopting: bool,
     /// After a crash: sessions that were not told yet and that a message of this VM's mailbox is bound to or on its way to. Until it is known
     /// what became of that message, none that came after it is given to anybody.
     pub awaited: BTreeSet<(u64, u64)>,
@@ -216,6 +218,17 @@ impl Office {
 
     pub fn vm_mut(&mut self, vm: u64) -> Option<&mut Vm> {
         self.vms.get_mut(&vm)
+    }
+
+    /// Whether a VM is known to have no device now.
+    pub fn is_absent(&self, vm: u64) -> bool {
+        let connected = |entry: &Vm| !entry.sessions.is_empty();
+        !self.adopting && !self.vms.get(&vm).is_some_and(connected)
+    }
+
+    /// VMs that have no device now.
+    pub fn absent_vms(&self) -> Vec<u64> {
+        self.vms.keys().filter(|vm| self.is_absent(*vm)).collect()
     }
 
     /// A VM's limits; the VM is made when it is new.

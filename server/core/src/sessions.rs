@@ -102,19 +102,19 @@ impl Hub {
             return;
         };
         entry.sessions.remove(&session);
-        if entry.sessions.is_empty()
-            && self
-                .office
-                .ledger
-                .vms
-                .get(&vm)
-                .is_some_and(|account| account.config.transient)
-        {
+        if !entry.sessions.is_empty() {
+            return;
+        }
+        let account = self.office.ledger.vms.get(&vm);
+        if account.is_some_and(|account| account.config.transient) {
             self.vm_gone(vm);
+        } else if !self.office.adopting {
+            self.transfers.vm_absent(&mut self.office, vm);
         }
     }
 
-    /// Everything of a session goes: submissions, handles, presence, deliveries under way.
+    /// Everything of a session goes: submissions, handles, presence, deliveries under way. Its device may stay (a reset), and so does what others
+    /// hold ready for its VM: mail and offers.
     pub(crate) fn session_emptied(&mut self, session: u64) {
         let first = Token {
             session,
@@ -149,15 +149,8 @@ impl Hub {
                 self.files.release(&mut self.office, handle);
             }
         }
-        let vm = vm.unwrap_or(0);
-        delivery::session_gone(&mut self.office, session, vm);
-        let others = self
-            .office
-            .vms
-            .get(&vm)
-            .is_some_and(|entry| entry.sessions.iter().any(|other| *other != session));
-        self.transfers
-            .session_gone(&mut self.office, session, vm, !others);
+        delivery::session_gone(&mut self.office, session, vm.unwrap_or(0));
+        self.transfers.session_gone(&mut self.office, session);
     }
 
     pub(crate) fn channel_closed(&mut self, session: u64, channel: Channel) {
@@ -196,6 +189,10 @@ impl Hub {
             if !self.office.sessions.contains_key(&session) {
                 self.session_closed(session);
             }
+        }
+        self.office.adopting = false;
+        for vm in self.office.absent_vms() {
+            self.transfers.vm_absent(&mut self.office, vm);
         }
         // Their messages are back in the mailboxes, for who has asked meanwhile.
         self.office.awaited.clear();

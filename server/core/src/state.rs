@@ -86,6 +86,8 @@ pub struct Saved {
     bodies: Vec<SavedFetched>,
     listeners: Vec<Listener>,
     /// Only in the first moments after a crash.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    adopting: bool,
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     awaited: BTreeSet<(u64, u64)>,
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
@@ -228,6 +230,7 @@ impl Hub {
             next_handle,
             state_full: _,
             woken: _,
+            adopting,
             awaited,
             inherited,
         } = office;
@@ -283,6 +286,7 @@ impl Hub {
                 .collect(),
             bodies: bodies.values().map(|fetched| save_fetched(fetched)).collect(),
             listeners: listeners.iter().copied().collect(),
+            adopting: *adopting,
             awaited: awaited.clone(),
             inherited: inherited.clone(),
             given: given.iter().map(|(position, to)| (*position, *to)).collect(),
@@ -316,6 +320,7 @@ impl Hub {
             fetching,
             bodies,
             listeners,
+            adopting,
             awaited,
             inherited,
             given,
@@ -330,7 +335,7 @@ impl Hub {
         office.timers = timers.into_iter().collect::<Timers>();
         office.effects = Effects::restore(effects)?;
         office.outputs = outputs.into();
-        office.awaited = awaited;
+        (office.adopting, office.awaited) = (adopting, awaited);
         office.inherited = inherited;
         for vm in vms {
             restore_vm(office, vm)?;

@@ -15,6 +15,8 @@ pub enum Fault {
     SnapshotsTwice,
     /// An answer is handed to the rings twice, the second time as another one.
     CompletesTwice,
+    /// A reset of a device is taken for its departure.
+    TakesResetsForDepartures,
     /// Interrupts are forgotten.
     ForgetsSignals,
     /// The core sleeps without asking the guests for their doorbell.
@@ -55,11 +57,12 @@ pub enum Fault {
 
 impl Fault {
     /// All mistakes.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::ForgetsJournal,
         Self::JournalsTooLate,
         Self::SnapshotsTwice,
         Self::CompletesTwice,
+        Self::TakesResetsForDepartures,
         Self::ForgetsSignals,
         Self::SleepsUnarmed,
         Self::SleepsWithoutLooking,

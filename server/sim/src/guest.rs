@@ -10,6 +10,7 @@ use crate::chance::Chance;
 use crate::files::{Files, Step as FileStep};
 use crate::front::Front;
 use crate::limits::{ARENA, BUFFER_BYTES, BUFFERS, PLUGGED, RING_ENTRIES};
+use crate::offers::{Offers, Step as OfferStep};
 use crate::ring::Ring;
 use crate::shadow::{ALL, Fate, HEAD_BYTES, HOST, Shadow};
 use crate::vm::{About, Vm};
@@ -48,6 +49,7 @@ pub enum Kind {
     Send { number: u64, plugged: bool },
     Receive,
     File(FileStep),
+    Offer(OfferStep),
 }
 
 /// A submission in flight.
@@ -91,6 +93,7 @@ pub struct Guest {
     /// Parts of the message that is being received: whose, and what came.
     partial: Option<(u64, u64, Vec<u8>)>,
     pub files: Files,
+    pub offers: Offers,
     pub bus_master: bool,
     /// How often DMA was to end by now: bus mastering off, a reset.
     dma_ends: u64,
@@ -156,6 +159,7 @@ impl Guest {
             next_tag: 1,
             partial: None,
             files: Files::new(vm),
+            offers: Offers::new(vm),
             bus_master: false,
             dma_ends: 0,
         }
@@ -298,6 +302,7 @@ impl Guest {
         for n in 0..self.rings.len() {
             self.drop_ring(site, n);
         }
+        self.offers.reset();
         site.vm.ram.forbid_all();
         site.vm.ram.quiet.set(Some(why));
         self.state = State::Blank;
@@ -314,6 +319,7 @@ impl Guest {
             match flight.kind {
                 Kind::Send { number, .. } => site.shadow.sent(site.vm.number, number, Fate::Unknown, 0),
                 Kind::File(step) => self.files.lost(site.shadow, step),
+                Kind::Offer(step) => self.offers.lost(site.shadow, step),
                 _ => {}
             }
         }

@@ -19,6 +19,7 @@ mod files;
 mod front;
 mod guest;
 mod limits;
+mod offers;
 mod ram;
 mod reach;
 mod ring;

@@ -63,7 +63,7 @@ fn main() -> ExitCode {
     let start = Instant::now();
     let limit = arguments.seconds.map(Duration::from_secs);
     let (mut done, mut failed) = (0u64, 0u64);
-    let mut sums = [0u64; 9];
+    let mut sums = [0u64; 10];
     while done < seeds && limit.is_none_or(|limit| start.elapsed() < limit) {
         let seed = first.wrapping_add(done);
         done += 1;
@@ -78,6 +78,7 @@ fn main() -> ExitCode {
                     report.completions,
                     report.delivered,
                     report.committed,
+                    report.taken,
                     report.deaths,
                     report.upgrades,
                     report.undead,
@@ -104,6 +105,7 @@ fn main() -> ExitCode {
         completions,
         delivered,
         committed,
+        taken,
         deaths,
         upgrades,
         undead,
@@ -113,7 +115,7 @@ fn main() -> ExitCode {
     ] = sums;
     println!(
         "{done} seeds from {first:#x} of {} steps in {seconds:.1} s ({:.0} steps/s): {completions} completions, {delivered} messages ({repeats} again), \
-         {committed} files, {deaths} deaths of the core ({upgrades} in order, {undead} with a worker in disk sleep), \
+         {committed} files, {taken} offers taken, {deaths} deaths of the core ({upgrades} in order, {undead} with a worker in disk sleep), \
          {hand_overs} hand-overs of the front, {freezes} freezes",
         arguments.steps,
         (done * arguments.steps) as f64 / seconds.max(0.001),

@@ -24,6 +24,8 @@ pub struct Report {
     pub completions: u64,
     pub delivered: u64,
     pub committed: u64,
+    /// Offers that came to a stream.
+    pub taken: u64,
     pub deaths: u64,
     pub upgrades: u64,
     pub undead: u64,
@@ -87,6 +89,7 @@ pub fn run(options: Options) -> Result<Report, Box<Failure>> {
         completions: town.shadow.completions,
         delivered: town.shadow.delivered,
         committed: town.shadow.committed,
+        taken: town.shadow.offers.taken,
         deaths: world.deaths,
         upgrades: world.upgrades,
         undead: world.undead,

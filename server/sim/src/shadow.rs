@@ -2,6 +2,8 @@
 //!
 //! In: what guests did and saw. Out: complaints. Must never know how anything is done.
 
+mod offers;
+
 use crate::disk::Disk;
 use crate::ram::{Complaints, mark};
 use std::collections::{BTreeMap, BTreeSet};
@@ -75,6 +77,7 @@ pub struct Shadow {
     host_numbers: BTreeMap<(u64, u64), u64>,
     /// What the host got in the round of the core that runs, or that died in it.
     host_unsure: Vec<(u64, u64)>,
+    pub offers: offers::Offers,
     pub repeats: u64,
     pub delivered: u64,
     pub completions: u64,
@@ -98,6 +101,7 @@ impl Shadow {
             blurred: BTreeMap::new(),
             host_numbers: BTreeMap::new(),
             host_unsure: Vec::new(),
+            offers: offers::Offers::default(),
             repeats: 0,
             delivered: 0,
             completions: 0,

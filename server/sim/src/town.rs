@@ -26,6 +26,8 @@ pub struct Plan {
     pub hostile: usize,
     /// Of 1000 waiting VMs' turns, in so many the process is killed.
     pub kills_permille: u32,
+    /// Of 1000 guests' turns, so many are about files that they offer each other.
+    pub offers_permille: u32,
 }
 
 /// Everything but the core.
@@ -165,6 +167,7 @@ impl Town {
                 self.note(format!("VM {number} starts"));
             } else if kill && self.guests[index].state != State::Leaving {
                 self.vms[index].close(&mut self.front);
+                self.shadow.leaves(number);
                 self.guests[index].state = State::Leaving;
                 self.blur_if_unserved(number);
                 self.blur_what_is_posted(number);
@@ -173,6 +176,12 @@ impl Town {
             return;
         }
         if self.guests[index].state != State::Running {
+            return;
+        }
+        if self.plan.offers_permille > 0 && self.chance.permille(self.plan.offers_permille) {
+            if let Some(what) = self.with(index, |guest, site| guest.offer(site, false)) {
+                self.note(format!("VM {number}: {what}"));
+            }
             return;
         }
         let act = Act::BASE[self.chance.weighted(&self.plan.acts)].0;

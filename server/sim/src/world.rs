@@ -70,6 +70,11 @@ impl Next {
     ];
 }
 
+/// How often guests offer each other files: not at all, in half of the runs.
+const OFFERS_PERMILLE: [u32; 4] = [0, 0, 60, 200];
+/// That is drawn from a stream of its own: a seed without them tells the story that it told before there were any.
+const OFFERS: u64 = 0x4f66_6665_7273;
+
 /// Turns without any work after which everything is idle.
 const IDLE_TURNS: u32 = 8;
 
@@ -147,6 +152,7 @@ impl World {
             world,
             hostile: usize::from(vms > 1 && chance.permille(300)),
             kills_permille: [0, 5, 50][chance.below(3) as usize],
+            offers_permille: OFFERS_PERMILLE[Chance::new(seed ^ OFFERS).below(4) as usize],
         };
         let clock = Clock::default();
         clock.advance_to(Tick(1_000_000_000));

@@ -18,20 +18,21 @@ fn passes(seed: u64) -> Report {
 
 #[test]
 fn fixed_seeds_pass() {
-    let (mut deaths, mut delivered, mut committed) = (0, 0, 0);
+    let (mut deaths, mut delivered, mut committed, mut taken) = (0, 0, 0, 0);
     let (mut hand_overs, mut freezes) = (0, 0);
     for seed in 0..SEEDS {
         let report = passes(seed);
         deaths += report.deaths;
         delivered += report.delivered;
         committed += report.committed;
+        taken += report.taken;
         hand_overs += report.hand_overs;
         freezes += report.freezes;
     }
     // Seeds under which nothing happens prove nothing.
     assert!(
-        deaths > SEEDS && delivered > SEEDS && committed > SEEDS / 4,
-        "{deaths} deaths, {delivered} messages, {committed} files in {SEEDS} seeds"
+        deaths > SEEDS && delivered > SEEDS && committed > SEEDS / 4 && taken > SEEDS / 4,
+        "{deaths} deaths, {delivered} messages, {committed} files, {taken} offers in {SEEDS} seeds"
     );
     assert!(
         hand_overs > SEEDS && freezes > SEEDS / 4,

@@ -171,11 +171,8 @@ impl Transfers {
             return Err(Refusal::OfferToHost);
         }
         let target = office.resolve(vm, target)?;
-        let connected = office
-            .vms
-            .get(&target)
-            .is_some_and(|target| !target.sessions.is_empty());
-        if !connected && fetched.deadline == Tick::NEVER {
+        let while_present = fetched.deadline == Tick::NEVER;
+        if while_present && office.is_absent(target) {
             return Err(Refusal::PeerAbsent);
         }
         let full = |vm: u64, count: fn(&crate::office::Vm) -> usize| {
@@ -205,6 +202,7 @@ impl Transfers {
             name: name.clone(),
             size,
             state: OfferState::Queued,
+            while_present,
         });
         office.change(Change::Offered { offer: id, kept });
         self.queue(
@@ -421,6 +419,7 @@ impl Transfers {
                 name,
                 size,
                 state,
+                while_present: _,
             } = kept;
             if let Some(entry) = office.vm_mut(vm) {
                 entry.offers_out += 1;
@@ -454,8 +453,8 @@ impl Transfers {
         self.offers.insert(id, offer);
     }
 
-    /// A session is gone: offers it has seen wait for another; if it was its VM's last, those who did not say how long they wait are told.
-    pub fn session_gone(&mut self, office: &mut Office, session: u64, vm: u64, last: bool) {
+    /// A session is gone, or was reset: offers it has seen and not answered wait for another, or for its next program.
+    pub fn session_gone(&mut self, office: &mut Office, session: u64) {
         let seen = |offer: &Offer| match offer.state {
             OfferState::Queued => false,
             OfferState::Presenting { token } => token.session == session,
@@ -471,22 +470,14 @@ impl Transfers {
             self.presenting.retain(|_, presented| *presented != id);
             self.queue_again(office, id);
         }
-        if last {
-            let waits = |offer: &Offer| match offer.source {
-                // One of an earlier core life, whose submission has not come again yet, waits as long as that says.
-                OfferSource::Vm { token, .. } => office
-                    .flights
-                    .get(&token)
-                    .is_none_or(|flight| flight.deadline != Tick::NEVER),
-                OfferSource::Push(_) | OfferSource::Pull(_) => true,
-            };
-            let to_it = self
-                .offers
-                .iter()
-                .filter(|(_, offer)| offer.target == vm && !waits(offer));
-            for id in to_it.map(|(id, _)| *id).collect::<Vec<_>>() {
-                self.fail_offer(office, id, Status::PEER_ABSENT.0);
-            }
+    }
+
+    /// A VM's last device is gone: who offered it something and did not say how long that waits is told.
+    pub fn vm_absent(&mut self, office: &mut Office, vm: u64) {
+        let kept = office.ledger.kept.offers.iter();
+        let to_it = kept.filter(|(_, offer)| offer.target == vm && offer.while_present);
+        for id in to_it.map(|(id, _)| *id).collect::<Vec<_>>() {
+            self.fail_offer(office, id, Status::PEER_ABSENT.0);
         }
     }
 

@@ -45,8 +45,8 @@ pub struct House {
     orphans: BTreeMap<u32, Vec<u8>>,
     /// What was asked, to be asked again after a crash.
     asks: BTreeMap<Token, Ask>,
-    /// Sessions connected, with their VM.
-    connected: BTreeMap<u64, u64>,
+    /// Sessions connected, with their VM. Who is taken out while no core lives is not told to the next one.
+    pub connected: BTreeMap<u64, u64>,
     life: u64,
     /// The core dies after so many more outputs.
     pub dies_after: Option<usize>,
@@ -159,6 +159,17 @@ impl House {
     /// `kill -9`, and another core life: it has the journal, the guests' rings, and nothing else. What had no completion comes again, in the
     /// order it was asked; of completions the guest has, the ring tells.
     pub fn crash(&mut self) {
+        self.crash_untold();
+        let manual = std::mem::replace(&mut self.manual, true);
+        self.adopt();
+        self.manual = manual;
+        if !self.manual {
+            self.settle();
+        }
+    }
+
+    /// As [`House::crash`], up to the instant in which the next core has read what survives and was told of nobody yet.
+    pub fn crash_untold(&mut self) {
         self.life += 1;
         self.crashes += 1;
         let after = self.dies_after.take().and(self.dies_every);
@@ -177,12 +188,6 @@ impl House {
         let records = self.journal[since..].iter().cloned();
         let saved = saved.map(|saved| Saved::from_bytes(&saved.to_bytes()).unwrap());
         self.hub = Hub::replay_beside(self.life, self.undead.clone(), saved, records).unwrap();
-        let manual = std::mem::replace(&mut self.manual, true);
-        self.adopt();
-        self.manual = manual;
-        if !self.manual {
-            self.settle();
-        }
     }
 
     /// The workers that slept are gone.

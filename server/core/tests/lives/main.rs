@@ -7,6 +7,7 @@ mod house;
 mod messages;
 mod operators;
 mod saved;
+mod waiting;
 
 use house::House;
 

@@ -27,9 +27,22 @@ impl Core {
                 self.kick(slot);
             }
             if let Some(input) = input {
-                self.hub.handle(now, input);
+                self.tell_hub(input, now);
             }
         }
+    }
+
+    fn tell_hub(&mut self, input: interface::Input, now: Tick) {
+        if self.outside.fault.get() == Fault::TakesResetsForDepartures
+            && let interface::Input::SessionReset { session } = input
+            && let Some(vm) = self.sessions.map.get(&session).map(|session| session.vm)
+        {
+            self.hub.handle(now, interface::Input::SessionClosed { session });
+            self.hub
+                .handle(now, interface::Input::SessionOpened { session, vm });
+            return;
+        }
+        self.hub.handle(now, input);
     }
 
     pub(super) fn kick(&mut self, slot: usize) {

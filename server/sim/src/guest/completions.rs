@@ -13,6 +13,10 @@ impl Guest {
         {
             taken += 1;
             site.shadow.completions += 1;
+            // (One that has left looks once more at what was there.)
+            if !matches!(self.state, State::Leaving | State::Off) {
+                site.shadow.is_heard(site.vm.number);
+            }
             let Some(flight) = self.rings[n].flights.remove(&completion.tag) else {
                 (site.complain)(format!(
                     "VM {} ring {n}: a completion for nothing in flight: {completion:?}",
@@ -98,6 +102,13 @@ impl Guest {
                     &data,
                     plugged,
                 );
+                if let Some(complaint) = complaint {
+                    unexpected(site, &complaint);
+                }
+            }
+            Kind::Offer(step) => {
+                let said = (status, completion.result);
+                let complaint = self.offers.completed(site.shadow, *step, said, &data, flight.cut);
                 if let Some(complaint) = complaint {
                     unexpected(site, &complaint);
                 }

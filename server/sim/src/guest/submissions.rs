@@ -142,6 +142,7 @@ impl Guest {
             }
             Act::Leave => {
                 site.vm.close(site.front);
+                site.shadow.leaves(site.vm.number);
                 self.state = State::Leaving;
                 Some("the process ends".into())
             }
@@ -252,6 +253,45 @@ impl Guest {
         };
         self.publish(site, FILES, submission, flight);
         Some(what)
+    }
+
+    /// Something that its programs do about offers; `ends`: only what ends what there is.
+    pub fn offer(&mut self, site: &mut Site<'_>, ends: bool) -> Option<String> {
+        if !self.rings[FILES].enabled || !self.rings[FILES].has_room(&site.vm.ram) {
+            return None;
+        }
+        if !ends && site.chance.permille(100) {
+            return self.withdraw(site);
+        }
+        let (step, request) = if ends {
+            self.offers.wind_down(site.shadow, site.chance)
+        } else {
+            self.offers.next(site.shadow, site.chance, site.peers)
+        }?;
+        let (opcode, kind) = (request.opcode, Kind::Offer(step));
+        let fill = |submission: &mut Submission| {
+            submission.handle = request.handle;
+            submission.offset = request.offset;
+            submission.deadline_ns = request.deadline_ns;
+        };
+        let done = self.submit(site, FILES, opcode, kind, &request.meta, request.room, fill);
+        if done.is_none() {
+            self.offers.put_back(site.shadow, step);
+        }
+        done.map(|what| format!("{what}: {step:?}"))
+    }
+
+    /// Cancels an offer of its own.
+    fn withdraw(&mut self, site: &mut Site<'_>) -> Option<String> {
+        let is_offer = |flight: &Flight| matches!(flight.kind, Kind::Offer(OfferStep::Offer(_)));
+        let mut flights = self.rings[FILES].flights.iter();
+        let tag = *flights.find(|(_, flight)| is_offer(flight))?.0;
+        let fill = |submission: &mut Submission| submission.argument = u64::from(tag);
+        let done = self.submit(site, FILES, Opcode::CANCEL, Kind::Cancel, &[], 0, fill)?;
+        if let Some(flight) = self.rings[FILES].flights.get_mut(&tag) {
+            flight.cut = true;
+        }
+        Some(done)
     }
 
     #[allow(clippy::too_many_arguments)] // one submission, spelled out by its callers

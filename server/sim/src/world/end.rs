@@ -3,6 +3,7 @@
 //! In: the world after its last step. Out: complaints about what was accepted and did not come, what is open, what waits.
 
 use super::*;
+use crate::offers::Step as OfferStep;
 
 impl World {
     /// Heals everything and lets all work come to its end; then the books must balance.
@@ -111,6 +112,10 @@ impl World {
                     worked |= guest.act(site, Act::Receive).is_some();
                 }
                 worked |= guest.act(site, Act::File).is_some();
+                worked |= guest.offer(site, true).is_some();
+                if std::mem::take(&mut guest.offers.crowded) {
+                    guest.act(site, Act::Cancel);
+                }
                 guest.settle(site);
                 for n in 0..guest.rings.len() {
                     worked |= guest.sleep(site, n);
@@ -153,7 +158,7 @@ impl World {
                     .flights
                     .values()
                     .map(|flight| &flight.kind)
-                    .filter(|kind| !matches!(kind, Kind::Receive))
+                    .filter(|kind| !matches!(kind, Kind::Receive | Kind::Offer(OfferStep::Next)))
                     .collect();
                 let there = ring.has_completion(&vm.ram);
                 if !open.is_empty() || there {
