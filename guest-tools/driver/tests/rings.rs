@@ -243,18 +243,11 @@ fn a_restore_is_noticed_though_a_neighbours_interrupts_keep_coming() {
     let (_device, mut client) = open(&fake, Mode::CHAT, Duration::ZERO);
     client.post_receives(&mut Receiver::default(), 1).unwrap();
     fake.replace();
-    let enough = std::sync::atomic::AtomicBool::new(false);
     let waited = std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !enough.load(std::sync::atomic::Ordering::Relaxed) {
-                fake.interrupt();
-                std::thread::sleep(Duration::from_millis(100));
-            }
-        });
-        let waited = client
-            .channel()
-            .wait(Some(Instant::now() + Duration::from_secs(60)));
-        enough.store(true, std::sync::atomic::Ordering::Relaxed);
+        scope.spawn(|| fake.is_noisy());
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let waited = client.channel().wait(Some(deadline));
+        fake.falls_silent();
         waited
     });
     assert!(matches!(waited, Err(DriverError::DeviceReplaced)), "{waited:?}");

@@ -1,5 +1,9 @@
 //! A device in this process, written against the public trait alone: it shares a memfd with the driver as QEMU shares RAM, runs
 //! rings on a thread of its own with event suppression both ways, and can be told to misbehave.
+//! Here stand its rings and what a test tells it; what it answers is in `answers`, its registers in `backing`.
+
+mod answers;
+mod backing;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::OwnedFd;
@@ -7,17 +11,16 @@ use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
+use answers::answer;
 use rustix::event::{EventfdFlags, eventfd};
+use vmgmt_driver::DmaMemory;
 use vmgmt_driver::abi::registers::{self, DeviceState, RING_STRIDE, RINGS, RINGS_MAX, RingState};
 use vmgmt_driver::abi::ring::{
     COMPLETION_BYTES, LIST_ENTRY_BYTES, SUBMISSION_BYTES, event_due, event_offset, flag, phase,
 };
-use vmgmt_driver::abi::{self, Completion, ListEntry, Opcode, Status, Submission};
+use vmgmt_driver::abi::{Completion, ListEntry, Opcode, Status, Submission};
 use vmgmt_driver::backing::memfd::MemfdMemory;
-use vmgmt_driver::backing::{
-    Backing, COMMAND_MASTER, COMMAND_MEMORY, CONFIG_COMMAND, InterruptKind, Interrupts, Width,
-};
-use vmgmt_driver::{DmaMemory, DriverError, Result};
+use vmgmt_driver::backing::{COMMAND_MASTER, COMMAND_MEMORY};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// Where guest memory begins for the device.
@@ -71,6 +74,9 @@ pub struct State {
     receives: VecDeque<(usize, Submission)>,
     pub doorbells: u64,
     pub interrupts: u64,
+    /// How often the driver took what had come.
+    pub taken: u64,
+    silent: bool,
     pub resets: u64,
     /// Reads of MAGIC that give all ones.
     pub absent_reads: u32,
@@ -86,6 +92,8 @@ pub struct Shared {
     guest: DmaMemory,
     state: Mutex<State>,
     kick: Condvar,
+    /// Interrupts were taken, or no more are to come.
+    quiet: Condvar,
     interrupt: Arc<OwnedFd>,
 }
 
@@ -113,6 +121,8 @@ impl Fake {
             receives: VecDeque::new(),
             doorbells: 0,
             interrupts: 0,
+            taken: 0,
+            silent: false,
             resets: 0,
             absent_reads: 0,
             replace_at_enable: false,
@@ -126,6 +136,7 @@ impl Fake {
             guest,
             state: Mutex::new(state),
             kick: Condvar::new(),
+            quiet: Condvar::new(),
             interrupt,
         });
         let worker = Arc::clone(&shared);
@@ -147,9 +158,22 @@ impl Fake {
         self.state().replace_at_enable = true;
     }
 
-    /// Somebody else's interrupt on the same line.
-    pub fn interrupt(&self) {
-        rustix::io::write(&self.shared.interrupt, &1_u64.to_ne_bytes()).unwrap();
+    /// Somebody else's interrupts on the same line: the next as soon as the driver has taken the one before, until [`Fake::falls_silent`].
+    pub fn is_noisy(&self) {
+        let mut state = self.state();
+        while !state.silent {
+            let taken = state.taken;
+            rustix::io::write(&self.shared.interrupt, &1_u64.to_ne_bytes()).unwrap();
+            while state.taken == taken && !state.silent {
+                state = self.shared.quiet.wait(state).unwrap();
+            }
+        }
+    }
+
+    /// Ends that.
+    pub fn falls_silent(&self) {
+        self.state().silent = true;
+        self.shared.quiet.notify_all();
     }
 
     /// Completes the oldest receive with these bytes.
@@ -188,14 +212,6 @@ impl Drop for Fake {
         self.shared.kick.notify_all();
         let ended = self.thread.take().unwrap().join();
         assert!(ended.is_ok(), "the device's thread panicked");
-    }
-}
-
-fn answer(submission: &Submission, status: Status) -> Completion {
-    Completion {
-        tag: submission.tag,
-        status: status.0,
-        ..Default::default()
     }
 }
 
@@ -370,129 +386,6 @@ impl Shared {
         }
     }
 
-    fn execute(&self, state: &mut State, index: usize, submission: &Submission) -> Option<Completion> {
-        let buffer = self.read_buffer(submission);
-        let (meta, data) = buffer.split_at(submission.meta_bytes as usize);
-        let text = String::from_utf8_lossy(meta).into_owned();
-        let ok = answer(submission, Status::OK);
-        let name = state.handles.get(&submission.handle).cloned();
-        Some(match Opcode(submission.opcode) {
-            Opcode::NOOP | Opcode::CLOSE => ok,
-            Opcode::ECHO => {
-                self.write_data(submission, 0, meta);
-                Completion {
-                    result: meta.len() as u64,
-                    ..ok
-                }
-            }
-            Opcode::PROVE => {
-                let same = buffer.first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes))
-                    == Some(submission.argument);
-                Completion {
-                    result: u64::from(state.shared && same),
-                    ..ok
-                }
-            }
-            Opcode::IDENTITY => {
-                self.write_data(submission, 0, b"fake");
-                Completion {
-                    result: 42,
-                    extra: 4,
-                    ..ok
-                }
-            }
-            Opcode::LIST if state.mischief == Mischief::Noise => {
-                let noise: Vec<u8> = (0..data.len()).map(|i| (i * 7 + 3) as u8).collect();
-                self.write_data(submission, 0, &noise);
-                Completion {
-                    result: noise.len() as u64,
-                    ..ok
-                }
-            }
-            Opcode::LIST if state.mischief == Mischief::EndlessListing => Completion {
-                extra: submission.offset,
-                flags: abi::ring::completion_flag::MORE,
-                ..ok
-            },
-            Opcode::OPEN => match state.files.get(&text).map(Vec::len) {
-                Some(size) => Completion {
-                    result: handle(state, &text),
-                    extra: size as u64,
-                    ..ok
-                },
-                None => answer(submission, Status::NO_SUCH_NAME),
-            },
-            Opcode::PUT => {
-                state.files.insert(text.clone(), Vec::new());
-                Completion {
-                    result: handle(state, &text),
-                    ..ok
-                }
-            }
-            Opcode::READ => {
-                let Some(name) = name else {
-                    return Some(answer(submission, Status::STALE));
-                };
-                let file = &state.files[&name];
-                let start = (submission.offset as usize).min(file.len());
-                let end = (start + data.len()).min(file.len());
-                self.write_data(submission, 0, &file[start..end]);
-                Completion {
-                    result: (end - start) as u64,
-                    ..ok
-                }
-            }
-            Opcode::WRITE => {
-                let Some(name) = name else {
-                    return Some(answer(submission, Status::STALE));
-                };
-                let file = state.files.get_mut(&name).unwrap();
-                let end = submission.offset as usize + data.len();
-                file.resize(file.len().max(end), 0);
-                file[submission.offset as usize..end].copy_from_slice(data);
-                Completion {
-                    result: data.len() as u64,
-                    ..ok
-                }
-            }
-            Opcode::COMMIT => {
-                let file = &state.files[&name.unwrap()];
-                let right = crc32fast::hash(file) == submission.argument as u32
-                    && file.len() as u64 == submission.offset;
-                let wrong = submission.flags & flag::CHECK != 0 && !right;
-                answer(submission, if wrong { Status::INTEGRITY } else { Status::OK })
-            }
-            Opcode::CHECKSUM => {
-                let file = &state.files[&name.unwrap()];
-                let start = (submission.offset as usize).min(file.len());
-                let end = (start + submission.argument as usize).min(file.len());
-                Completion {
-                    result: (end - start) as u64,
-                    extra: crc32fast::hash(&file[start..end]).into(),
-                    ..ok
-                }
-            }
-            Opcode::RECEIVE | Opcode::NEXT_OFFER | Opcode::STREAM_READ => {
-                state.receives.push_back((index, *submission));
-                return None;
-            }
-            Opcode::CANCEL => {
-                let found = state
-                    .receives
-                    .iter()
-                    .position(|(_, waiting)| u64::from(waiting.tag) == submission.argument);
-                if let Some((ring, waiting)) = found.and_then(|at| state.receives.remove(at)) {
-                    self.publish(state, ring, &answer(&waiting, Status::CANCELLED));
-                }
-                Completion {
-                    result: u64::from(found.is_some()),
-                    ..ok
-                }
-            }
-            _ => answer(submission, Status::NOT_SUPPORTED),
-        })
-    }
-
     fn enable(&self, state: &mut State, index: usize, on: bool) {
         let block = RINGS + index as u32 * RING_STRIDE;
         let read = |offset: u32| state.registers.get(&(block + offset)).copied().unwrap_or(0);
@@ -521,122 +414,5 @@ impl Shared {
         state.registers.insert(block + registers::RING_STATUS, status.0);
         state.rings[index] = ring;
         state.receives.retain(|(ring, _)| *ring != index);
-    }
-}
-
-fn handle(state: &mut State, name: &str) -> u64 {
-    let number = state.next_handle;
-    state.next_handle += 1;
-    state.handles.insert(number, name.to_owned());
-    number
-}
-
-impl Backing for Fake {
-    fn name(&self) -> &'static str {
-        "fake"
-    }
-
-    fn has_registers(&self) -> bool {
-        true
-    }
-
-    fn has_dma(&self) -> bool {
-        true
-    }
-
-    fn read32(&self, offset: u32) -> Result<u32> {
-        let mut state = self.state();
-        Ok(match offset {
-            registers::MAGIC if state.absent_reads > 0 => {
-                state.absent_reads -= 1;
-                u32::MAX
-            }
-            registers::MAGIC => abi::MAGIC,
-            registers::ABI_VERSION => abi::ABI_VERSION,
-            registers::FEATURES_LOW if state.suppression => abi::feature::EVENT_SUPPRESSION as u32 | 0xf00,
-            registers::FEATURES_LOW => 0xf00,
-            registers::RING_COUNT => 4,
-            registers::RING_ENTRIES_MAX => 1024,
-            registers::VECTORS => 1,
-            registers::TRANSFER_BYTES_MAX => abi::ring::TRANSFER_BYTES_MAX,
-            registers::LIST_ENTRIES_MAX => abi::ring::LIST_ENTRIES_MAX,
-            offset => state.registers.get(&offset).copied().unwrap_or(0),
-        })
-    }
-
-    fn write32(&self, offset: u32, value: u32) -> Result<()> {
-        let mut state = self.state();
-        if offset == registers::CONTROL {
-            assert_eq!(value, registers::CONTROL_RESET);
-            state.registers.insert(registers::STATE, DeviceState::BLANK.0);
-            *state.registers.entry(registers::GENERATION).or_default() += 1;
-            state.rings = [FakeRing::default(); RINGS_MAX];
-            state.receives.clear();
-            state.resets += 1;
-        } else if offset >= registers::DOORBELLS {
-            state.doorbells += 1;
-            state.kicks += 1;
-            self.shared.kick.notify_all();
-        } else if offset >= RINGS
-            && (offset - RINGS) % RING_STRIDE == registers::RING_ENABLE
-            && value == 1
-            && std::mem::take(&mut state.replace_at_enable)
-        {
-            state.replace();
-        } else if offset >= RINGS && (offset - RINGS) % RING_STRIDE == registers::RING_ENABLE {
-            self.shared
-                .enable(&mut state, ((offset - RINGS) / RING_STRIDE) as usize, value == 1);
-            state.kicks += 1;
-            self.shared.kick.notify_all();
-        } else {
-            state.registers.insert(offset, value);
-        }
-        Ok(())
-    }
-
-    fn port_read(&self, _offset: u32, _width: Width) -> Result<u32> {
-        Err(DriverError::NotPossible("a port access", "fake"))
-    }
-
-    fn port_write(&self, _offset: u32, _width: Width, _value: u32) -> Result<()> {
-        Err(DriverError::NotPossible("a port access", "fake"))
-    }
-
-    fn allocate(&self, bytes: usize) -> Result<DmaMemory> {
-        self.shared.memory.allocate(bytes)
-    }
-
-    fn set_up_interrupts(&self, vectors_wanted: u32) -> Result<Interrupts> {
-        assert_eq!(vectors_wanted, 1);
-        Ok(Interrupts {
-            kind: InterruptKind::Msi,
-            vectors: 1,
-        })
-    }
-
-    fn interrupt_descriptor(&self, _vector: u32) -> Option<Arc<OwnedFd>> {
-        Some(Arc::clone(&self.shared.interrupt))
-    }
-
-    fn take_interrupt(&self, _vector: u32) -> Result<()> {
-        let mut count = [0; 8];
-        match rustix::io::read(&self.shared.interrupt, &mut count) {
-            Ok(_) | Err(rustix::io::Errno::AGAIN) => Ok(()),
-            Err(error) => Err(DriverError::system("eventfd", error)),
-        }
-    }
-
-    fn config_read(&self, offset: u32, _width: Width) -> Result<u32> {
-        assert_eq!(offset, CONFIG_COMMAND);
-        Ok(self.state().command)
-    }
-
-    fn config_write(&self, offset: u32, _width: Width, value: u32) -> Result<()> {
-        assert_eq!(offset, CONFIG_COMMAND);
-        let mut state = self.state();
-        state.command = value;
-        state.kicks += 1;
-        self.shared.kick.notify_all();
-        Ok(())
     }
 }
