@@ -10,10 +10,8 @@ use crate::{
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use std::{
-    ffi::OsStr,
     fs,
     io::{BufRead, BufReader},
-    path::Path,
     process::{Command, Stdio},
     sync::mpsc,
     thread,
@@ -204,36 +202,24 @@ fn setup_part(_: &mut Counts) -> Result<()> {
 }
 
 fn format_part(counts: &mut Counts) -> Result<()> {
-    run(limited().args(["fmt", "--all", "--check"]), counts)
+    run(&Cargo::new(["fmt", "--all", "--check"]), counts)
 }
 
 fn lint_part(counts: &mut Counts) -> Result<()> {
     let workspace = ["--workspace", "--all-targets", "--quiet"];
     let warnings = ["--", "-D", "warnings"];
-    run(limited().arg("clippy").args(workspace).args(warnings), counts)?;
+    run(&Cargo::new(["clippy"]).and(workspace).and(warnings), counts)?;
     // What users run has no fault places and no debug assertions: other code.
     let released = ["--release", "--package", "vmgmtd", "--quiet"];
-    run(limited().arg("clippy").args(released).args(warnings), counts)
+    run(&Cargo::new(["clippy"]).and(released).and(warnings), counts)
 }
 
 /// All crates but the root package, whose tests are processes, and the kit, whose tests are VMs.
 fn unit_part(counts: &mut Counts) -> Result<()> {
-    let mut command = limited();
-    command.args([
-        "test",
-        "--workspace",
-        "--no-fail-fast",
-        "--exclude",
-        "vmgmtd",
-        "--exclude",
-        "vmgmt-testkit",
-    ]);
-    let crates = run(&mut command, counts);
-    let kit = run(
-        limited().args(["test", "--package", "vmgmt-testkit", "--lib", "--no-fail-fast"]),
-        counts,
-    );
-    crates.and(kit)
+    let others = ["--exclude", "vmgmtd", "--exclude", "vmgmt-testkit"];
+    let crates = Cargo::new(["test", "--workspace", "--no-fail-fast"]).and(others);
+    let kit = Cargo::new(["test", "--package", "vmgmt-testkit", "--lib", "--no-fail-fast"]);
+    run(&crates, counts).and(run(&kit, counts))
 }
 
 /// Seeds that nobody has seen before, as many as fit the time; those that have been seen are the crate's own tests. A failure prints the command
@@ -241,48 +227,28 @@ fn unit_part(counts: &mut Counts) -> Result<()> {
 fn sim_part(counts: &mut Counts) -> Result<()> {
     let seconds = SIM_SECONDS.to_string();
     let limits = ["--seconds", &seconds, "--steps", crate::sim::STEPS];
-    run(limited().args(crate::sim::COMMAND).args(limits), counts)
+    run(&Cargo::new(crate::sim::COMMAND).and(limits), counts)
 }
 
 /// The root package's tests that need neither a VM nor the kernel's headers.
 fn integration_part(counts: &mut Counts) -> Result<()> {
-    let mut command = limited();
-    command.args(["test", "--package", "vmgmtd", "--bins", "--no-fail-fast"]);
-    for name in root_tests()? {
-        if !name.starts_with("qemu") && !name.contains("uapi") {
-            command.args(["--test", &name]);
-        }
-    }
-    let daemon = run(&mut command, counts);
-    let kit = run(
-        limited().args(["test", "--package", "vmgmt-testkit", "--test", "guards"]),
-        counts,
-    );
-    daemon.and(kit)
+    let daemon = Cargo::new(["test", "--package", "vmgmtd", "--bins", "--no-fail-fast"]);
+    let daemon = daemon.and_tests(root_tests(|name| {
+        !name.starts_with("qemu") && !name.contains("uapi")
+    })?);
+    let kit = Cargo::new(["test", "--package", "vmgmt-testkit", "--test", "guards"]);
+    run(&daemon, counts).and(run(&kit, counts))
 }
 
 fn uapi_part(counts: &mut Counts) -> Result<()> {
-    let mut command = limited();
-    command.args([
-        "test",
-        "--package",
-        "vmgmtd",
-        "--features",
-        "uapi-check",
-        "--no-fail-fast",
-    ]);
-    let names: Vec<String> = root_tests()?
-        .into_iter()
-        .filter(|name| name.contains("uapi"))
-        .collect();
+    let names = root_tests(|name| name.contains("uapi"))?;
     ensure!(
         !names.is_empty(),
         "no tests/*uapi*.rs: nothing holds our numbers against the kernel's headers"
     );
-    for name in &names {
-        command.args(["--test", name]);
-    }
-    run(&mut command, counts)
+    let feature = ["--features", "uapi-check", "--no-fail-fast"];
+    let daemon = Cargo::new(["test", "--package", "vmgmtd"]).and(feature);
+    run(&daemon.and_tests(names), counts)
 }
 
 fn fuzz_part(counts: &mut Counts) -> Result<()> {
@@ -296,36 +262,19 @@ fn fuzz_part(counts: &mut Counts) -> Result<()> {
 fn qemu_part(counts: &mut Counts) -> Result<()> {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let at_once = format!("--test-threads={}", processors.clamp(1, QEMU_TESTS_AT_ONCE_MAX));
-    let kit = [
-        "test",
-        "--package",
-        "vmgmt-testkit",
-        "--no-fail-fast",
-        "--test",
-        "boot",
-        "--test",
-        "configs",
-    ];
-    let kit = run(
-        limited().args(kit).args(["--", &at_once, "--show-output"]),
-        counts,
-    );
-    let names: Vec<String> = root_tests()?
-        .into_iter()
-        .filter(|name| name.starts_with("qemu"))
-        .collect();
+    let shown = ["--", &at_once, "--show-output"];
+    let kit = Cargo::new(["test", "--package", "vmgmt-testkit", "--no-fail-fast"]);
+    let kit = kit.and(["--test", "boot", "--test", "configs"]).and(shown);
+    let kit = run(&kit, counts);
+    let names = root_tests(|name| name.starts_with("qemu"))?;
     if names.is_empty() {
         counts
             .skipped
             .push("skipped: there is no tests/qemu_*.rs yet".into());
         return kit;
     }
-    let mut command = limited();
-    command.args(["test", "--package", "vmgmtd", "--no-fail-fast"]);
-    for name in &names {
-        command.args(["--test", name]);
-    }
-    kit.and(run(command.args(["--", &at_once, "--show-output"]), counts))
+    let daemon = Cargo::new(["test", "--package", "vmgmtd", "--no-fail-fast"]);
+    kit.and(run(&daemon.and_tests(names).and(shown), counts))
 }
 
 /// `cargo xtask soak`, short.
@@ -344,34 +293,59 @@ fn one_run(counts: &mut Counts, result: Result<()>) -> Result<()> {
     result
 }
 
-/// The names of the root package's integration tests.
-fn root_tests() -> Result<Vec<String>> {
+/// The names of those of the root package's integration tests that are wanted.
+fn root_tests(wanted: impl Fn(&str) -> bool) -> Result<Vec<String>> {
     let folder = repository().join("tests");
     let mut names: Vec<String> = fs::read_dir(&folder)
         .with_context(|| format!("cannot list {}", folder.display()))?
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.strip_suffix(".rs").map(str::to_owned))
+        .filter(|name| wanted(name))
         .collect();
     names.sort();
     Ok(names)
 }
 
-/// A cargo command that ends even if a test hangs.
-fn limited() -> Command {
-    cargo_within(COMMAND_SECONDS_MAX)
+/// A cargo command, in the words that somebody would type who wants to see it again.
+struct Cargo {
+    words: Vec<String>,
+}
+
+impl Cargo {
+    fn new<W: Into<String>>(words: impl IntoIterator<Item = W>) -> Self {
+        let words = words.into_iter().map(Into::into).collect();
+        Self { words }
+    }
+
+    /// With more words behind.
+    fn and<W: Into<String>>(mut self, words: impl IntoIterator<Item = W>) -> Self {
+        self.words.extend(words.into_iter().map(Into::into));
+        self
+    }
+
+    /// With these tests of the package.
+    fn and_tests(self, names: Vec<String>) -> Self {
+        let words = names.into_iter().flat_map(|name| ["--test".to_owned(), name]);
+        self.and(words)
+    }
+
+    fn told(&self) -> String {
+        format!("cargo {}", self.words.join(" "))
+    }
+
+    /// As a process, which ends even if a test hangs.
+    fn command(&self) -> Command {
+        let mut command = cargo_within(COMMAND_SECONDS_MAX);
+        command.args(&self.words);
+        command
+    }
 }
 
 /// Runs a command, shows every line of it as it comes, and counts.
-fn run(command: &mut Command, counts: &mut Counts) -> Result<()> {
-    let words: Vec<_> = command
-        .get_args()
-        .skip_while(|word| Path::new(word).file_name() != Some(OsStr::new("cargo")))
-        .skip(1)
-        .map(|word| word.to_string_lossy().into_owned())
-        .collect();
-    let told = format!("cargo {}", words.join(" "));
-    println!("$ {told}");
-    follow(command, counts).with_context(|| format!("cargo {}", words.first().map_or("", String::as_str)))
+fn run(cargo: &Cargo, counts: &mut Counts) -> Result<()> {
+    println!("$ {}", cargo.told());
+    let what = cargo.words.first().map_or("", String::as_str);
+    follow(&mut cargo.command(), counts).with_context(|| format!("cargo {what}"))
 }
 
 /// Follows a command to its end.
@@ -449,6 +423,18 @@ mod tests {
         let error = follow(&mut command, &mut counts).unwrap_err().to_string();
         assert!(error.contains("did not end in its time"), "{error}");
         assert_eq!(counts.passed, 2);
+    }
+
+    #[test]
+    fn what_is_told_is_what_is_run() {
+        let cargo = Cargo::new(["test", "--package", "vmgmtd"])
+            .and_tests(vec!["keeper".into(), "upgrade".into()])
+            .and(["--", "--show-output"]);
+        let words = "test --package vmgmtd --test keeper --test upgrade -- --show-output";
+        assert_eq!(cargo.told(), format!("cargo {words}"));
+        let command = cargo.command();
+        let run: Vec<_> = command.get_args().map(|word| word.to_string_lossy()).collect();
+        assert!(run.join(" ").ends_with(&format!("cargo {words}")), "{run:?}");
     }
 
     #[test]
