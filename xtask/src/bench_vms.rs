@@ -30,7 +30,7 @@ const BUDGET: Duration = Duration::from_secs(450);
 const COMMAND_DEADLINE: Duration = Duration::from_secs(150);
 /// With less left nothing new is begun.
 const WORTH_BEGINNING: Duration = Duration::from_secs(40);
-const STOP_DEADLINE: Duration = Duration::from_secs(30);
+pub const STOP_DEADLINE: Duration = Duration::from_secs(30);
 
 /// What is moved where, by the guest's names for it.
 const OPERATIONS: [&str; 5] = [
@@ -44,7 +44,10 @@ const CHECKS: [&str; 2] = ["no check", "with crc32"];
 /// The guest's name for a peer, and its own.
 const PEERS: [(&str, &str); 2] = [("directory", "virtiofs"), ("port", "virtio-serial")];
 
-const ROUND_TRIP: &str = "message round trip with";
+/// The beginning of the guest's names for them.
+pub const ROUND_TRIP: &str = "message round trip with";
+/// How long a waiting guest looks before it sleeps: always, never.
+pub const SPINS_US: [u32; 2] = [1_000_000, 0];
 
 /// One VM is measured, the second only answers.
 const CONFIGURATION: &str = r#"
@@ -63,30 +66,31 @@ shares = ["data"]
 [[vm]]
 name = "vm2"
 socket = "@DIR@/vm2.sock"
+shares = ["data"]
 "#;
 
 /// All samples by the guest's names.
-type Samples = BTreeMap<String, Series>;
+pub type Samples = BTreeMap<String, Series>;
 
 /// The same figure, several times.
 #[derive(Default)]
-struct Series {
-    unit: String,
-    values: Vec<f64>,
+pub struct Series {
+    pub unit: String,
+    pub values: Vec<f64>,
     /// Of each value that is a median of many: the 99th of a hundred.
     p99: Vec<f64>,
 }
 
 /// How much, how often, until when.
-struct Plan {
-    mib: u32,
-    rounds: u32,
-    count: u32,
-    end: Instant,
+pub struct Plan {
+    pub mib: u32,
+    pub rounds: u32,
+    pub count: u32,
+    pub end: Instant,
 }
 
 impl Plan {
-    fn left(&self) -> Duration {
+    pub fn left(&self) -> Duration {
         self.end.saturating_duration_since(Instant::now())
     }
 
@@ -106,18 +110,23 @@ impl Plan {
 }
 
 /// A daemon and the folder that it shares.
-struct Site {
+pub struct Site {
     tools: Tools,
-    daemon: Daemon,
-    share: tempfile::TempDir,
+    pub daemon: Daemon,
+    pub share: tempfile::TempDir,
+}
+
+/// What VMs are made of.
+pub fn tools() -> Result<Tools> {
+    setup::prepare(Wanted {
+        image: Image::Small,
+        install: true,
+    })
 }
 
 /// Boots, measures, stops.
 pub fn measure(options: &Options, facts: &mut Facts, groups: &mut Vec<Group>) -> Result<()> {
-    let tools = setup::prepare(Wanted {
-        image: Image::Small,
-        install: true,
-    })?;
+    let tools = tools()?;
     let server = match &options.server {
         Some(server) => server.clone(),
         None => {
@@ -148,30 +157,8 @@ pub fn measure(options: &Options, facts: &mut Facts, groups: &mut Vec<Group>) ->
     stopped.map(drop)
 }
 
-/// Only the round trips, with this vmgmtd.
-pub fn round_trips(options: &Options, server: &Path) -> Result<Vec<Row>> {
-    let tools = setup::prepare(Wanted {
-        image: Image::Small,
-        install: true,
-    })?;
-    let plan = Plan {
-        mib: 16,
-        rounds: 1,
-        count: if options.quick { 100 } else { 2000 },
-        end: Instant::now() + BUDGET,
-    };
-    let site = open(options, tools, server)?;
-    let vm = builder(&site, &plan, "vm1", Driver::Uio).start()?;
-    let mut groups = Vec::new();
-    messages(&site, &plan, &vm, &Samples::new(), &mut groups)
-        .and_then(|()| alone(&plan, &vm, &mut groups))
-        .map_err(|error| error.context(vm.evidence()))?;
-    drop(vm);
-    site.daemon.stop(STOP_DEADLINE).context("stopping vmgmtd")?;
-    Ok(groups.into_iter().flat_map(|group| group.rows).collect())
-}
-
-fn open(options: &Options, tools: Tools, server: &Path) -> Result<Site> {
+/// Starts this vmgmtd beside a share of its own.
+pub fn open(options: &Options, tools: Tools, server: &Path) -> Result<Site> {
     let mut place = tempfile::Builder::new();
     place.prefix("vmgmt-bench-");
     let share = match &options.share_in {
@@ -223,7 +210,7 @@ fn scenes(site: &Site, plan: &Plan, facts: &mut Facts, groups: &mut Vec<Group>) 
 }
 
 /// The measured VM.
-fn builder(site: &Site, plan: &Plan, name: &str, driver: Driver) -> VmBuilder {
+pub fn builder(site: &Site, plan: &Plan, name: &str, driver: Driver) -> VmBuilder {
     let iommu = match driver {
         Driver::Vfio => Iommu::Intel,
         _ => Iommu::None,
@@ -319,29 +306,13 @@ fn messages(site: &Site, plan: &Plan, vm: &Vm, peers: &Samples, groups: &mut Vec
     println!("* messages");
     let mut group = new_group(plan, "Messages of 64 bytes");
     let mut samples = Samples::new();
-    let count = plan.count;
     let second = VmBuilder::new(&site.tools, "vm2")
         .driver(Driver::Uio)
         .device(site.daemon.path("vm2.sock"), "mgmt")
         .start()?;
-    for spin_us in [1_000_000, 0] {
-        let ping = |partner: &str| {
-            format!("--json --spin-us {spin_us} bench --skip-rings --partner {partner} --count {count}")
-        };
-        let echo = HostEcho::start(&site.daemon.path("control.sock"))?;
-        let result = guest(plan, vm, &ping("host"), &mut samples);
-        // What the host's end met is why the guest waited in vain.
-        echo.stop()?;
-        result?;
-        let mut answer = second.spawn(&format!("vmgmt --spin-us {spin_us} bench --answer"))?;
-        answer.pid(COMMAND_DEADLINE)?;
-        let result = guest(plan, vm, &ping("vm2"), &mut samples);
-        let answered = answer.wait(COMMAND_DEADLINE.min(plan.left()));
-        if let (Err(error), Ok(output)) = (&result, &answered) {
-            bail!("{error:#}; vm2 said: {}", output.text());
-        }
-        result?;
-        answered?.ok().context("vm2")?;
+    for spin_us in SPINS_US {
+        with_host(site, plan, (vm, ""), spin_us, &mut samples)?;
+        with_vm(plan, (vm, ""), (&second, ""), spin_us, &mut samples)?;
     }
     let port = peers.get(&format!("port: {ROUND_TRIP} host"));
     for how in ["polling", "sleeping"] {
@@ -360,6 +331,47 @@ fn messages(site: &Site, plan: &Plan, vm: &Vm, peers: &Samples, groups: &mut Vec
             .into(),
     );
     groups.push(group);
+    Ok(())
+}
+
+/// Round trips with a program of the host. A VM comes with the words that choose its device.
+pub fn with_host(
+    site: &Site,
+    plan: &Plan,
+    (vm, device): (&Vm, &str),
+    spin_us: u32,
+    samples: &mut Samples,
+) -> Result<()> {
+    let echo = HostEcho::start(&site.daemon.path("control.sock"))?;
+    let count = plan.count;
+    let words =
+        format!("--json --spin-us {spin_us} {device}bench --skip-rings --partner host --count {count}");
+    let result = guest(plan, vm, &words, samples);
+    // What the host's end met is why the guest waited in vain.
+    echo.stop()?;
+    result
+}
+
+/// Round trips with a second VM.
+pub fn with_vm(
+    plan: &Plan,
+    (vm, device): (&Vm, &str),
+    (second, its_device): (&Vm, &str),
+    spin_us: u32,
+    samples: &mut Samples,
+) -> Result<()> {
+    let count = plan.count;
+    let words =
+        format!("--json --spin-us {spin_us} {device}bench --skip-rings --partner vm2 --count {count}");
+    let mut answer = second.spawn(&format!("vmgmt --spin-us {spin_us} {its_device}bench --answer"))?;
+    answer.pid(COMMAND_DEADLINE)?;
+    let result = guest(plan, vm, &words, samples);
+    let answered = answer.wait(COMMAND_DEADLINE.min(plan.left()));
+    if let (Err(error), Ok(output)) = (&result, &answered) {
+        bail!("{error:#}; vm2 said: {}", output.text());
+    }
+    result?;
+    answered?.ok().context("vm2")?;
     Ok(())
 }
 
@@ -386,7 +398,7 @@ fn new_group(plan: &Plan, title: &str) -> Group {
 }
 
 /// Runs `vmgmt WORDS` in the guest and takes its figures.
-fn guest(plan: &Plan, vm: &Vm, words: &str, samples: &mut Samples) -> Result<()> {
+pub fn guest(plan: &Plan, vm: &Vm, words: &str, samples: &mut Samples) -> Result<()> {
     println!("  {}$ vmgmt {words}", vm.name());
     let said = vm.ok_for(&format!("vmgmt {words}"), COMMAND_DEADLINE.min(plan.left()))?;
     let found = take(&said, samples)?;

@@ -4,7 +4,9 @@
 //! the product itself needs.
 
 mod bench;
+mod bench_aims;
 mod bench_cost;
+mod bench_cost_vms;
 mod bench_facts;
 mod bench_host;
 mod bench_peers;

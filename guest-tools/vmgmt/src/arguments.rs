@@ -211,6 +211,12 @@ pub enum Command {
         /// Size of the file for get and put, in MiB
         #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
         mib: u32,
+        /// Of get and put only those from and to the program's memory, without checksum
+        #[arg(long, requires = "share")]
+        memory_only: bool,
+        /// Get and put so often; each time gives its figures
+        #[arg(long, default_value_t = 1, requires = "share", value_parser = clap::value_parser!(u32).range(1..=1000))]
+        repeat: u32,
         /// Repetitions of small operations
         #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(u32).range(10..=10_000_000))]
         count: u32,

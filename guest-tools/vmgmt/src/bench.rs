@@ -22,6 +22,10 @@ use crate::session::Session;
 pub struct BenchOrder<'a> {
     pub share: Option<&'a str>,
     pub mib: u32,
+    /// No checksum, and no file on the guest's side.
+    pub memory_only: bool,
+    /// How often files go both ways.
+    pub repeat: u32,
     pub count: u32,
     pub tmpfs: &'a Path,
     /// No figures of the device alone.

@@ -126,6 +126,8 @@ fn run(general: &General, command: Command) -> Result<()> {
         Command::Bench {
             share,
             mib,
+            memory_only,
+            repeat,
             count,
             tmpfs,
             skip_rings,
@@ -137,6 +139,8 @@ fn run(general: &General, command: Command) -> Result<()> {
             let order = bench::BenchOrder {
                 share: share.as_deref(),
                 mib,
+                memory_only,
+                repeat,
                 count,
                 tmpfs: &tmpfs,
                 skip_rings,

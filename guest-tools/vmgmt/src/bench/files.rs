@@ -48,7 +48,7 @@ pub(super) fn files(session: &Session, order: &BenchOrder<'_>, share: &str) -> R
         std::process::id()
     );
     let mut client = session.client(Mode::FILE)?;
-    let measured = measure(session, order, &mut client, &path, bytes);
+    let measured = (0..order.repeat).try_for_each(|_| measure(session, order, &mut client, &path, bytes));
     // Also when a figure failed.
     let removed = client.remove(&path);
     measured?;
@@ -75,7 +75,12 @@ fn measure(
             detail.clone(),
         )
     };
-    for check in [true, false] {
+    let checks: &[bool] = if order.memory_only {
+        &[false]
+    } else {
+        &[true, false]
+    };
+    for check in checks.iter().copied() {
         let options = session.transfer(check);
         let how = if check { "with crc32" } else { "no check" };
         // Memory that the program has, as a program would: making it is not part of the transfer.
@@ -102,6 +107,10 @@ fn measure(
             );
         }
         drop(memory);
+        if order.memory_only {
+            client.close(file.handle)?;
+            continue;
+        }
 
         let started = Instant::now();
         client.get(file.handle, 0, file.size, &mut Discard, &options, &mut |_| {})?;
