@@ -38,10 +38,10 @@ pub mod list;
 #[allow(unsafe_code)]
 pub mod memory;
 pub mod operations;
+pub mod order;
 pub mod port;
 mod records;
 pub mod ring;
-pub mod suppression;
 pub mod tags;
 pub mod transfer;
 

@@ -8,10 +8,11 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64};
 
 use crate::error::{DriverError, Result};
 use crate::limits::{CHECKSUM_COPY_BYTES, PAGE_BYTES};
+use crate::order;
 
 /// A run of addresses as the device sees them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -223,7 +224,7 @@ impl DmaMemory {
         let pointer = self.at(start, 4, 4)?;
         // SAFETY: in range and aligned (`at`; the base is 8-byte aligned).
         Ok(u32::from_le(
-            unsafe { AtomicU32::from_ptr(pointer.cast()) }.load(Ordering::Acquire),
+            unsafe { AtomicU32::from_ptr(pointer.cast()) }.load(order::LOAD),
         ))
     }
 
@@ -234,7 +235,7 @@ impl DmaMemory {
     pub fn store32(&self, start: usize, value: u32) -> Result<()> {
         let pointer = self.at(start, 4, 4)?;
         // SAFETY: in range and aligned (`at`).
-        unsafe { AtomicU32::from_ptr(pointer.cast()) }.store(value.to_le(), Ordering::Release);
+        unsafe { AtomicU32::from_ptr(pointer.cast()) }.store(value.to_le(), order::STORE);
         Ok(())
     }
 
@@ -246,7 +247,7 @@ impl DmaMemory {
         let pointer = self.at(start, 8, 8)?;
         // SAFETY: in range and aligned (`at`).
         Ok(u64::from_le(
-            unsafe { AtomicU64::from_ptr(pointer.cast()) }.load(Ordering::Acquire),
+            unsafe { AtomicU64::from_ptr(pointer.cast()) }.load(order::LOAD),
         ))
     }
 
@@ -257,7 +258,7 @@ impl DmaMemory {
     pub fn store64(&self, start: usize, value: u64) -> Result<()> {
         let pointer = self.at(start, 8, 8)?;
         // SAFETY: in range and aligned (`at`).
-        unsafe { AtomicU64::from_ptr(pointer.cast()) }.store(value.to_le(), Ordering::Release);
+        unsafe { AtomicU64::from_ptr(pointer.cast()) }.store(value.to_le(), order::STORE);
         Ok(())
     }
 
@@ -274,7 +275,7 @@ impl DmaMemory {
             for byte in part {
                 // SAFETY: `at` checked the whole range; the cursor moves once for each byte of it.
                 unsafe {
-                    *byte = AtomicU8::from_ptr(*cursor).load(Ordering::Relaxed);
+                    *byte = AtomicU8::from_ptr(*cursor).load(order::COPY);
                     *cursor = cursor.add(1);
                 }
             }
@@ -284,9 +285,7 @@ impl DmaMemory {
         for word in words {
             // SAFETY: in the checked range, and aligned because `head` bytes led to an aligned address.
             unsafe {
-                *word = AtomicU64::from_ptr(cursor.cast())
-                    .load(Ordering::Relaxed)
-                    .to_ne_bytes();
+                *word = AtomicU64::from_ptr(cursor.cast()).load(order::COPY).to_ne_bytes();
                 cursor = cursor.add(8);
             }
         }
@@ -307,7 +306,7 @@ impl DmaMemory {
             for byte in part {
                 // SAFETY: `at` checked the whole range; the cursor moves once for each byte of it.
                 unsafe {
-                    AtomicU8::from_ptr(*cursor).store(*byte, Ordering::Relaxed);
+                    AtomicU8::from_ptr(*cursor).store(*byte, order::COPY);
                     *cursor = cursor.add(1);
                 }
             }
@@ -317,7 +316,7 @@ impl DmaMemory {
         for word in words {
             // SAFETY: in the checked range, and aligned because `head` bytes led to an aligned address.
             unsafe {
-                AtomicU64::from_ptr(cursor.cast()).store(u64::from_ne_bytes(*word), Ordering::Relaxed);
+                AtomicU64::from_ptr(cursor.cast()).store(u64::from_ne_bytes(*word), order::COPY);
                 cursor = cursor.add(8);
             }
         }

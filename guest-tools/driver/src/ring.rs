@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vmgmt_abi::registers::{self as registers, RING_STRIDE, RINGS, RingState};
-use vmgmt_abi::ring::{LIST_ENTRY_BYTES, SUBMISSION_BYTES, flag};
+use vmgmt_abi::ring::{LIST_ENTRY_BYTES, flag};
 use vmgmt_abi::{Mode, Opcode, Status, Submission, feature};
 use zerocopy::IntoBytes;
 
@@ -24,7 +24,7 @@ use crate::limits::{
 };
 use crate::list::{cover, cut};
 use crate::memory::{Buffer, DmaMemory};
-use crate::suppression;
+use crate::order;
 
 /// How a ring is opened.
 #[derive(Clone, Copy, Debug)]
@@ -262,13 +262,10 @@ impl Ring {
             .insert(Pending { request, list })
             .map_err(|_| DriverError::Full(depth))?;
         submission.tag = tag.0;
-        let slot = (lanes.tail % lanes.submission_entries) as usize;
-        lanes
-            .submissions
-            .write(slot * SUBMISSION_BYTES, submission.as_bytes())?;
         let old = lanes.tail;
+        order::write_submission(&lanes.submissions, lanes.submission_entries, old, &submission)?;
         lanes.tail = old.wrapping_add(1);
-        let due = suppression::publish(&lanes.events, old, lanes.tail)?;
+        let due = order::publish(&lanes.events, old, lanes.tail)?;
         if !suppression || due {
             let (register, tail) = (registers::DOORBELLS + 4 * lanes.index, lanes.tail);
             self.device.backing().write32(register, tail)?;
@@ -394,7 +391,7 @@ impl Channel for Ring {
                 }
             }
             // Arm, full fence, look again, and only then sleep (`vmgmt_abi::ring`).
-            suppression::arm(&lanes.events, lanes.completion_head)?;
+            order::arm(&lanes.events, lanes.completion_head)?;
             if lanes.has_completion()? {
                 return Ok(true);
             }

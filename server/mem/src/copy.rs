@@ -7,7 +7,8 @@
 //! behaviour. Short copies are relaxed atomic accesses (on other processors than x86-64: all copies); long ones are one string instruction in inline assembly, which the
 //! compiler must treat as an outside observer and which is as fast as memcpy on processors with fast string moves.
 
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use crate::order;
+use std::sync::atomic::{AtomicU8, AtomicU64};
 
 /// Up to here a loop of atomic accesses beats the start-up cost of a string instruction (about 30 cycles).
 #[cfg(target_arch = "x86_64")]
@@ -38,8 +39,8 @@ unsafe fn copy_short(target: *mut u8, source: *const u8, bytes: usize) {
         while bytes - done >= 8 {
             // SAFETY: within both ranges, aligned to 8 (checked above, and `done` is a multiple of 8); atomic accesses may race.
             unsafe {
-                let word = (*source.add(done).cast::<AtomicU64>()).load(Ordering::Relaxed);
-                (*target.add(done).cast::<AtomicU64>()).store(word, Ordering::Relaxed);
+                let word = (*source.add(done).cast::<AtomicU64>()).load(order::COPY);
+                (*target.add(done).cast::<AtomicU64>()).store(word, order::COPY);
             }
             done += 8;
         }
@@ -47,8 +48,8 @@ unsafe fn copy_short(target: *mut u8, source: *const u8, bytes: usize) {
     while done < bytes {
         // SAFETY: within both ranges; a byte is always aligned; atomic accesses may race.
         unsafe {
-            let byte = (*source.add(done).cast::<AtomicU8>()).load(Ordering::Relaxed);
-            (*target.add(done).cast::<AtomicU8>()).store(byte, Ordering::Relaxed);
+            let byte = (*source.add(done).cast::<AtomicU8>()).load(order::COPY);
+            (*target.add(done).cast::<AtomicU8>()).store(byte, order::COPY);
         }
         done += 1;
     }

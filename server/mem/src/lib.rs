@@ -9,6 +9,7 @@
 mod calls;
 mod copy;
 mod mapping;
+pub mod order;
 mod words;
 
 pub use calls::{GuestSlice, SLICES_MAX, copy_guest, read_file, write_file};

@@ -8,14 +8,14 @@
 //! wherever it is written: the local side is not pinned, so a copy in flight ends when the range is replaced.
 
 use crate::calls::{GuestSlice, kernel_copy};
-use crate::{MapError, copy};
+use crate::{MapError, copy, order};
 use memmap2::{MmapOptions, MmapRaw};
 use rustix::fd::AsFd;
 use rustix::fs::{SealFlags, fcntl_get_seals, fstat, fstatfs};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU32, AtomicU64, fence};
 
 /// `f_type` of hugetlbfs, also of memory made with MFD_HUGETLB (linux/magic.h).
 const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
@@ -69,7 +69,7 @@ macro_rules! word_access {
             if self.direct && address.is_aligned() {
                 // SAFETY: mapped, aligned, cannot shrink; the reference to the atomic ends with this expression.
                 return Ok(<$word>::from_le(
-                    unsafe { <$atomic>::from_ptr(address) }.load(Ordering::Acquire),
+                    unsafe { <$atomic>::from_ptr(address) }.load(order::LOAD),
                 ));
             }
             let mut bytes = [0; size_of::<$word>()];
@@ -90,7 +90,7 @@ macro_rules! word_access {
                 return self.write(offset, &value.to_le_bytes());
             }
             // SAFETY: mapped writable, aligned, cannot shrink; the reference to the atomic ends with this expression.
-            unsafe { <$atomic>::from_ptr(address) }.store(value.to_le(), Ordering::Release);
+            unsafe { <$atomic>::from_ptr(address) }.store(value.to_le(), order::STORE);
             Ok(())
         }
     };
@@ -184,7 +184,7 @@ impl GuestMapping {
         }
         // SAFETY: `source` is mapped for its whole length and cannot shrink; `into` is private.
         unsafe { copy::copy(into.as_mut_ptr(), source, into.len()) };
-        fence(Ordering::Acquire);
+        fence(order::AFTER_READ);
         Ok(())
     }
 
@@ -198,7 +198,7 @@ impl GuestMapping {
         if !self.direct {
             return kernel_copy(target, from.as_ptr(), from.len()).map_err(|_| Fault::Gone);
         }
-        fence(Ordering::Release);
+        fence(order::BEFORE_WRITE);
         // SAFETY: `target` is mapped writable for its whole length and cannot shrink; `from` is private.
         unsafe { copy::copy(target, from.as_ptr(), from.len()) };
         Ok(())

@@ -6,9 +6,7 @@
 use std::sync::Arc;
 
 use vmgmt_abi::registers::{self as registers, RING_STRIDE, RINGS, RingState};
-use vmgmt_abi::ring::{
-    COMPLETION_BYTES, RING_EVENTS_BYTES, SUBMISSION_BYTES, completion_flag, event_offset, phase,
-};
+use vmgmt_abi::ring::{COMPLETION_BYTES, RING_EVENTS_BYTES, SUBMISSION_BYTES, event_offset};
 use vmgmt_abi::{Completion, Status};
 
 use super::RingOptions;
@@ -17,6 +15,7 @@ use crate::device::{Device, settle};
 use crate::error::{DriverError, Result};
 use crate::limits::{LOOKS_BEFORE_COMMAND, PAGE_BYTES};
 use crate::memory::DmaMemory;
+use crate::order;
 use crate::tags::TagTable;
 
 /// What belongs to a submission in flight.
@@ -131,40 +130,18 @@ impl Lanes {
             && self.pending.len() < self.pending.capacity())
     }
 
-    fn completion_start(&self) -> usize {
-        (self.completion_head % self.completion_entries) as usize * COMPLETION_BYTES
-    }
-
-    /// The last word of the next completion, if it is published.
-    fn published(&self) -> Result<Option<u64>> {
-        let word = self.completions.load64(self.completion_start() + 24)?;
-        let bit = (word >> 48) as u16 & completion_flag::PHASE;
-        Ok((bit == phase(self.completion_head, self.completion_entries)).then_some(word))
-    }
-
     pub(super) fn has_completion(&self) -> Result<bool> {
-        Ok(self.published()?.is_some())
+        let word = order::published(&self.completions, self.completion_entries, self.completion_head)?;
+        Ok(word.is_some())
     }
 
     pub(super) fn take_completion(&mut self) -> Result<Option<Completion>> {
-        let Some(word) = self.published()? else {
-            return Ok(None);
-        };
-        let start = self.completion_start();
-        let third = self.completions.load64(start + 16)?;
-        let completion = Completion {
-            result: self.completions.load64(start)?,
-            extra: self.completions.load64(start + 8)?,
-            detail: third as u32,
-            reserved: (third >> 32) as u32,
-            tag: word as u32,
-            status: (word >> 32) as u16,
-            flags: (word >> 48) as u16,
-        };
-        self.completion_head = self.completion_head.wrapping_add(1);
-        self.events
-            .store32(event_offset::COMPLETION_HEAD as usize, self.completion_head)?;
-        Ok(Some(completion))
+        let (entries, head) = (self.completion_entries, self.completion_head);
+        let completion = order::take_completion(&self.completions, &self.events, entries, head)?;
+        if completion.is_some() {
+            self.completion_head = head.wrapping_add(1);
+        }
+        Ok(completion)
     }
 
     /// Leaves everything where it is: the device may still write to it.

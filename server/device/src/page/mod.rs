@@ -16,7 +16,7 @@ pub use front_page::{
     ChangedMaps, FrontPage, Interrupts, MapRecord, PortSubmission, RingSetup, control, rights,
 };
 pub use shared::{LifePage, SLOTS_MAX, TouchedPage};
-pub use words::{PlainWords, Words};
+pub use words::{FENCE, PlainWords, Words};
 
 /// Layout version of all pages, first word of each.
 pub const LAYOUT: u64 = 0x564d_474d_0000_0001;

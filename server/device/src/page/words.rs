@@ -3,6 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
+/// Of [`Words::fence`], by name, so that a model checker runs with it.
+pub const FENCE: Ordering = Ordering::SeqCst;
+
 /// An array of shared 64-bit words. Indexes out of range read 0 and are not written: layouts are constants of ours, and
 /// a page that a peer made too small must not bring the process down.
 pub trait Words: Clone {
@@ -18,7 +21,7 @@ pub trait Words: Clone {
     fn store(&self, index: usize, value: u64);
     /// A sequentially consistent fence between what was stored before and what is loaded after.
     fn fence(&self) {
-        fence(Ordering::SeqCst);
+        fence(FENCE);
     }
     /// Copies bytes out, from the start of word `index` on; the shorter of both ends it. Not atomic as a whole.
     fn read_bytes(&self, index: usize, into: &mut [u8]) {

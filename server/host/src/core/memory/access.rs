@@ -11,10 +11,10 @@ use super::table::Backing;
 use super::{Hit, Pieces, SessionMemory};
 use crate::messages::MESSAGE_DMA_BYTES_MAX;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::fence;
 use vmgmt_device::page::rights;
 use vmgmt_device::{Direction, GuestMemory, MemoryError};
-use vmgmt_mem::Fault;
+use vmgmt_mem::{Fault, order};
 
 /// A range within one map.
 #[derive(Debug)]
@@ -140,7 +140,7 @@ impl GuestMemory for SessionMemory {
 
     #[inline]
     fn fence(&mut self) {
-        fence(Ordering::SeqCst);
+        fence(order::FENCE);
     }
 
     fn settled(&mut self) -> Result<(), MemoryError> {
