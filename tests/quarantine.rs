@@ -57,7 +57,20 @@ fn check_quarantine(site: &Site, culprit: &SimulatedVm, neighbour: &SimulatedVm)
     ensure!(ring.echo(b"still here")? == b"still here");
     ensure!(state(neighbour)? == DeviceState::ACTIVE.0);
     let core = site.daemon.role("core")?;
-    let told = status(site)?.notices;
+    let status = status(site)?;
+    let [quarantined, usual] = &status.vm_states[..] else {
+        anyhow::bail!("{status:?}");
+    };
+    let fault = quarantined.last_fault.as_ref().map_or("", |fault| &fault.text);
+    ensure!(
+        quarantined.name == "vm0" && quarantined.state == "quarantined" && fault.contains("is quarantined"),
+        "{quarantined:?}"
+    );
+    ensure!(
+        usual.state == "connected" && usual.last_fault.is_none(),
+        "{usual:?}"
+    );
+    let told = status.notices;
     ensure!(
         told.iter().any(|line| line.contains("vmgmtctl release vm0")),
         "{told:?}"

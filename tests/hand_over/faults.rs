@@ -3,7 +3,8 @@
 //! The front really panics, by `VMGMT_FAULT`, which debug builds honour.
 
 use super::*;
-use vmgmt_ctl::protocol::{SendMessage, Sent, new_key};
+use std::time::SystemTime;
+use vmgmt_ctl::protocol::{SendMessage, Sent, VmState, new_key};
 use vmgmt_driver::abi::registers::DOORBELLS;
 use vmgmt_driver::operations::chat::Receiver;
 use vmgmt_testkit::client::ClientError as DeviceError;
@@ -102,6 +103,37 @@ fn comes_to_rest(pid: u32) -> Result<()> {
     })
 }
 
+/// What the status says of a VM, as soon as a core says anything.
+fn vm_state(site: &Site, name: &str) -> Result<VmState> {
+    let status = wait_until("a core's status", PATIENCE, || {
+        let status: Option<Status> = call(site, &Call::Status).ok();
+        Ok(status.filter(|status| status.answered_by == "core"))
+    })?;
+    let mut states = status.vm_states.into_iter();
+    states.find(|vm| vm.name == name).context("no such VM")
+}
+
+/// That the status tells of vm0's fault, when it was and what it cost, and of no other VM's.
+fn is_told(site: &Site, ends: bool, since: SystemTime) -> Result<()> {
+    let vm0 = wait_until("the fault in the status", PATIENCE, || {
+        Ok(Some(vm_state(site, "vm0")?).filter(|vm| vm.last_fault.is_some()))
+    })?;
+    let fault = vm0.last_fault.clone().context("no fault")?;
+    ensure!(
+        fault.text.contains("VM \"vm0\"") && fault.text.contains("device_del"),
+        "{fault:?}"
+    );
+    ensure!(fault.text.contains("its end failed too") == ends, "{fault:?}");
+    let at = SystemTime::UNIX_EPOCH + Duration::from_nanos(fault.time_ns);
+    ensure!(since <= at && at <= SystemTime::now(), "{fault:?}");
+    let other = vm_state(site, "vm1")?;
+    ensure!(
+        (other.state.as_str(), &other.last_fault) == ("connected", &None),
+        "{other:?}"
+    );
+    Ok(())
+}
+
 /// The front has a fault of its own in vm0's session: `ends`: in its end, too.
 fn a_fault_of_the_front(ends: bool) -> Result<()> {
     let faults = if ends {
@@ -111,6 +143,7 @@ fn a_fault_of_the_front(ends: bool) -> Result<()> {
     };
     let site = SitePlan::new(DAEMON, 3).variable("VMGMT_FAULT", faults).start()?;
     let before = site.pids()?;
+    let begin = SystemTime::now();
     let again = || wait_until("the VM's return", PATIENCE, || Ok(site.vm(0).ok()));
     under_traffic(&site, || {
         let vm0 = site.vm(0)?;
@@ -127,16 +160,24 @@ fn a_fault_of_the_front(ends: bool) -> Result<()> {
         };
         let after = site.pids()?;
         ensure!((after.keeper, after.front, after.core) == (before.keeper, before.front, core));
+        is_told(&site, ends, begin)?;
         // And all of it goes on: a hand-over, a death of the core, another fault.
         done(&site, None, Part::Front)?;
+        done(&site, None, Part::Keeper)?;
         let core = site.daemon.kill_role("core")?;
         site.daemon.wait_for_new("core", core, PATIENCE)?;
         vm0.ring(Mode::COMMON)?.noop()?;
+        // Whoever serves now knows of the fault of before, and then of the next.
+        is_told(&site, ends, begin)?;
+        let next = SystemTime::now();
         hit(&vm0)?;
-        again()?
-            .ring(Mode::COMMON)?
-            .noop()
-            .context("the VM that came again")
+        let vm0 = again()?;
+        vm0.ring(Mode::COMMON)?.noop().context("the VM that came again")?;
+        wait_until("the next fault in the status", PATIENCE, || {
+            Ok(is_told(&site, ends, next).ok())
+        })?;
+        ensure!(vm_state(&site, "vm0")?.state == "connected");
+        Ok(())
     })?;
     let log = site.daemon.log();
     let told = "a fault of ours in the device of vm0: the device ends";

@@ -1,7 +1,8 @@
 //! Answers as words and tables. Values in, text out.
 
 use crate::protocol::{
-    LogLine, Message, Peers, SandboxedRole, Shares, Status, UpgradeReport, UpgradeState, Vms,
+    LastFault, LogLine, Message, Peers, SandboxedRole, Shares, Status, UpgradeReport, UpgradeState, VmState,
+    Vms,
 };
 use std::fmt::Write;
 
@@ -71,6 +72,7 @@ pub(crate) fn status(status: Status) -> String {
         counters,
         upgrade,
         sandbox,
+        vm_states,
     } = status;
     let mut text = format!(
         "vmgmtd {version} is {state} (process {pid}; the {answered_by} answers)\n\
@@ -83,6 +85,9 @@ pub(crate) fn status(status: Status) -> String {
     for role in sandbox {
         text.push_str(&sandboxed(&role));
     }
+    for vm in &vm_states {
+        text.push_str(&vm_state(vm));
+    }
     if let Some(upgrade) = upgrade {
         text.push_str(&self::upgrade(&upgrade));
     }
@@ -90,6 +95,56 @@ pub(crate) fn status(status: Status) -> String {
         let _ = writeln!(text, "! {notice}");
     }
     text
+}
+
+/// A VM of which there is something to tell; those that are as they should be are in `vmgmtctl vms`.
+fn vm_state(vm: &VmState) -> String {
+    let VmState {
+        name,
+        state,
+        cause,
+        last_fault,
+    } = vm;
+    let usual = matches!(state.as_str(), "connected" | "away");
+    let cause = match cause.as_str() {
+        "" => String::new(),
+        cause => format!(" ({cause})"),
+    };
+    match last_fault {
+        None if usual => String::new(),
+        None => format!("VM {name}: {state}{cause}\n"),
+        Some(LastFault { time_ns, text }) => {
+            let moment = moment(*time_ns);
+            format!("VM {name}: {state}{cause}; last fault {moment}: {text}\n")
+        }
+    }
+}
+
+/// A time since 1970, in UTC, to the second.
+fn moment(time_ns: u64) -> String {
+    if time_ns == 0 {
+        return "at an unknown time".into();
+    }
+    let seconds = time_ns / 1_000_000_000;
+    let (year, month, day) = date(seconds / 86_400);
+    let (hours, minutes, seconds) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    format!("{year}-{month:02}-{day:02} {hours:02}:{minutes:02}:{seconds:02}Z")
+}
+
+/// Year, month and day, so many days after 1 January 1970. (Counted from 1 March of the year 0, so that a leap day is a year's last.)
+fn date(days: u64) -> (u64, u64, u64) {
+    let days = days + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let (month, next) = if month < 10 {
+        (month + 3, 0)
+    } else {
+        (month - 9, 1)
+    };
+    (era * 400 + year + next, month, day)
 }
 
 /// An upgrade, a line for the whole and one for each part.
@@ -362,6 +417,18 @@ mod tests {
                     ..SandboxedRole::default()
                 },
             ],
+            vm_states: ["connected", "frozen", "failed", "away"]
+                .into_iter()
+                .map(|state| VmState {
+                    name: format!("vm-{state}"),
+                    state: state.into(),
+                    cause: if state == "failed" { "bad" } else { "" }.into(),
+                    last_fault: (state == "away").then(|| LastFault {
+                        time_ns: 1_709_164_799_000_000_000,
+                        text: "a fault".into(),
+                    }),
+                })
+                .collect(),
         };
         assert_eq!(
             status(given),
@@ -369,8 +436,25 @@ mod tests {
              front: process 8 as user 61184:61184, no capabilities, landlock (ABI 7), seccomp\n\
              core: process 9 as user 0:0, CAPABILITIES 0x21, NO landlock, NO seccomp\n\
              ! core: the sandbox is off by configuration\n\
+             VM vm-frozen: frozen\nVM vm-failed: failed (bad)\nVM vm-away: away; last fault 2024-02-28 23:59:59Z: a fault\n\
              upgrade 3 to /new: denied\n    core: done, out of service for 12 ms\n    front: denied: it is old\n! core life 1 died\n"
         );
+    }
+
+    #[test]
+    fn a_time_is_told_with_its_date() {
+        for (seconds, told) in [
+            (1, "1970-01-01 00:00:01Z"),
+            (951_782_400, "2000-02-29 00:00:00Z"),
+            (1_709_164_800, "2024-02-29 00:00:00Z"),
+            (1_709_251_200, "2024-03-01 00:00:00Z"),
+            (1_795_420_331, "2026-11-23 07:52:11Z"),
+            (4_107_542_399, "2100-02-28 23:59:59Z"),
+            (4_107_542_400, "2100-03-01 00:00:00Z"),
+        ] {
+            assert_eq!(moment(seconds * 1_000_000_000), told);
+        }
+        assert_eq!(moment(0), "at an unknown time");
     }
 
     #[test]

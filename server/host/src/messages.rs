@@ -8,8 +8,9 @@ use crate::config::{CoreConfig, ListenerConfig, VmConfig};
 use crate::control::protocol::{Upgrade, UpgradeReport};
 use crate::fault;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::ops::RangeInclusive;
+use std::time::SystemTime;
 use vmgmt_ctl::protocol::SandboxedRole;
 use vmgmt_device::Tick;
 
@@ -96,6 +97,8 @@ pub enum FrontToKeeper {
     /// A session has ended (or its connection went away before it was admitted).
     SessionGone {
         session: u64,
+        #[serde(default)]
+        fault: SessionFault,
     },
     /// The core's beat has stood still while a fence or a doorbell is outstanding: kill it. `innocent`: it has not, but its death is the only
     /// fence that is left to a session (a fault of the front's): nobody is to be blamed for it.
@@ -119,6 +122,102 @@ pub enum FrontToKeeper {
     },
     /// How it is sandboxed, for the status that the keeper gives: said whenever it is told to a core.
     Sandboxed(Box<SandboxedRole>),
+}
+
+/// A fault of the front's own in a session.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SessionFault {
+    #[default]
+    None,
+    /// The session was ended for it.
+    Contained,
+    /// Its end failed, too: its number and slot are kept until no core knows of it.
+    Lost,
+}
+
+impl SessionFault {
+    /// Nothing of the session can be trusted any more.
+    #[must_use]
+    pub fn is_lost(self) -> bool {
+        self == Self::Lost
+    }
+}
+
+/// A line about the other roles, for `vmgmtctl log` and the status.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Notice {
+    pub text: String,
+    /// The VM whose device it took out of service.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fault_of: Option<String>,
+    /// When, in nanoseconds since 1970; 0: not known.
+    #[serde(default)]
+    pub time_ns: u64,
+}
+
+impl From<String> for Notice {
+    fn from(text: String) -> Self {
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let time_ns = since.map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX));
+        Self {
+            text,
+            fault_of: None,
+            time_ns,
+        }
+    }
+}
+
+impl Notice {
+    /// A session has ended; nothing, if that is nobody's fault.
+    #[must_use]
+    pub fn of_front(vm: Option<&str>, fault: SessionFault) -> Option<Self> {
+        let vm = vm.filter(|_| fault != SessionFault::None)?;
+        let price = match fault {
+            SessionFault::Lost => "; its end failed too, and the core was killed, which ended its DMA",
+            _ => "",
+        };
+        let text = format!(
+            "a fault of vmgmtd's front in the device of VM {vm:?}: that device ended{price}. Another comes by device_del and device_add, or by a restart of the VM; please report the panic in the log"
+        );
+        Some(Self {
+            fault_of: Some(vm.to_owned()),
+            ..text.into()
+        })
+    }
+
+    /// A session is put into quarantine.
+    #[must_use]
+    pub fn of_quarantine(vm: &str, session: u64) -> Self {
+        let text = format!(
+            "session {session} of VM {vm:?} kills the core again and again: its device is quarantined until `vmgmtctl release {vm}`"
+        );
+        Self {
+            fault_of: Some(vm.to_owned()),
+            ..text.into()
+        }
+    }
+
+    /// All of them as a keeper saves them: their texts, and, of those that tell of a fault, all.
+    #[must_use]
+    pub fn save(notices: &VecDeque<Self>) -> (Vec<String>, Vec<Self>) {
+        let texts = notices.iter().map(|notice| notice.text.clone());
+        let faults = notices.iter().filter(|notice| notice.fault_of.is_some());
+        (texts.collect(), faults.cloned().collect())
+    }
+
+    /// As they were, but for the time of those that tell of no fault.
+    #[must_use]
+    pub fn restore(texts: Vec<String>, faults: Vec<Self>) -> VecDeque<Self> {
+        let mut faults = faults.into_iter().peekable();
+        let whole = |text: String| {
+            let fault = faults.next_if(|fault| fault.text == text);
+            fault.unwrap_or(Self {
+                text,
+                ..Self::default()
+            })
+        };
+        texts.into_iter().map(whole).collect()
+    }
 }
 
 /// Keeper to core.
@@ -160,19 +259,28 @@ pub enum KeeperToCore {
     /// A core on trial is the core from now on.
     Go,
     /// Another core is to take over: fetch nothing more, end bulk work within so many milliseconds, then end in order.
-    Drain { deadline_ms: u64 },
+    Drain {
+        deadline_ms: u64,
+    },
     /// A VM exists from now on.
     Vm(VmConfig),
     /// It does not any more; its state is forgotten.
-    VmGone { vm: u64 },
+    VmGone {
+        vm: u64,
+    },
     /// Answer to a request of the core; or [`BURIED`].
-    Done { request: u64, error: Option<String> },
+    Done {
+        request: u64,
+        error: Option<String>,
+    },
     /// Answer to [`CoreToKeeper::Upgrade`], if it has begun ([`KeeperToCore::Done`] with an error, if not).
-    Upgrading { request: u64, number: u64 },
+    Upgrading {
+        request: u64,
+        number: u64,
+    },
     /// The last upgrade, as the status is to show it from now on.
     Upgrade(Box<UpgradeReport>),
-    /// A line about the other roles, for `vmgmtctl log` and the status.
-    Notice { text: String },
+    Notice(Notice),
     /// End in order: drain, write what is to be kept, exit 0.
     Stop,
 }
@@ -303,6 +411,38 @@ mod tests {
         let mut bytes = Vec::new();
         ciborium::into_writer(message, &mut bytes).unwrap();
         ciborium::from_reader(bytes.as_slice()).unwrap()
+    }
+
+    #[test]
+    fn a_notice_is_what_it_was_to_the_version_before_and_kept_by_a_keeper() {
+        #[derive(Debug, PartialEq, Serialize, Deserialize)]
+        enum NoticeBefore {
+            Notice { text: String },
+        }
+        let plain = Notice::from("core life 1 died".to_owned());
+        assert!(plain.time_ns > 0 && plain.fault_of.is_none());
+        let before: NoticeBefore = told(&KeeperToCore::Notice(plain.clone()));
+        let NoticeBefore::Notice { text } = &before;
+        assert_eq!(*text, plain.text);
+        let KeeperToCore::Notice(notice) = told(&before) else {
+            panic!("another message");
+        };
+        assert_eq!((notice.text, notice.time_ns), (plain.text.clone(), 0));
+        assert_eq!(Notice::of_front(Some("web"), SessionFault::None), None);
+        assert_eq!(
+            Notice::of_front(None, SessionFault::Lost),
+            None,
+            "nobody's device"
+        );
+        let ended = Notice::of_front(Some("web"), SessionFault::Contained).unwrap();
+        let lost = Notice::of_front(Some("db"), SessionFault::Lost).unwrap();
+        assert!(!ended.text.contains("its end failed too") && lost.text.contains("its end failed too"));
+        let notices = VecDeque::from([ended, plain, lost, Notice::of_quarantine("web", 7)]);
+        let (texts, faults) = Notice::save(&notices);
+        assert_eq!((texts.len(), faults.len()), (4, 3));
+        let mut expected = notices;
+        expected[1].time_ns = 0;
+        assert_eq!(Notice::restore(texts, faults), expected);
     }
 
     /// What the version before knew of a freeze, on both sides.

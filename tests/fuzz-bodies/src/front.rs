@@ -212,7 +212,7 @@ impl<'a> Play<'a> {
                 FrontToKeeper::CanServe { .. }
                 | FrontToKeeper::CannotHandOver { .. }
                 | FrontToKeeper::Serves { .. } => panic!("nobody asked for a hand-over"),
-                FrontToKeeper::SessionGone { session } => {
+                FrontToKeeper::SessionGone { session, .. } => {
                     assert!(self.sessions.remove(&session).is_some(), "gone once");
                     self.asked.retain(|asked| *asked != session);
                 }

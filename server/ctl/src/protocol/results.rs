@@ -52,6 +52,32 @@ pub struct Status {
     pub upgrade: Option<UpgradeReport>,
     /// How front and core are sandboxed; while the keeper answers, the front alone.
     pub sandbox: Vec<SandboxedRole>,
+    /// How each VM's devices are; empty while the keeper answers, whose notices tell of faults.
+    pub vm_states: Vec<VmState>,
+}
+
+/// How a VM's devices are.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VmState {
+    pub name: String,
+    /// The worst of its devices: `quarantined`, `failed`, `frozen`, `connected`; `away`: it has none now.
+    pub state: String,
+    /// Of a device that failed: why.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub cause: String,
+    /// The last time that a fault of the daemon's took a device of it out of service.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_fault: Option<LastFault>,
+}
+
+/// A fault of the daemon's.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LastFault {
+    /// Nanoseconds since 1970; 0: not known.
+    pub time_ns: u64,
+    pub text: String,
 }
 
 /// What a role may still do to the host.

@@ -17,7 +17,7 @@ use mio::{Registry, Token};
 use rustix::fd::OwnedFd;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
-use views::{failure, peer, shares, vm_of};
+use views::{failure, peer, shares, states, vm_of};
 use vmgmt_abi::Status;
 use vmgmt_core::interface::{ControlReply, ControlRequest};
 use vmgmt_device::Tick;
@@ -105,6 +105,8 @@ pub struct Books<'a> {
     pub lines: &'a Lines,
     /// How front and core are sandboxed.
     pub sandbox: &'a [protocol::SandboxedRole],
+    /// The last fault that took a device of a VM out of service, by the VM's name.
+    pub faults: &'a BTreeMap<String, protocol::LastFault>,
     /// Number of this core life, and when it began.
     pub life: u64,
     pub started: Instant,
@@ -138,6 +140,7 @@ impl Books<'_> {
             counters: BTreeMap::from([("frozen VMs".to_owned(), self.frozen.len() as u64)]),
             upgrade: self.upgrade.cloned(),
             sandbox: self.sandbox.to_vec(),
+            vm_states: states(self),
         }
     }
 }

@@ -12,7 +12,7 @@ use super::outbox::Outbox;
 use super::session::{Admission, Outside, Session};
 use crate::channel::Channel;
 use crate::config::DeviceConfig;
-use crate::messages::FrontToKeeper;
+use crate::messages::{FrontToKeeper, SessionFault};
 use anyhow::Context;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
@@ -331,7 +331,7 @@ impl Front {
             };
             session.queued = false;
             let core = self.core.as_ref().map(|core| core.life);
-            session.done |= session.abandoned && (core.is_none() || session.told_life != core);
+            session.done |= session.fault.is_lost() && (core.is_none() || session.told_life != core);
             let mut more = false;
             self.serve(slot, |session, outside| more = session.work(outside));
             if more {
@@ -379,11 +379,11 @@ impl Front {
         if catch_unwind(AssertUnwindSafe(|| self.serve_uncaught(slot, call))).is_ok() {
             return;
         }
-        let Some(session) = self.sessions.get(slot) else {
+        let Some(session) = self.sessions.get_mut(slot) else {
             return;
         };
-        let name = &session.name;
-        tracing::error!(session = session.number, vm = session.vm, client = %name, "a fault of ours in the device of {name}: the device ends, all others go on. The VM gets another by a restart, or by device_del and device_add; please report the panic above");
+        session.fault = SessionFault::Contained;
+        tracing::error!(session = session.number, vm = session.vm, client = %session.name, "a fault of ours in the device of {}: the device ends, all others go on. The VM gets another by a restart, or by device_del and device_add; please report the panic above", session.name);
         let end = |session: &mut Session, outside: &mut Outside<'_>| session.end(outside, "internal error");
         let ends = session.socket.is_some()
             && catch_unwind(AssertUnwindSafe(|| self.serve_uncaught(slot, end))).is_ok();
@@ -431,7 +431,7 @@ impl Front {
     pub(super) fn give_up_lost(&mut self) {
         let life = self.core.as_ref().map(|core| core.life);
         let known =
-            |session: &Session| session.abandoned && session.told_life.is_some() && session.told_life == life;
+            |session: &Session| session.fault.is_lost() && life.is_some() && session.told_life == life;
         if self.sessions.iter().any(|(_, session)| known(session)) {
             tracing::error!(
                 life,
@@ -462,11 +462,11 @@ impl Front {
         }
         if session.done {
             self.deadlines.remove(&(session.deadline, slot));
-            let number = session.number;
-            self.numbers.remove(&number);
+            let (session, fault) = (session.number, session.fault);
+            self.numbers.remove(&session);
             self.sessions.remove(slot);
             self.ready.retain(|other| *other != slot);
-            self.tell_keeper(FrontToKeeper::SessionGone { session: number });
+            self.tell_keeper(FrontToKeeper::SessionGone { session, fault });
         } else if session.can_go_on() {
             // It may have waited for a fence only: where nobody reads the answers, no readiness of the socket follows them.
             self.enqueue(slot);

@@ -10,7 +10,7 @@ use super::log_budget::LogBudget;
 use super::message_dma::{Answer, Ask, MessageDma};
 use super::socket::{self, Read};
 use crate::fault;
-use crate::messages::FrontToCore;
+use crate::messages::{FrontToCore, SessionFault};
 use crate::words::MappedWords;
 use rustix::fd::OwnedFd;
 use std::collections::BTreeMap;
@@ -77,8 +77,8 @@ pub struct Session {
     pub watch_unmask: Option<Option<Rc<OwnedFd>>>,
     /// Everything may be freed.
     pub done: bool,
-    /// Its end failed by a fault of ours: its number and slot are kept until no core knows of it.
-    pub abandoned: bool,
+    /// Of ours, in it.
+    pub fault: SessionFault,
     /// [`Session::has_messages_out`], as it was last booked.
     pub messages_out: bool,
     /// The core life that was told of this session.
@@ -113,7 +113,7 @@ impl Session {
             deadline: Tick::NEVER,
             watch_unmask: None,
             done: false,
-            abandoned: false,
+            fault: SessionFault::None,
             messages_out: false,
             told_life: None,
             kicked: 0,
@@ -335,7 +335,7 @@ impl Session {
 
     /// After a panic of ours in its end: nothing of it is trusted, so nothing of it is kept but its name.
     pub fn abandon(&mut self) {
-        self.abandoned = true;
+        self.fault = SessionFault::Lost;
         self.socket = None;
         self.device = None;
         self.connection = Connection::new();

@@ -6,7 +6,7 @@ use super::limits::SESSION_STATE_BYTES;
 use super::sockets::{Socket, listen_on};
 use super::vms::{Admission, Guest, Vm};
 use crate::config::{Identity, ListenerConfig, VmConfig};
-use crate::messages::{KeeperToCore, KeeperToFront};
+use crate::messages::{KeeperToCore, KeeperToFront, Notice, SessionFault};
 use crate::state_memory;
 use crate::words::{MappedWords, create_page};
 use anyhow::bail;
@@ -28,7 +28,7 @@ impl Keeper {
         let admitted = match admission {
             Admission::Refused(reason) => Err(reason),
             Admission::Admitted { vm, new } => self.admitted(session, vm, new, maps_max).map_err(|errno| {
-                self.session_gone(session);
+                self.session_gone(session, SessionFault::None);
                 format!("the host daemon has no memory or descriptors for another device: {errno}")
             }),
         };
@@ -65,7 +65,10 @@ impl Keeper {
         Ok((vm, name, vec![page.0, page.1, session_state]))
     }
 
-    pub(super) fn session_gone(&mut self, session: u64) {
+    pub(super) fn session_gone(&mut self, session: u64, fault: SessionFault) {
+        if let Some(notice) = Notice::of_front(self.vms.holding(session), fault) {
+            self.notice(notice);
+        }
         self.restarts.session_gone(session);
         self.session_states.remove(&session);
         if let Some(vm) = self.vms.session_gone(session) {
@@ -75,10 +78,8 @@ impl Keeper {
 
     /// The device of this session fails, so that its input kills no more cores; its neighbours do not see it.
     pub(super) fn quarantine(&mut self, session: u64) {
-        let vm = self.vms.holding(session).unwrap_or("?").to_owned();
-        self.notice(format!(
-            "session {session} of VM {vm:?} kills the core again and again: its device is quarantined until `vmgmtctl release {vm}`"
-        ));
+        let vm = self.vms.holding(session).unwrap_or("?");
+        self.notice(Notice::of_quarantine(vm, session));
         let quarantined = true;
         self.front
             .queue(KeeperToFront::Quarantine { session, quarantined }, Vec::new());

@@ -3,6 +3,7 @@
 use super::Keeper;
 use crate::control::protocol::{Call, Done, ErrorCode, Failure, Hello, Status, Upgrading};
 use crate::control::{Asked, ControlServer, Incoming};
+use crate::messages::Notice;
 use std::collections::BTreeMap;
 
 /// Where its tokens begin: those below only wake the loop.
@@ -78,7 +79,7 @@ impl Keeper {
             uptime_seconds: self.begin.elapsed().as_secs(),
             vms: self.vms.iter().count() as u64,
             sessions: self.vms.session_count() as u64,
-            notices: self.notices.iter().cloned().collect(),
+            notices: Notice::save(&self.notices).0,
             counters: BTreeMap::from([
                 ("core deaths".to_owned(), self.restarts.total()),
                 (
@@ -88,6 +89,7 @@ impl Keeper {
             ]),
             upgrade: self.upgrades.report().cloned(),
             sandbox: self.front_sandbox.iter().cloned().collect(),
+            ..Status::default()
         }
     }
 }

@@ -224,8 +224,8 @@ impl Keeper {
         if let Some(report) = self.upgrades.report().cloned() {
             child.queue(KeeperToCore::Upgrade(Box::new(report)), Vec::new());
         }
-        for text in &self.notices {
-            child.queue(KeeperToCore::Notice { text: text.clone() }, Vec::new());
+        for notice in &self.notices {
+            child.queue(KeeperToCore::Notice(notice.clone()), Vec::new());
         }
         tracing::info!("core life {life} is process {}", child.pid());
         let page = LifePage::new(MappedWords::read_only(&page_ro)?);

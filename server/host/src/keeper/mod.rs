@@ -39,7 +39,7 @@ use crate::channel::ChannelError;
 use crate::config::{Config, CoreConfig, ListenerConfig, ServerConfig, Source};
 use crate::control::ControlServer;
 use crate::control::protocol::{SandboxedRole, Upgrade};
-use crate::messages::{CoreToKeeper, FrontToKeeper, KeeperToCore, KeeperToFront};
+use crate::messages::{CoreToKeeper, FrontToKeeper, KeeperToCore, KeeperToFront, Notice};
 use crate::sandbox::Shares;
 use crate::state_memory;
 use anyhow::{Context, bail};
@@ -119,7 +119,7 @@ struct Keeper {
     announced: bool,
     /// When those who do not end in order are killed.
     stop_at: Option<Instant>,
-    notices: VecDeque<String>,
+    notices: VecDeque<Notice>,
     /// Waits until the log is written.
     flush_log: Box<dyn Fn()>,
 }
@@ -357,7 +357,7 @@ impl Keeper {
                     } => {
                         self.admit(listener, Guest { session, pid, uid });
                     }
-                    FrontToKeeper::SessionGone { session } => self.session_gone(session),
+                    FrontToKeeper::SessionGone { session, fault } => self.session_gone(session, fault),
                     FrontToKeeper::CoreStuck { life, innocent } => self.core_stuck(life, innocent),
                     FrontToKeeper::CanServe { .. }
                     | FrontToKeeper::CannotHandOver { .. }
@@ -489,11 +489,12 @@ impl Keeper {
         }
     }
 
-    fn notice(&mut self, text: String) {
-        tracing::warn!("{text}");
+    fn notice(&mut self, notice: impl Into<Notice>) {
+        let notice = notice.into();
+        tracing::warn!("{}", notice.text);
         // The one that serves now; the next is told of all at its start.
-        self.tell_core(KeeperToCore::Notice { text: text.clone() }, Vec::new());
-        self.notices.push_back(text);
+        self.tell_core(KeeperToCore::Notice(notice.clone()), Vec::new());
+        self.notices.push_back(notice);
         if self.notices.len() > NOTICES_MAX {
             self.notices.pop_front();
         }

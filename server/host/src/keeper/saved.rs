@@ -16,7 +16,7 @@ use super::{Keeper, Signals, watch};
 use crate::channel::Channel;
 use crate::config::{CoreConfig, ListenerConfig, ServerConfig, Source};
 use crate::control::protocol::{SandboxedRole, UpgradeReport};
-use crate::messages::{KeeperToCore, KeeperToFront};
+use crate::messages::{KeeperToCore, KeeperToFront, Notice};
 use crate::packed::{self, Carried, Packer, Refusal, Unpacker};
 use crate::sandbox::Shares;
 use crate::words::MappedWords;
@@ -59,6 +59,9 @@ pub(super) struct SavedKeeper {
     begun_ago: Duration,
     announced: bool,
     notices: Vec<String>,
+    /// Those of them that tell of a fault.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    faults: Vec<Notice>,
     front_sandbox: Option<SandboxedRole>,
     /// A keeper of the first days was where its program was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -167,6 +170,7 @@ impl Keeper {
         if stop_at.is_some() || self.signals.stop_is_asked() {
             return Err("vmgmtd is stopping".into());
         }
+        let (texts, faults) = Notice::save(notices);
         let now = Instant::now();
         let mut packer = Packer::default();
         let core = core
@@ -237,7 +241,8 @@ impl Keeper {
             restart_in: restart_at.saturating_duration_since(now),
             begun_ago: now.duration_since(*begin),
             announced: *announced,
-            notices: notices.iter().cloned().collect(),
+            notices: texts,
+            faults,
             front_sandbox: front_sandbox.clone(),
             path: Some(path.clone()),
             shares: shares.opened().map(|(path, _)| path.clone()).collect(),
@@ -351,7 +356,7 @@ impl Keeper {
             begin: before(saved.begun_ago),
             announced: saved.announced,
             stop_at: None,
-            notices: saved.notices.into(),
+            notices: Notice::restore(saved.notices, saved.faults),
             flush_log,
         };
         if let Err(error) = keeper.watch_all() {

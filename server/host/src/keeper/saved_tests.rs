@@ -7,7 +7,7 @@ use super::saved::{SavedKeeper, VERSION, VERSION_OLDEST};
 use super::*;
 use crate::config::{Access, Identity, ShareConfig, ShareGrant, VmConfig, VmLimits};
 use crate::control::protocol::UpgradeReport;
-use crate::messages::BURIED;
+use crate::messages::{BURIED, Notice};
 use crate::packed::{self, Refusal};
 use crate::sandbox::SandboxConfig;
 use crate::words::MappedWords;
@@ -227,7 +227,11 @@ pub(super) fn scene() -> Keeper {
         begin: now,
         announced: true,
         stop_at: None,
-        notices: ["core life 1 died".to_owned()].into(),
+        notices: [Notice {
+            text: "core life 1 died".into(),
+            ..Notice::default()
+        }]
+        .into(),
         flush_log: Box::new(|| ()),
     }
 }

@@ -245,6 +245,7 @@ impl EventLoop {
             vms: &self.vms,
             lines: &self.lines,
             sandbox: &self.sandbox,
+            faults: &self.faults,
             life: self.life,
             started: self.started,
             sessions: &self.sessions,

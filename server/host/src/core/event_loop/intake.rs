@@ -91,7 +91,9 @@ impl EventLoop {
                 self.hub.handle(now(), interface::Input::Vm(vm));
             }
             KeeperToCore::VmGone { vm } => {
-                self.vms.remove(&vm);
+                if let Some(vm) = self.vms.remove(&vm) {
+                    self.faults.remove(&vm.name);
+                }
                 self.thaw_unknown();
                 self.hub.handle(now(), interface::Input::VmGone { vm });
             }
@@ -120,7 +122,17 @@ impl EventLoop {
                     self.tell_keeper(&CoreToKeeper::Able { life: self.life })?;
                 }
             }
-            KeeperToCore::Notice { text } => self.log(None, text),
+            KeeperToCore::Notice(Notice {
+                text,
+                fault_of,
+                time_ns,
+            }) => {
+                if let Some(vm) = fault_of {
+                    let text = text.clone();
+                    self.faults.insert(vm, LastFault { time_ns, text });
+                }
+                self.log(None, text);
+            }
             KeeperToCore::Stop => self.stopping = true,
         }
         Ok(())
@@ -277,6 +289,7 @@ impl EventLoop {
                 vms: &self.vms,
                 lines: &self.lines,
                 sandbox: &self.sandbox,
+                faults: &self.faults,
                 life: self.life,
                 started: self.started,
                 sessions: &self.sessions,

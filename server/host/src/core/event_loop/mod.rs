@@ -25,7 +25,7 @@ use crate::core::sessions::{Session, Sessions};
 use crate::core::trial::Held;
 use crate::core::wake::Wake;
 use crate::fault;
-use crate::messages::{CoreToFront, CoreToKeeper, FrontToCore, KeeperToCore};
+use crate::messages::{CoreToFront, CoreToKeeper, FrontToCore, KeeperToCore, Notice};
 use crate::store::{Done, Store};
 use crate::words::MappedWords;
 use anyhow::{Context, anyhow, bail};
@@ -43,7 +43,7 @@ use vmgmt_abi::Status;
 use vmgmt_core::effect::{Effect, EffectId, FailedAt, Outcome};
 use vmgmt_core::interface::{self, ControlRequest};
 use vmgmt_core::{Hub, Record, RestoreError, Saved};
-use vmgmt_ctl::protocol::SandboxedRole;
+use vmgmt_ctl::protocol::{LastFault, SandboxedRole};
 use vmgmt_device::Tick;
 use vmgmt_device::page::{LifePage, TouchedPage, Words};
 use vmgmt_device::rings::{Input, Output};
@@ -117,6 +117,8 @@ pub struct EventLoop {
     upgrade: Option<Box<UpgradeReport>>,
     /// What this process may still do, and the front.
     sandbox: Vec<SandboxedRole>,
+    /// The last fault that took a device of a VM out of service, by the VM's name.
+    faults: BTreeMap<String, LastFault>,
     /// The keeper can read the configuration anew.
     reloads: bool,
     started: Instant,
@@ -293,6 +295,7 @@ impl EventLoop {
             lines: Lines::default(),
             upgrade: None,
             sandbox,
+            faults: BTreeMap::new(),
             reloads,
             started: Instant::now(),
             adopted: false,

@@ -1,11 +1,14 @@
 //! What the core knows, in the words of the control protocol.
 
 use super::Books;
-use crate::config::{Access, ShareGrant};
-use crate::control::protocol::{self, ErrorCode, Failure, Shares, Vm};
+use crate::config::{Access, ShareGrant, VmConfig};
+use crate::control::protocol::{self, ErrorCode, Failure, Shares, Vm, VmState};
+use crate::core::sessions::Session;
 use vmgmt_abi::Status;
+use vmgmt_abi::registers::DeviceState;
 use vmgmt_core::interface::VmStatus;
 use vmgmt_device::Tick;
+use vmgmt_device::page::control;
 
 pub(super) fn grant_text(grant: &ShareGrant) -> String {
     granted(&grant.share, grant.access)
@@ -98,6 +101,41 @@ pub(super) fn vm_of(vm: &VmStatus, books: &Books<'_>) -> Vm {
             .map(|(name, value)| (name.to_owned(), value))
             .collect(),
     }
+}
+
+/// How each VM's devices are.
+pub(super) fn states(books: &Books<'_>) -> Vec<VmState> {
+    let of = |vm: &VmConfig| {
+        let (state, cause) = state(vm.vm, books);
+        VmState {
+            name: vm.name.clone(),
+            state: state.into(),
+            cause,
+            last_fault: books.faults.get(&vm.name).cloned(),
+        }
+    };
+    books.vms.values().map(of).collect()
+}
+
+/// The worst of a VM's devices.
+fn state(vm: u64, books: &Books<'_>) -> (&'static str, String) {
+    let devices = || books.sessions.of_vm(vm).map(|(_, session)| session);
+    if devices().any(|device| device.front.control() & control::QUARANTINED != 0) {
+        return ("quarantined", String::new());
+    }
+    let failed = |device: &Session| match device.core.state(device.front.generation()) {
+        Some((DeviceState::FAILED, cause)) => Some(cause.describe().to_owned()),
+        _ => None,
+    };
+    if let Some(cause) = devices().find_map(failed) {
+        return ("failed", cause);
+    }
+    let state = match devices().next() {
+        None => "away",
+        Some(_) if books.frozen.contains_key(&vm) => "frozen",
+        Some(_) => "connected",
+    };
+    (state, String::new())
 }
 
 /// The protocol's failure for a hub's status.

@@ -7,6 +7,7 @@ use crate::front::descriptors::{Descriptors, Objects};
 use crate::front::limits;
 use crate::front::message_dma::{Ask, MessageDma};
 use crate::front::session::{Admission, Device, Session};
+use crate::messages::SessionFault;
 use crate::packed::{Carried, Packer, Refusal, Unpacker};
 use crate::words::MappedWords;
 use serde::{Deserialize, Serialize};
@@ -25,7 +26,11 @@ pub struct SavedSession {
     admission: SavedAdmission,
     name: String,
     quiet: bool,
+    /// Its fault was [`SessionFault::Lost`].
     abandoned: bool,
+    /// It was [`SessionFault::Contained`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    contained: bool,
     socket: Option<Carried>,
     connection: SavedConnection,
     device: Option<SavedDevice>,
@@ -118,7 +123,7 @@ impl SavedSession {
             deadline: _,
             watch_unmask: _,
             done: _,
-            abandoned,
+            fault,
             messages_out: _,
             told_life,
             kicked,
@@ -133,8 +138,9 @@ impl SavedSession {
             log,
         } = session;
         // Nothing of an abandoned session is trusted: its slot alone stays taken.
+        let abandoned = fault.is_lost();
         let nothing = Connection::new();
-        let (connection, device) = if *abandoned {
+        let (connection, device) = if abandoned {
             (&nothing, None)
         } else {
             (connection, device.as_ref())
@@ -142,7 +148,7 @@ impl SavedSession {
         let device = device
             .map(|device| save_device(*number, device, packer))
             .transpose()?;
-        let descriptors = descriptors.slots.iter().filter(|_| !*abandoned);
+        let descriptors = descriptors.slots.iter().filter(|_| !abandoned);
         Ok(Self {
             number: *number,
             slot: *slot,
@@ -155,7 +161,8 @@ impl SavedSession {
             },
             name: name.clone(),
             quiet: *quiet,
-            abandoned: *abandoned,
+            abandoned,
+            contained: *fault == SessionFault::Contained,
             socket: socket.as_ref().map(|socket| packer.carry(socket)),
             connection: connection.save(),
             device,
@@ -195,6 +202,7 @@ impl SavedSession {
             name,
             quiet,
             abandoned,
+            contained,
             socket,
             connection,
             device,
@@ -261,7 +269,11 @@ impl SavedSession {
             deadline: Tick::NEVER,
             watch_unmask: None,
             done: false,
-            abandoned,
+            fault: match (abandoned, contained) {
+                (true, _) => SessionFault::Lost,
+                (false, true) => SessionFault::Contained,
+                (false, false) => SessionFault::None,
+            },
             messages_out: false,
             told_life,
             kicked,

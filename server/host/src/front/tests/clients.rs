@@ -26,7 +26,7 @@ fn nothing_is_answered_before_the_keeper_has() {
     );
     assert_eq!((admitted.page.session(), admitted.page.vm()), (session, 3));
     drop(client);
-    assert!(matches!(bench.next(), FrontToKeeper::SessionGone { session: gone } if gone == session));
+    assert!(matches!(bench.next(), FrontToKeeper::SessionGone { session: gone, .. } if gone == session));
     bench.stop();
 }
 
@@ -46,7 +46,7 @@ fn a_refused_client_gets_an_error_to_its_version() {
     let early = Client::connect(&bench.path).unwrap();
     let session = bench.asked();
     drop(early);
-    assert!(matches!(bench.next(), FrontToKeeper::SessionGone { session: gone } if gone == session));
+    assert!(matches!(bench.next(), FrontToKeeper::SessionGone { session: gone, .. } if gone == session));
     bench.admit(session);
     bench.client();
     bench.stop();
@@ -70,7 +70,7 @@ fn several_sessions_live_side_by_side_and_protocol_errors_end_one() {
         .send_raw(&[1, 0, 9, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], &[])
         .unwrap();
     first.wait_closed().unwrap();
-    assert!(matches!(bench.next(), FrontToKeeper::SessionGone { session } if session == one.session));
+    assert!(matches!(bench.next(), FrontToKeeper::SessionGone { session, .. } if session == one.session));
     assert_eq!(second.read_u32(BAR0, 0).unwrap(), vmgmt_abi::MAGIC);
     bench.tell(&KeeperToFront::CloseVm { vm: 3 });
     second.wait_closed().unwrap();
@@ -155,7 +155,7 @@ fn what_a_client_said_before_it_went_is_done_though_nobody_reads_the_answers() {
         .region_write_posted(BAR0, doorbell, &200_u32.to_le_bytes())
         .unwrap();
     drop(client);
-    let FrontToKeeper::SessionGone { session } = bench.next() else {
+    let FrontToKeeper::SessionGone { session, .. } = bench.next() else {
         panic!("the session does not end with its stream")
     };
     assert_eq!(
@@ -201,7 +201,7 @@ fn a_client_that_went_while_all_its_answers_were_owed_ends_when_they_are_given()
     let gone = std::iter::repeat_with(|| bench.next())
         .find(|said| !matches!(said, FrontToKeeper::CoreStuck { .. }))
         .unwrap();
-    assert!(matches!(gone, FrontToKeeper::SessionGone { session } if session == admitted.session));
+    assert!(matches!(gone, FrontToKeeper::SessionGone { session, .. } if session == admitted.session));
     assert_eq!(admitted.page.doorbell(0) as u32, 7);
     bench.stop();
 }

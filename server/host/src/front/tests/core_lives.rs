@@ -242,6 +242,8 @@ fn the_end_of_a_session_waits_for_its_fence() {
     assert_ne!(core.session().slot, told.slot);
     told.page.set_fenced(told.front.fence());
     core.kick(told.slot);
-    assert!(matches!(bench.next(), FrontToKeeper::SessionGone { session } if session == admitted.session));
+    assert!(
+        matches!(bench.next(), FrontToKeeper::SessionGone { session, .. } if session == admitted.session)
+    );
     bench.stop();
 }

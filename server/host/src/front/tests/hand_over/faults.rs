@@ -49,7 +49,7 @@ fn a_session_that_panics_ends_in_order() {
     assert!(has_seen_the_end(&stage, 0));
     for told in [
         "core: SessionGone { session: 1000 }",
-        "keeper: SessionGone { session: 1000 }",
+        "keeper: SessionGone { session: 1000, fault: Contained }",
     ] {
         assert_eq!(times(&stage, told), 1, "{told}: {:#?}", stage.story);
     }
@@ -59,7 +59,10 @@ fn a_session_that_panics_ends_in_order() {
     let third = stage.connect();
     panics(&mut stage, third, |_| {});
     assert!(has_seen_the_end(&stage, third));
-    assert_eq!(times(&stage, "keeper: SessionGone { session: 1002 }"), 1);
+    assert_eq!(
+        times(&stage, "keeper: SessionGone { session: 1002, fault: Contained }"),
+        1
+    );
     one_is_left(&mut stage);
 }
 
@@ -85,7 +88,10 @@ fn a_session_whose_end_panics_is_gone_with_the_core_that_knows_it() {
             "its memory is the core's until that is dead"
         );
         stage.core_begins();
-        assert_eq!(times(&stage, "keeper: SessionGone { session: 1000 }"), 1);
+        assert_eq!(
+            times(&stage, "keeper: SessionGone { session: 1000, fault: Lost }"),
+            1
+        );
         assert_eq!(
             times(&stage, "core: Session { session: 1001"),
             1 + usize::from(!earlier)
@@ -102,6 +108,9 @@ fn without_a_core_a_lost_session_is_gone_at_once() {
         stage.negotiate(peer);
     }
     panics(&mut stage, 0, |session| session.socket = None);
-    assert_eq!(times(&stage, "keeper: SessionGone { session: 1000 }"), 1);
+    assert_eq!(
+        times(&stage, "keeper: SessionGone { session: 1000, fault: Lost }"),
+        1
+    );
     one_is_left(&mut stage);
 }
