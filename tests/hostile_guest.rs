@@ -1,6 +1,8 @@
 //! Guests that lie: with their rings, with their memory, by leaving. Each fails by itself; its neighbour's transfer goes on, nothing
 //! panics, and front and core stay the processes they were.
 
+#[path = "hostile_guest/failing_disk.rs"]
+mod failing_disk;
 #[path = "hostile_guest/leaving.rs"]
 mod leaving;
 #[path = "hostile_guest/memory.rs"]

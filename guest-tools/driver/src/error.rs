@@ -6,6 +6,7 @@
 use std::io;
 use std::time::Duration;
 
+use vmgmt_abi::file::unknown;
 use vmgmt_abi::{Budget, Opcode, Status};
 
 /// Result of everything in this crate.
@@ -25,6 +26,9 @@ impl std::fmt::Display for Refusal {
         write!(f, "{:?}: {}", self.opcode, self.status.describe())?;
         match self.status {
             Status::OVER_BUDGET => write!(f, " ({})", Budget(self.detail).describe()),
+            Status::OUTCOME_UNKNOWN if self.detail == unknown::NOT_DURABLE => f.write_str(
+                " (the file is there, under its name, and whole; only whether it would be after a power cut is not known)",
+            ),
             status if status.name().is_none() => write!(f, " (status {})", status.0),
             _ => Ok(()),
         }

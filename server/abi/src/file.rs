@@ -5,6 +5,12 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 /// `offset` of PUT and OFFER when the length is not known at the start.
 pub const SIZE_UNKNOWN: u64 = u64::MAX;
 
+/// `Completion::detail` of COMMIT and RENAME with OUTCOME_UNKNOWN.
+pub mod unknown {
+    /// The file has its name, and was to be durable; then the disk failed: whether a power cut would leave it there is not known.
+    pub const NOT_DURABLE: u32 = 1;
+}
+
 /// What to do with an existing target (PUT, RENAME): `argument` bits 0..4.
 pub mod existing {
     pub const REFUSE: u64 = 0;

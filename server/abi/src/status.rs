@@ -63,7 +63,7 @@ open_enum! {
         WRONG_MODE = 19, "the ring or the port window was opened in another mode";
         TOO_LARGE = 20, "too large for the buffer or for a limit";
         REFUSED = 21, "the peer refused";
-        OUTCOME_UNKNOWN = 22, "the host daemon was replaced meanwhile and cannot tell whether it was done";
+        OUTCOME_UNKNOWN = 22, "whether it is done, and on the disk where that was asked for, cannot be told: the host daemon was replaced meanwhile, or the disk failed";
         READ_ONLY = 23, "the share is read-only for this VM";
         NOT_A_FILE = 24, "not a regular file";
         ENDED = 25, "the stream has ended";

@@ -68,6 +68,7 @@ fn dump() -> String {
     numbers!(dump, vmgmt_abi::ring::completion_flag: PHASE, MORE, END);
     numbers!(dump, vmgmt_abi::ring::event_offset: SUBMISSION_TAIL, COMPLETION_HEAD, COMPLETION_EVENT, NONCE, SUBMISSION_HEAD, SUBMISSION_EVENT);
     numbers!(dump, vmgmt_abi::file: SIZE_UNKNOWN);
+    numbers!(dump, vmgmt_abi::file::unknown: NOT_DURABLE);
     numbers!(dump, vmgmt_abi::file::existing: REFUSE, REPLACE, RENAME, MASK);
     numbers!(dump, vmgmt_abi::file::put: RESUME, SET_PERMISSIONS, PERMISSIONS_SHIFT, UNCHECKED, KNOWN);
     numbers!(dump, vmgmt_abi::file::open: READ, WRITE, CREATE, EXCLUSIVE, TRUNCATE, KNOWN);

@@ -214,6 +214,10 @@ pub enum Outcome {
         entries: Vec<(String, StatRecord)>,
         next: u64,
     },
+    /// As `Committed`, but the disk failed when the name was to be made durable: whether it would outlive the machine is not known.
+    NotDurable {
+        path: String,
+    },
     Failed {
         status: u16,
         budget: u32,

@@ -41,6 +41,8 @@ struct Disk {
     files: BTreeMap<u64, (Vec<u8>, SystemTime)>,
     holds_next: bool,
     held: Option<Held>,
+    /// What is asked to be on the disk for good does not get there.
+    directories_fail: bool,
 }
 
 impl Disk {
@@ -151,6 +153,11 @@ impl LateDisk {
     /// The next write waits, alone.
     pub fn hold_next_write(&self) {
         self.disk().holds_next = true;
+    }
+
+    /// From now on no name can be made durable (`true`), or each can: `fsync` of the directory fails.
+    pub fn fail_directory_syncs(&self, fail: bool) {
+        self.disk().directories_fail = fail;
     }
 
     /// Waits until it has come.
@@ -357,6 +364,21 @@ impl Filesystem for Root {
         match lock(&self.0).names.remove(name) {
             Some(_) => reply.ok(),
             None => reply.error(Errno::ENOENT),
+        }
+    }
+
+    fn fsyncdir(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        _handle: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        if lock(&self.0).directories_fail {
+            reply.error(Errno::EIO);
+        } else {
+            reply.ok();
         }
     }
 

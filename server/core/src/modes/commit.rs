@@ -3,7 +3,7 @@
 //! In: COMMIT, outcomes of its steps. Out: effects, the answer. It never knows where a share is.
 
 use super::coverage::Coverage;
-use super::file::failure;
+use super::file::{failure, not_durable};
 use super::puts::{Commit, PutOpening, Puts, Step, forget, open_put};
 use super::{Submitted, Uses, Verdict};
 use crate::effect::{Effect, FileSlot, Outcome};
@@ -93,7 +93,12 @@ impl Puts {
                 });
             }
             (Step::Naming, Outcome::Committed { path }) => {
-                self.named(office, handle, &path);
+                self.named(office, handle, &path, Answer::ok(0));
+                return;
+            }
+            // It is there, and has to be said to be: so nobody puts it a second time, or waits for what a power cut may have taken.
+            (Step::Naming, Outcome::NotDurable { path }) => {
+                self.named(office, handle, &path, not_durable());
                 return;
             }
             (step, outcome) => {
@@ -110,7 +115,8 @@ impl Puts {
         self.advance(office, handle);
     }
 
-    fn named(&mut self, office: &mut Office, handle: u64, path: &str) {
+    /// The file has its name; `answer`: what the guest is told, with that.
+    fn named(&mut self, office: &mut Office, handle: u64, path: &str, answer: Answer) {
         let Some(put) = self.remove(office, handle) else {
             return;
         };
@@ -132,7 +138,11 @@ impl Puts {
         } else {
             Vec::new()
         };
-        let answer = Answer::ok_extra(payload.len() as u64, name.len() as u64);
+        let answer = Answer {
+            result: payload.len() as u64,
+            extra: name.len() as u64,
+            ..answer
+        };
         office.settle(commit.token, answer, payload, closed);
     }
 }

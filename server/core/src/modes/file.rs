@@ -15,7 +15,7 @@ use crate::policy::Access;
 use crate::refusal::Refusal;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
-use vmgmt_abi::file::open;
+use vmgmt_abi::file::{open, unknown};
 use vmgmt_abi::{Opcode, Status};
 use vmgmt_device::rings::{Answer, Fetched, Token};
 
@@ -383,6 +383,14 @@ pub fn failure(outcome: &Outcome) -> Answer {
             ..failed(*status)
         },
         _ => Answer::failed(Status::IO_ERROR),
+    }
+}
+
+/// What was asked for is done, but not known to be durable.
+pub fn not_durable() -> Answer {
+    Answer {
+        detail: unknown::NOT_DURABLE,
+        ..Answer::failed(Status::OUTCOME_UNKNOWN)
     }
 }
 

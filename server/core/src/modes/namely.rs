@@ -4,7 +4,7 @@
 //! be done to that one; do it. A submission that comes again with such an intent is done only where the files do not show it done already.
 //! It never knows a path of the host.
 
-use super::file::{failure, granted};
+use super::file::{failure, granted, not_durable};
 use super::names::{self, SharePath};
 use super::{Submitted, Uses, Verdict};
 use crate::effect::{Effect, Identity, Outcome};
@@ -228,6 +228,7 @@ pub fn identified(office: &mut Office, token: Token, operation: NameOperation, o
 pub fn named(office: &mut Office, token: Token, again: bool, outcome: &Outcome) {
     let answer = match outcome {
         Outcome::Done | Outcome::Committed { .. } => Answer::ok(0),
+        Outcome::NotDurable { .. } => not_durable(),
         // A broken disk shows nobody what its first life did.
         Outcome::Failed { status, .. } if again && *status == Status::IO_ERROR.0 => {
             Answer::failed(Status::OUTCOME_UNKNOWN)

@@ -43,6 +43,14 @@ impl House {
         }
     }
 
+    fn named(&self, durable: bool, path: String) -> Outcome {
+        if durable && self.undurable {
+            Outcome::NotDurable { path }
+        } else {
+            Outcome::Committed { path }
+        }
+    }
+
     fn opened(&mut self, share: &str, path: &str) -> Outcome {
         let size = self.files[&(share.to_owned(), path.to_owned())].len() as u64;
         let slot = self.slot(share, path);
@@ -290,12 +298,13 @@ impl House {
                 target,
                 existing,
                 bytes,
+                durable,
                 ..
             } => {
                 let open = self.slots[&slot.index].path.clone();
                 if open != *temporary {
                     self.slots.remove(&slot.index);
-                    return Outcome::Committed { path: open };
+                    return self.named(*durable, open);
                 }
                 let mut target = target.clone();
                 if self.files.contains_key(&key(share, &target)) {
@@ -309,7 +318,7 @@ impl House {
                 self.remove_name(share, &target);
                 self.move_name(share, temporary, &target);
                 assert!(self.slots.remove(&slot.index).is_some());
-                Outcome::Committed { path: target }
+                self.named(*durable, target)
             }
             Effect::Reopen {
                 share,
@@ -420,10 +429,11 @@ impl House {
                 target,
                 existing,
                 intended,
+                durable,
                 ..
             } => {
                 if intended.is_some() && self.identity_of(share, target) == *intended {
-                    return Outcome::Committed { path: target.clone() };
+                    return self.named(*durable, target.clone());
                 }
                 if self.identity_of(share, source).is_none() {
                     return failed(if intended.is_some() {
@@ -433,14 +443,14 @@ impl House {
                     });
                 }
                 if source == target && *existing != existing::REFUSE {
-                    return Outcome::Committed { path: target.clone() };
+                    return self.named(*durable, target.clone());
                 }
                 if *existing == existing::REFUSE && self.identity_of(share, target).is_some() {
                     return failed(Status::EXISTS);
                 }
                 self.remove_name(share, target);
                 self.move_name(share, source, target);
-                Outcome::Committed { path: target.clone() }
+                self.named(*durable, target.clone())
             }
             Effect::Sweep {
                 share,

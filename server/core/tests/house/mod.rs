@@ -78,6 +78,8 @@ pub struct House {
     pub unmapped: BTreeSet<Token>,
     /// Effects fail, but those that tidy up.
     pub failing: bool,
+    /// The disk fails when a name is to be made durable.
+    pub undurable: bool,
     /// After each input the hub is packed and unpacked.
     pub repack: bool,
     /// After each input the journal is replayed on an empty hub.
@@ -129,6 +131,7 @@ impl House {
             unpublished: BTreeSet::new(),
             unmapped: BTreeSet::new(),
             failing: false,
+            undurable: false,
             repack: true,
             replay: true,
             undead: BTreeSet::new(),

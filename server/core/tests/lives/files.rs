@@ -2,7 +2,7 @@
 
 use crate::house::{Ask, House};
 use crate::{A, B, at_every_output, bytes};
-use vmgmt_abi::file::{OfferHeader, SIZE_UNKNOWN, open, put};
+use vmgmt_abi::file::{OfferHeader, SIZE_UNKNOWN, open, put, unknown};
 use vmgmt_abi::ring::{completion_flag, flag};
 use vmgmt_abi::{Opcode, Status};
 use vmgmt_device::rings::Token;
@@ -39,6 +39,44 @@ fn a_put_is_whole_whenever_the_core_dies() {
             );
         });
     }
+}
+
+#[test]
+fn a_name_that_is_not_known_to_be_durable_is_said_to_be_there() {
+    at_every_output(|house| {
+        house.undurable = true;
+        let handle = house.ok(A, Ask::new(Opcode::PUT).meta("rw/f").offset(SIZE_UNKNOWN));
+        house.ok(A, Ask::new(Opcode::WRITE).handle(handle).data("contents"));
+        let commit = Ask::new(Opcode::COMMIT).handle(handle).offset(8).room(64);
+        let committed = house.ask(A, commit.flags(flag::DURABLE));
+        let (answer, name) = house.answer(committed).clone();
+        assert_eq!(
+            (
+                Status(answer.status),
+                answer.detail,
+                answer.result,
+                name.as_slice()
+            ),
+            (Status::OUTCOME_UNKNOWN, unknown::NOT_DURABLE, 4, &b"rw/f"[..])
+        );
+        assert_eq!(house.file("rw", "f").unwrap(), b"contents");
+        // It is no put any more, and can be used as what it is.
+        let more = Ask::new(Opcode::WRITE).handle(handle).data("more");
+        house.fails(A, more, Status::STALE);
+        let rename = Ask::new(Opcode::RENAME).meta("rw/f\0rw/g");
+        let renamed = house.ask(A, rename.clone().flags(flag::DURABLE));
+        let answer = house.answer(renamed).0;
+        assert_eq!(
+            (Status(answer.status), answer.detail),
+            (Status::OUTCOME_UNKNOWN, unknown::NOT_DURABLE)
+        );
+        house.ok(A, Ask::new(Opcode::RENAME).meta("rw/g\0rw/h"));
+        assert_eq!(house.file("rw", "h").unwrap(), b"contents");
+        assert_eq!(
+            (house.slots_open(), house.hub.vm_statuses()[0].open_files),
+            (0, 0)
+        );
+    });
 }
 
 #[test]

@@ -301,7 +301,10 @@ impl Store {
         let finished = self.pool.take_finished();
         for Finished { effect, done } in &finished {
             if let Some(slot) = self.committing.remove(effect)
-                && matches!(done, Done::Outcome(Outcome::Committed { .. }))
+                && matches!(
+                    done,
+                    Done::Outcome(Outcome::Committed { .. } | Outcome::NotDurable { .. })
+                )
             {
                 self.close(0, slot);
             }

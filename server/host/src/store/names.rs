@@ -284,13 +284,14 @@ struct Naming<'a> {
 }
 
 impl Naming<'_> {
-    /// Has the name that it got written to the disk, if that was asked for.
-    fn sync(&self, share: &Share, path: &str) -> Result<(), Errno> {
-        if !self.durable {
-            return Ok(());
+    /// It has this name now; which is written to the disk, if that was asked for.
+    fn got(&self, share: &Share, path: String) -> Outcome {
+        let sync = || sync_parent(share, &path).and_then(|()| sync_parent(share, self.source));
+        if self.durable && sync().is_err() {
+            Outcome::NotDurable { path }
+        } else {
+            Outcome::Committed { path }
         }
-        sync_parent(share, path)?;
-        sync_parent(share, self.source)
     }
 }
 
@@ -311,11 +312,10 @@ fn commit(
         // to be published.
         return match name_of(share, name.target, name.policy, identity) {
             Ok(Some(path)) => {
-                if name.durable {
-                    fsync(file.fd())?;
+                if name.durable && fsync(file.fd()).is_err() {
+                    return Ok(Outcome::NotDurable { path });
                 }
-                name.sync(share, &path)?;
-                Ok(Outcome::Committed { path })
+                Ok(name.got(share, path))
             }
             Ok(None) | Err(_) if again => Ok(unknown()),
             Ok(None) => Err(Errno::STALE),
@@ -330,8 +330,7 @@ fn commit(
         fsync(file.fd())?;
     }
     let path = give_name(share, name.source, name.target, name.policy)?;
-    name.sync(share, &path)?;
-    Ok(Outcome::Committed { path })
+    Ok(name.got(share, path))
 }
 
 fn rename(share: &Share, name: &Naming<'_>, intended: Option<Identity>) -> Result<Outcome, Errno> {
@@ -348,8 +347,7 @@ fn rename(share: &Share, name: &Naming<'_>, intended: Option<Identity>) -> Resul
         Some(path) => path,
         None => give_name(share, name.source, name.target, name.policy)?,
     };
-    name.sync(share, &path)?;
-    Ok(Outcome::Committed { path })
+    Ok(name.got(share, path))
 }
 
 /// Moves `source` to `target` under a policy for an existing target; the name it got.
