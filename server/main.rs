@@ -14,7 +14,7 @@ use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 use vmgmt_host::config::{self, Config, Flags, Source};
 use vmgmt_host::sandbox::{self, Account, Role, SandboxConfig};
-use vmgmt_host::{core, front, keeper, reader};
+use vmgmt_host::{core, descriptor_room, front, keeper, reader};
 
 /// Gives many QEMU virtual machines one management device (vfio-user) for files, messages and more.
 ///
@@ -127,10 +127,11 @@ fn for_children(log: String, sandbox: bool, front: Option<Account>) -> Vec<Strin
     words
 }
 
-// Both enter the sandbox while they have one thread; the log is the second.
+// Both make room for descriptors and enter the sandbox while they have one thread; the log is the second.
 
 fn run_front(arguments: &Arguments, parent: u32) -> anyhow::Result<()> {
     let channel = keeper::enter_role("front", parent)?;
+    descriptor_room::make();
     let config = SandboxConfig {
         enabled: arguments.sandbox != Some(Switch::Off),
         front: arguments.front_account,
@@ -142,6 +143,7 @@ fn run_front(arguments: &Arguments, parent: u32) -> anyhow::Result<()> {
 
 fn run_core(arguments: &Arguments, parent: u32) -> anyhow::Result<()> {
     let channel = keeper::enter_role("core", parent)?;
+    descriptor_room::make();
     let Some(start) = core::Start::receive(channel)? else {
         return Ok(());
     };

@@ -10,6 +10,7 @@ pub mod channel;
 pub mod config;
 pub mod control;
 pub mod core;
+pub mod descriptor_room;
 mod fault;
 pub mod front;
 pub mod keeper;
