@@ -175,7 +175,6 @@ impl Front {
             .first()
             .map_or(Tick::NEVER, |(deadline, _)| *deadline);
         let core = self.core.as_ref().map_or(Tick::NEVER, CoreLink::deadline);
-        // The kernel does not say when descriptors under way have become fewer.
         let queued = self.core.as_ref().is_some_and(|core| !core.outbox.is_empty());
         let flush = if queued {
             self.now.after_ns(limits::FLUSH_RETRY_NS)
@@ -198,10 +197,7 @@ impl Front {
     fn event(&mut self, event: &mio::event::Event) {
         match event.token() {
             KEEPER => self.keeper_ready = true,
-            CORE => {
-                self.core_ready = true;
-                self.flush_core();
-            }
+            CORE => self.core_ready = true,
             WAKE => {}
             Token(token) if token >= SESSIONS => {
                 let slot = (token - SESSIONS) / 2;

@@ -37,11 +37,8 @@ impl Front {
 
     /// Takes a link to the core into service.
     pub(super) fn watch_core(&mut self, core: CoreLink) -> std::io::Result<()> {
-        self.register(
-            core.outbox.channel().as_fd().as_raw_fd(),
-            CORE,
-            Interest::READABLE | Interest::WRITABLE,
-        )?;
+        let channel = core.outbox.channel().as_fd().as_raw_fd();
+        self.register(channel, CORE, Interest::READABLE)?;
         self.register(core.wake_front.as_raw_fd(), WAKE, Interest::READABLE)?;
         self.core = Some(core);
         self.core_ready = true;
