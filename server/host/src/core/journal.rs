@@ -12,6 +12,9 @@ use vmgmt_device::page::{LAYOUT, Words, is_readable};
 
 /// A journal longer than this and four times its snapshot is worth a new snapshot.
 const JOURNAL_BYTES_MIN: usize = 1 << 20;
+/// One longer than this and its snapshot is worth a new snapshot while there is nothing else to do: after a death the next core reads all of it
+/// before it serves anybody, about a millisecond for so much.
+const JOURNAL_BYTES_IDLE: usize = 256 << 10;
 const COMMIT: usize = 1;
 const HALF_WORDS: usize = 2;
 const HALVES: usize = 8;
@@ -47,6 +50,8 @@ pub struct Recovered {
 pub struct Fill {
     /// A new snapshot pays: there are many records, or they take room that is needed.
     pub compact: bool,
+    /// It pays where nobody waits for anything else.
+    pub compact_idle: bool,
     /// Nearly full: nothing that makes the state larger should be taken. A quarter is left for what was taken already, and for what makes it smaller.
     pub full: bool,
 }
@@ -64,6 +69,7 @@ impl Fill {
         let compact = long || (much && journal_bytes > room_bytes / 16);
         Self {
             compact,
+            compact_idle: journal_bytes > JOURNAL_BYTES_IDLE && journal_bytes > snapshot_bytes,
             full: much && !compact,
         }
     }
@@ -318,7 +324,7 @@ mod tests {
     fn a_memory_that_fills_is_compacted_first_and_full_then() {
         const ROOM: usize = 128 << 20;
         let of = |snapshot: usize, journal: usize| {
-            let Fill { compact, full } = Fill::of(ROOM, snapshot << 20, journal << 20);
+            let Fill { compact, full, .. } = Fill::of(ROOM, snapshot << 20, journal << 20);
             (compact, full)
         };
         assert_eq!(of(0, 1), (false, false));
@@ -329,6 +335,13 @@ mod tests {
         assert_eq!(of(92, 3), (false, false));
         assert_eq!(of(92, 5), (false, true));
         assert_eq!(of(100, 0), (false, true));
+        let idle =
+            |snapshot: usize, journal: usize| Fill::of(ROOM, snapshot << 10, journal << 10).compact_idle;
+        assert!(!idle(0, 256) && idle(0, 257) && idle(256, 257), "a little");
+        assert!(
+            !idle(5000, 5000) && idle(5000, 5001),
+            "as much as would be written"
+        );
     }
 
     #[test]

@@ -325,7 +325,7 @@ impl EventLoop {
         }
     }
 
-    fn fill(&self) -> Fill {
+    pub(super) fn fill(&self) -> Fill {
         let journal = &self.journal;
         Fill::of(journal.room_bytes(), self.snapshot_bytes, journal.journal_bytes())
     }

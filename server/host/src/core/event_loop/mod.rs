@@ -333,11 +333,16 @@ impl EventLoop {
             if worked && now.since_ns(self.looked) < patience_ns {
                 continue;
             }
-            let timeout = if worked {
+            let mut timeout = if worked {
                 Some(Duration::ZERO)
             } else {
                 self.sleep_time(now)
             };
+            if timeout != Some(Duration::ZERO) && self.fill().compact_idle {
+                self.take_snapshot()?;
+                // The hub may have more to say now.
+                timeout = Some(Duration::ZERO);
+            }
             // Who is awake again so soon need not be woken for each result of the workers.
             let looks_soon = timeout.is_some_and(|timeout| timeout.as_nanos() <= u128::from(SPARED_NS));
             let untold = !self.store.promise(looks_soon);
