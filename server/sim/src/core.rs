@@ -6,7 +6,6 @@
 //! The order of what it does is the order of the real loop; where the two differ, the simulator proves nothing.
 
 mod carry;
-pub mod freezes;
 mod freezing;
 mod intake;
 mod records;
@@ -20,7 +19,6 @@ use crate::ram::Complaints;
 use crate::reach::Reach;
 use crate::wires::{Eventfd, Spindle, ToCore, Wires};
 use crate::world::{Glass, Replies};
-use freezes::Freezes;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
@@ -33,6 +31,7 @@ use vmgmt_core::{Hub, Saved};
 use vmgmt_device::Tick;
 use vmgmt_device::page::{CorePage, FrontPage, LifePage, TouchedPage};
 use vmgmt_device::rings::{Buffer, Channel, Input, Modes, Rings, Settings, Token, Turn, check_state};
+use vmgmt_host::core::freezes::{self, Freezes};
 use vmgmt_host::core::journal::{Fill, Journal, JournalError};
 use vmgmt_host::core::sessions::part_of;
 use vmgmt_host::messages::CoreToFront;

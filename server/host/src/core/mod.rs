@@ -8,6 +8,7 @@
 
 pub mod bulk;
 mod event_loop;
+pub mod freezes;
 pub mod journal;
 pub mod lines;
 pub mod memory;

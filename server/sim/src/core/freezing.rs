@@ -1,6 +1,6 @@
-//! GARDEN, freezes in the core: what the room says about them, carried to the front and to the operator.
+//! GARDEN, freezes in the core: what the product's own room says about them, carried to the front and to the operator.
 //!
-//! In: wishes of an operator, levels of the front. Out: packets, answers. As `host/core/event_loop/freeze.rs`.
+//! In: wishes of an operator, levels of the front. Out: packets, answers. The carrying is as in `host/core/event_loop/freeze.rs`.
 
 use super::*;
 
@@ -21,15 +21,16 @@ impl Core {
         self.outside.wires.wake_core.set(true);
     }
 
-    /// Answers those whose VM is quiet, as `host/core/event_loop/freeze.rs`.
+    /// Answers those whose VM is quiet, and those who have waited too long.
     pub(super) fn run_freezes(&mut self, now: Tick) {
         let sessions = &self.sessions;
         self.freezes.run(now, |vm, told| {
             if !told {
-                return Some("the front has not put it into its pages".into());
+                return Err("the front has not put it into its pages".into());
             }
-            let mut of_vm = sessions.map.values().filter(|session| session.vm == vm);
-            of_vm.find_map(|session| session.memory.busy_with())
+            let of_vm = || sessions.map.values().filter(|session| session.vm == vm);
+            let busy = of_vm().find_map(|session| session.memory.busy_with());
+            busy.map_or_else(|| Ok(of_vm().count() as u64), Err)
         });
         self.carry_freezes();
     }
@@ -51,6 +52,7 @@ impl Core {
                     };
                     self.to_front.push_back((wish, Vec::new()));
                 }
+                freezes::Output::Lifted { .. } => {}
                 freezes::Output::Answer {
                     client,
                     id,

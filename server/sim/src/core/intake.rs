@@ -98,7 +98,7 @@ impl Core {
                 request,
                 kept,
             } => {
-                self.freezes.handle_level(vm, until, request, kept);
+                self.freezes.handle_level(now, vm, until, request, kept);
                 self.carry_freezes();
             }
             ToCore::DmaAnswer {

@@ -6,13 +6,13 @@
 use super::World;
 use crate::clockwork::Clock;
 use crate::core::Core;
-use crate::core::freezes::Answer;
 use crate::limits::FREEZE_NS_MAX_BITS;
 use crate::ram::{Complaints, Ram};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use vmgmt_device::Tick;
+use vmgmt_host::core::freezes::Answer;
 
 /// Where the answers come, and what they are held against. It breaks when a VM moves behind it.
 #[derive(Debug)]
@@ -38,7 +38,7 @@ impl Glass {
     pub fn answer(&self, _client: u64, id: u64, vm: u64, answer: Answer) {
         // (Its time may be over before the answer comes.)
         let until = self.untils.borrow().get(&id).copied();
-        if answer == Answer::Quiet
+        if matches!(answer, Answer::Quiet { .. })
             && until.is_some_and(|until| until > self.clock.now())
             && let Some(ram) = self.rams.get(&vm)
         {
@@ -179,7 +179,7 @@ impl World {
     fn answered(&mut self, id: u64, vm: u64, answer: Answer) {
         let standing = self.freezer.vms.get(&vm).copied();
         match (standing, &answer) {
-            (Some(Standing::Asked { id: asked, until, .. }), Answer::Quiet) if asked == id => {
+            (Some(Standing::Asked { id: asked, until, .. }), Answer::Quiet { .. }) if asked == id => {
                 self.freezer.quiets += 1;
                 self.freezer.vms.insert(vm, Standing::Frozen { until });
                 self.note(format!("VM {vm} is quiet"));
@@ -217,7 +217,9 @@ impl World {
                     self.complaints
                         .add(format!("VM {vm}: {answer:?} does not answer what was asked"));
                 }
-                if answer == Answer::Quiet && !matches!(standing, Some(Standing::Frozen { .. })) {
+                if matches!(answer, Answer::Quiet { .. })
+                    && !matches!(standing, Some(Standing::Frozen { .. }))
+                {
                     self.loosen(vm);
                 }
             }

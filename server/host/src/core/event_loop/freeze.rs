@@ -1,62 +1,10 @@
-//! Freezing a VM: no byte of its memory is read or written by this daemon until it is thawed.
+//! Freezing a VM: what the room of [`freezes`](crate::core::freezes) says, carried to the front and to the operator in his own words.
 //!
-//! In: the operators' wishes, the front's word that the level is in all pages. Out: wishes for the front; answers, when every session of
-//! the VM is quiet or that takes too long. The level is the front's: it outlives this core life.
+//! In: the operators' requests by a VM's name, the front's word. Out: wishes for the front, answers, a line in the log.
 
 use super::*;
 use crate::control::protocol::{Done, ErrorCode, Failure, Frozen};
-use std::collections::BTreeSet;
-
-/// How long a VM may take to become quiet. Transfers let go of its memory within 100 ms; what can take longer is QEMU's answer to a message.
-const QUIET_NS_MAX: u64 = 6_000_000_000;
-
-/// What the operators wait for, and the levels as the front told them.
-#[derive(Debug, Default)]
-pub(super) struct Freezes {
-    levels: BTreeMap<u64, Tick>,
-    /// Those that somebody counts on: who was told, of this life or an earlier one.
-    kept: BTreeSet<u64>,
-    asked: BTreeMap<u64, Asked>,
-    requests: u64,
-}
-
-#[derive(Debug)]
-struct Asked {
-    client: u64,
-    id: u64,
-    vm: u64,
-    wish: Wish,
-}
-
-#[derive(Debug)]
-enum Wish {
-    Freeze {
-        /// The front has put it into all pages.
-        told: bool,
-        give_up: Tick,
-    },
-    /// So many devices are quiet: said when the front keeps it, so that no death of ours lets the VM go afterwards.
-    Keep {
-        devices: u64,
-    },
-    Thaw,
-    /// A freeze that failed: said when the front has taken it back, so that what the operator sees next agrees with it.
-    TakeBack(Failure),
-}
-
-impl Freezes {
-    pub(super) const fn levels(&self) -> &BTreeMap<u64, Tick> {
-        &self.levels
-    }
-
-    pub(super) fn poll_timeout(&self) -> Option<Tick> {
-        let times = self.asked.values().filter_map(|asked| match asked.wish {
-            Wish::Freeze { give_up, .. } => Some(give_up),
-            Wish::Keep { .. } | Wish::Thaw | Wish::TakeBack(_) => None,
-        });
-        times.min()
-    }
-}
+use crate::core::freezes::{Answer, Output};
 
 impl EventLoop {
     pub(super) fn freeze(&mut self, client: u64, id: u64, name: &str, timeout_ns: Option<u64>, now: Tick) {
@@ -64,192 +12,97 @@ impl EventLoop {
             return;
         };
         let until = timeout_ns.map_or(Tick::NEVER, |timeout_ns| now.after_ns(timeout_ns));
-        let wish = Wish::Freeze {
-            told: false,
-            give_up: now.after_ns(QUIET_NS_MAX),
-        };
-        let request = self.ask_front(vm, Some(until), false);
-        let asked = Asked { client, id, vm, wish };
-        self.freezes.asked.insert(request, asked);
+        self.freezes.freeze(now, client, id, vm, until);
+        self.carry_freezes();
     }
 
     pub(super) fn thaw(&mut self, client: u64, id: u64, name: &str) {
         let Some(vm) = self.vm_named(client, id, name) else {
             return;
         };
-        let request = self.ask_front(vm, None, false);
-        let asked = Asked {
-            client,
-            id,
-            vm,
-            wish: Wish::Thaw,
-        };
-        self.freezes.asked.insert(request, asked);
+        self.freezes.thaw(client, id, vm);
+        self.carry_freezes();
     }
 
     /// The front says how it stands.
     pub(super) fn frozen(&mut self, vm: u64, until: Option<Tick>, request: u64, kept: bool) {
-        let before = match until {
-            Some(until) => self.freezes.levels.insert(vm, until),
-            None => self.freezes.levels.remove(&vm),
-        };
-        match until {
-            None => drop(self.freezes.kept.remove(&vm)),
-            // As an earlier life left it.
-            Some(_) if request == 0 && kept => drop(self.freezes.kept.insert(vm)),
-            Some(_) => {}
-        }
-        if request == 0 && until.is_none() {
-            let text = match before.is_some_and(|until| until > now()) {
-                false => "thawed: the time that it was to be frozen is over",
-                true => "thawed: the core died before it answered the freeze, and nobody asked again",
-            };
-            self.log(Some(vm), text.into());
-        }
-        if let Some(Wish::Freeze { told, .. }) =
-            self.freezes.asked.get_mut(&request).map(|asked| &mut asked.wish)
-        {
-            *told = true;
-            return;
-        }
-        let Some(Asked { client, id, vm, wish }) = self.freezes.asked.remove(&request) else {
-            return;
-        };
-        let failure = match wish {
-            Wish::TakeBack(failure) => failure,
-            Wish::Keep { devices } if until.is_some() => {
-                self.freezes.kept.insert(vm);
-                return self.operators.answer(client, id, &Frozen { devices });
-            }
-            Wish::Thaw if before.is_some() => return self.operators.answer(client, id, &Done {}),
-            _ => Failure::new(
-                ErrorCode::Stale,
-                format!("VM {:?} is not frozen, or not any more", self.name_of(vm)),
-                "what was saved meanwhile may be torn: freeze it with a longer --timeout, or none, and save it again",
-            ),
-        };
-        self.operators.refuse(client, id, failure);
+        self.freezes.handle_level(now(), vm, until, request, kept);
+        self.carry_freezes();
     }
 
     /// Answers those whose VM is quiet, and those who have waited too long.
     pub(super) fn run_freezes(&mut self, now: Tick) {
-        if self.freezes.asked.is_empty() {
-            return;
-        }
-        let requests: Vec<u64> = self.freezes.asked.keys().copied().collect();
-        for request in requests {
-            let Some(asked) = self.freezes.asked.get(&request) else {
-                continue;
-            };
-            let Asked {
-                client,
-                id,
-                vm,
-                wish: Wish::Freeze { told, give_up },
-            } = *asked
-            else {
-                continue;
-            };
-            let busy = self.busy_with(vm, told);
-            let verdict = match busy {
-                None => Ok(self.sessions.of_vm(vm).count() as u64),
-                Some(_) if told && !self.freezes.levels.contains_key(&vm) => {
-                    Err("it was thawed meanwhile".into())
-                }
-                Some(busy) if now >= give_up => Err(busy),
-                Some(_) => continue,
-            };
-            self.freezes.asked.remove(&request);
-            match verdict {
-                Ok(devices) => {
-                    let until = self.freezes.levels.get(&vm).copied();
-                    let request = self.ask_front(vm, until, true);
-                    let wish = Wish::Keep { devices };
-                    self.freezes.asked.insert(request, Asked { client, id, vm, wish });
-                }
-                Err(busy) => {
-                    let failure = Failure::new(
-                        ErrorCode::Busy,
-                        format!("VM {:?} does not become quiet: {busy}", self.name_of(vm)),
-                        "the freeze is taken back unless it was frozen before, or others wait for it; try again",
-                    );
-                    if self.is_wanted(vm) {
-                        self.operators.refuse(client, id, failure);
-                        continue;
-                    }
-                    let request = self.ask_front(vm, None, false);
-                    let wish = Wish::TakeBack(failure);
-                    self.freezes.asked.insert(request, Asked { client, id, vm, wish });
-                }
-            }
-        }
+        let sessions = &self.sessions;
+        self.freezes.run(now, |vm, told| quiet(sessions, vm, told));
+        self.carry_freezes();
     }
 
-    /// The operator has gone before the answer: a freeze that nobody knows of is taken back.
+    /// The operator has gone before the answer.
     pub(super) fn end_freezes(&mut self, client: u64) {
-        let gone = self
-            .freezes
-            .asked
-            .extract_if(.., |_, asked| asked.client == client);
-        let gone: Vec<Asked> = gone.map(|(_, asked)| asked).collect();
-        for asked in gone {
-            let unanswered = matches!(asked.wish, Wish::Freeze { .. } | Wish::Keep { .. });
-            if unanswered && !self.is_wanted(asked.vm) {
-                self.ask_front(asked.vm, None, false);
-            }
-        }
-    }
-
-    /// Somebody else counts on a VM's freeze, or waits for it: who fails leaves it as it is.
-    fn is_wanted(&self, vm: u64) -> bool {
-        let waits =
-            |asked: &Asked| asked.vm == vm && matches!(asked.wish, Wish::Freeze { .. } | Wish::Keep { .. });
-        self.freezes.kept.contains(&vm) || self.freezes.asked.values().any(waits)
+        self.freezes.client_gone(client);
+        self.carry_freezes();
     }
 
     /// Levels of VMs that have ended are of no use.
     pub(super) fn thaw_unknown(&mut self) {
-        let unknown = self.freezes.levels.keys().filter(|vm| !self.vms.contains_key(vm));
-        for vm in unknown.copied().collect::<Vec<_>>() {
-            self.ask_front(vm, None, false);
-        }
+        let vms = &self.vms;
+        self.freezes.thaw_unknown(|vm| vms.contains_key(&vm));
+        self.carry_freezes();
     }
 
-    /// What of a VM is busy; `told`: the front has put the level into all its pages.
-    fn busy_with(&self, vm: u64, told: bool) -> Option<String> {
-        if !told {
-            let mut text = "QEMU has not answered a message that reads or writes its memory".to_owned();
-            let sessions = self.sessions.of_vm(vm);
-            let given_up: u64 = sessions
-                .map(|(_, session)| session.memory.counters().messages_given_up)
-                .sum();
-            if given_up > 0 {
-                text += &format!(
-                    " ({given_up} were given up after {} s each: if its process is stopped, let it go on; a VM that never answers is quiet when it has ended)",
-                    MESSAGE_WAIT_NS / 1_000_000_000
-                );
+    fn carry_freezes(&mut self) {
+        while let Some(output) = self.freezes.poll_output() {
+            match output {
+                Output::Wish {
+                    vm,
+                    until,
+                    request,
+                    kept,
+                } => {
+                    let wish = CoreToFront::Freeze {
+                        vm,
+                        until,
+                        request,
+                        kept: Some(kept),
+                    };
+                    self.to_front.push_back((wish, Vec::new()));
+                }
+                Output::Lifted { vm, over } => {
+                    let text = match over {
+                        true => "thawed: the time that it was to be frozen is over",
+                        false => {
+                            "thawed: the core died before it answered the freeze, and nobody asked again"
+                        }
+                    };
+                    self.log(Some(vm), text.into());
+                }
+                Output::Answer {
+                    client,
+                    id,
+                    vm,
+                    answer,
+                } => self.answer_freeze(client, id, vm, answer),
             }
-            return Some(text);
         }
-        self.sessions.of_vm(vm).find_map(|(number, session)| {
-            let busy = session.memory.busy_with()?;
-            Some(format!("device {number}: {busy}"))
-        })
     }
 
-    fn ask_front(&mut self, vm: u64, until: Option<Tick>, kept: bool) -> u64 {
-        self.freezes.requests += 1;
-        let request = self.freezes.requests;
-        self.to_front.push_back((
-            CoreToFront::Freeze {
-                vm,
-                until,
-                request,
-                kept: Some(kept),
-            },
-            Vec::new(),
-        ));
-        request
+    fn answer_freeze(&mut self, client: u64, id: u64, vm: u64, answer: Answer) {
+        let name = || self.vms.get(&vm).map_or("", |vm| vm.name.as_str());
+        let failure = match answer {
+            Answer::Quiet { devices } => return self.operators.answer(client, id, &Frozen { devices }),
+            Answer::Thawed => return self.operators.answer(client, id, &Done {}),
+            Answer::NotFrozen => Failure::new(
+                ErrorCode::Stale,
+                format!("VM {:?} is not frozen, or not any more", name()),
+                "what was saved meanwhile may be torn: freeze it with a longer --timeout, or none, and save it again",
+            ),
+            Answer::Busy(busy) => Failure::new(
+                ErrorCode::Busy,
+                format!("VM {:?} does not become quiet: {busy}", name()),
+                "the freeze is taken back unless it was frozen before, or others wait for it; try again",
+            ),
+        };
+        self.operators.refuse(client, id, failure);
     }
 
     fn vm_named(&mut self, client: u64, id: u64, name: &str) -> Option<u64> {
@@ -261,8 +114,27 @@ impl EventLoop {
         }
         vm
     }
+}
 
-    fn name_of(&self, vm: u64) -> String {
-        self.vms.get(&vm).map_or_else(String::new, |vm| vm.name.clone())
+/// How many devices of a VM are quiet, or what is busy; `told`: the front has put the level into all its pages.
+fn quiet(sessions: &Sessions, vm: u64, told: bool) -> Result<u64, String> {
+    if !told {
+        let mut text = "QEMU has not answered a message that reads or writes its memory".to_owned();
+        let given_up: u64 = sessions
+            .of_vm(vm)
+            .map(|(_, session)| session.memory.counters().messages_given_up)
+            .sum();
+        if given_up > 0 {
+            text += &format!(
+                " ({given_up} were given up after {} s each: if its process is stopped, let it go on; a VM that never answers is quiet when it has ended)",
+                MESSAGE_WAIT_NS / 1_000_000_000
+            );
+        }
+        return Err(text);
     }
+    let busy = sessions.of_vm(vm).find_map(|(number, session)| {
+        let busy = session.memory.busy_with()?;
+        Some(format!("device {number}: {busy}"))
+    });
+    busy.map_or_else(|| Ok(sessions.of_vm(vm).count() as u64), Err)
 }

@@ -16,6 +16,7 @@ use crate::control::limits::TOKENS as CONTROL_TOKENS;
 use crate::control::protocol::UpgradeReport;
 use crate::core::Start;
 use crate::core::bulk::Bulk;
+use crate::core::freezes::Freezes;
 use crate::core::journal::{Fill, Journal, JournalError};
 use crate::core::lines::{Line, Lines};
 use crate::core::memory::MemoryLimits;
@@ -29,7 +30,6 @@ use crate::messages::{CoreToFront, CoreToKeeper, FrontToCore, KeeperToCore, Noti
 use crate::store::{Done, Store};
 use crate::words::MappedWords;
 use anyhow::{Context, anyhow, bail};
-use freeze::Freezes;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
