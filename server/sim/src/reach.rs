@@ -76,7 +76,7 @@ pub struct Reach {
     leases: Vec<Weak<Lease>>,
     messages: MessageQueue,
     open: bool,
-    late_stores: bool,
+    stored_late: bool,
     /// A deliberate mistake: fences are answered before leases have ended, or a frozen VM's memory is reached.
     fault: Fault,
 }
@@ -108,7 +108,7 @@ impl Reach {
             leases: Vec::new(),
             messages: MessageQueue::default(),
             open: false,
-            late_stores: false,
+            stored_late: false,
             fault,
         }
     }
@@ -123,18 +123,16 @@ impl Reach {
         self.drained = self.events.unwrap_or(0);
         self.wants_drain = false;
     }
-    pub const fn wants_drain(&self) -> bool {
-        self.wants_drain
+    /// As `SessionMemory::wants_turn`.
+    pub fn wants_turn(&mut self) -> bool {
+        let stored_late = std::mem::take(&mut self.stored_late);
+        stored_late || self.wants_drain || self.stores_wait()
     }
     pub const fn is_fence_waiting(&self) -> bool {
         self.waiting.is_some()
     }
-    pub fn stores_wait(&self) -> bool {
+    fn stores_wait(&self) -> bool {
         self.allowed() && self.front.fence() == self.seen && self.messages.local_is_next()
-    }
-
-    pub const fn take_late_stores(&mut self) -> bool {
-        std::mem::replace(&mut self.late_stores, false)
     }
     pub fn forget_reads(&mut self) {
         self.messages.forget_reads();
@@ -380,7 +378,7 @@ impl Reach {
             let Some(write) = self.messages.next_local() else {
                 break;
             };
-            self.late_stores = true;
+            self.stored_late = true;
             let done = self
                 .spans(write.iova, write.data.len() as u64, rights::WRITE, false)
                 .is_ok_and(|spans| self.store(&spans, &write.data));

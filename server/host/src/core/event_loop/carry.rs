@@ -214,8 +214,7 @@ impl EventLoop {
             while let Some(request) = session.memory.poll_output(now) {
                 self.to_front.push_back((request.message, request.payload));
             }
-            let (wants, late) = (session.memory.wants_drain(), session.memory.take_late_stores());
-            if wants || late || session.memory.stores_wait() {
+            if session.memory.wants_turn() {
                 session.look = true;
                 self.scan = true;
             }

@@ -226,7 +226,7 @@ impl SessionMemory {
     /// Within a turn only. Its holders may keep it across turns and on other threads, but not for long.
     ///
     /// # Errors
-    /// As [`GuestMemory::check`]; Pending when an object has not come yet (see [`SessionMemory::wants_drain`]).
+    /// As [`GuestMemory::check`]; Pending when an object has not come yet (see [`SessionMemory::wants_turn`]).
     pub fn resolve(&mut self, segments: &[(u64, u64)], direction: Direction) -> Result<Pieces, MemoryError> {
         self.quiet()?;
         let mut parts = Vec::with_capacity(segments.len());

@@ -11,7 +11,7 @@
 //!   rooms and effects                 &mut memory as GuestMemory; resolve(); read_pieces(), write_pieces()
 //! memory.end_dma(now)                 busy = 0 unless leases are held or messages are under way
 //! poll_output() until None            requests for the front
-//! if memory.wants_drain()             drain the front's channel, drained(), and run the session again
+//! if memory.wants_turn()              drain the front's channel, drained(), and run the session again
 //! ```
 //! Whenever the session was touched: [`SessionMemory::poll_fences`], which never blocks. Leases ([`Pieces`]) may be held across turns and
 //! on other threads; a fence waits for those that it concerns at most 100 ms in all, then takes their memory away.
@@ -105,7 +105,7 @@ pub struct SessionMemory {
     drained: u64,
     wants_drain: bool,
     /// A write to shared memory waited behind messages and was done: rings are to be looked at again.
-    late_stores: bool,
+    stored_late: bool,
     notices: VecDeque<Notice>,
     /// The operator knows that this VM's memory comes without descriptors.
     told_no_descriptor: bool,
@@ -136,7 +136,7 @@ impl SessionMemory {
             open: false,
             drained: 0,
             wants_drain: false,
-            late_stores: false,
+            stored_late: false,
             notices: VecDeque::new(),
             told_no_descriptor: false,
             counters: MemoryCounters::default(),
@@ -179,11 +179,15 @@ impl SessionMemory {
         self.wants_drain = false;
     }
 
-    /// A look-up met a map whose object has not come yet: drain the front's channel, call [`SessionMemory::drained`], and run
-    /// the session again. (The room was told Pending.)
-    #[must_use]
-    pub const fn wants_drain(&self) -> bool {
-        self.wants_drain
+    /// Asked at the end of a turn: whether the session is to have another one without anything coming from outside, in which every ring is run once as
+    /// if its doorbell had rung. So it is when
+    /// * a look-up met a map whose object has not come yet (the room was told Pending): drain the front's channel first, and call
+    ///   [`SessionMemory::drained`];
+    /// * stores to shared memory were done late, behind messages: an event word was armed later than the room believes (said once);
+    /// * stores to shared memory wait for nothing but a turn: what stood before them in the queue is not wanted any more.
+    pub fn wants_turn(&mut self) -> bool {
+        let stored_late = std::mem::take(&mut self.stored_late);
+        stored_late || self.wants_drain || self.stores_wait()
     }
 
     /// Begins a turn: from here to [`SessionMemory::end_dma`] guest memory may be reached, if this answers true. (False: bus
@@ -277,18 +281,6 @@ impl SessionMemory {
         self.messages.write_room()
     }
 
-    /// Stores to shared memory wait for nothing but a turn: what stood before them in the queue is not wanted any more.
-    #[must_use]
-    pub fn stores_wait(&self) -> bool {
-        self.fences.allowed() && self.front.fence() == self.fences.seen() && self.messages.local_is_next()
-    }
-
-    /// True once after stores to shared memory were done late, behind messages: run every ring of the session once, as if
-    /// its doorbell had rung (an event word was armed later than the room believes).
-    pub const fn take_late_stores(&mut self) -> bool {
-        std::mem::replace(&mut self.late_stores, false)
-    }
-
     /// Something for the log.
     pub fn poll_notice(&mut self) -> Option<Notice> {
         self.notices.pop_front()
@@ -348,6 +340,10 @@ impl SessionMemory {
         }
     }
 
+    fn stores_wait(&self) -> bool {
+        self.fences.allowed() && self.front.fence() == self.fences.seen() && self.messages.local_is_next()
+    }
+
     /// `busy` goes off when nothing is under way any more.
     fn rest(&mut self) {
         self.leases.retain(|lease| lease.strong_count() > 0);
@@ -370,7 +366,7 @@ impl SessionMemory {
             let Some(write) = self.messages.next_local() else {
                 break;
             };
-            self.late_stores = true;
+            self.stored_late = true;
             if self.write_through(write.iova, &write.data).is_err() {
                 self.messages.fail(&write);
             }

@@ -489,7 +489,7 @@ fn stores_to_shared_memory_wait_behind_writes_by_message() {
         .unwrap();
     let seen = |offset| super::fixture::peek(&fd, offset, 1)[0];
     assert_eq!((seen(0), seen(8), seen(16)), (1, 0, 0));
-    assert!(!session.memory.take_late_stores());
+    assert!(!session.memory.wants_turn(), "the answers wake it");
     let requests = session.requests();
     requests
         .iter()
@@ -497,7 +497,7 @@ fn stores_to_shared_memory_wait_behind_writes_by_message() {
     assert_eq!(seen(8), 0, "no store outside a turn");
     assert_eq!(session.turn(SessionMemory::settled), Ok(()));
     assert_eq!((seen(8), seen(16)), (2, 3));
-    assert!(session.memory.take_late_stores() && !session.memory.take_late_stores());
+    assert!(session.memory.wants_turn() && !session.memory.wants_turn());
 }
 
 #[test]
@@ -519,17 +519,18 @@ fn a_store_behind_a_read_that_nobody_wants_any_more_has_its_turn() {
     assert_eq!(requests.len(), 2);
     session.serve(&requests[0], &mut ram);
     answer(&mut session, &requests[1], libc::EAGAIN as u32, &[]);
-    assert!(!session.memory.stores_wait(), "the read goes first");
+    assert!(!session.memory.wants_turn(), "the read goes first");
     let forget = |memory: &mut SessionMemory| {
         memory.forget_reads();
         Ok(())
     };
     session.turn(forget).unwrap();
     assert!(session.requests().is_empty());
-    assert!(session.memory.stores_wait(), "no answer comes that would wake");
+    assert!(session.memory.wants_turn(), "no answer comes that would wake");
     session.turn(forget).unwrap();
     assert_eq!(super::fixture::peek(&fd, 8, 1)[0], 2);
-    assert!(!session.memory.stores_wait());
+    assert!(session.memory.wants_turn(), "it was done late");
+    assert!(!session.memory.wants_turn());
 }
 
 #[test]

@@ -374,9 +374,9 @@ fn an_object_that_comes_later_is_waited_for_by_draining() {
         session.turn(|memory| memory.prove(0, NONCE)),
         Err(MemoryError::Pending)
     );
-    assert!(session.memory.wants_drain() && session.requests().is_empty());
+    assert!(session.memory.wants_turn() && session.requests().is_empty());
     session.lend(1, &fd);
-    assert!(!session.memory.wants_drain());
+    assert!(!session.memory.wants_turn());
     assert_eq!(session.turn(|memory| memory.prove(0, NONCE)), Ok(true));
     // One that never comes is reached by messages; should it come all the same, it is used.
     session.map(1, 0x1000, PAGE, 2, 0, BOTH);
@@ -389,7 +389,7 @@ fn an_object_that_comes_later_is_waited_for_by_draining() {
         session.turn(|memory| memory.load_u32(0x1000)),
         Err(MemoryError::Pending)
     );
-    assert!(!session.memory.wants_drain());
+    assert!(!session.memory.wants_turn());
     assert_eq!(session.requests().len(), 1);
     session.lend(2, &fd);
     assert_eq!(session.turn(|memory| memory.prove(0x1000, NONCE)), Ok(true));
