@@ -1,4 +1,5 @@
-//! A disk that fails when a name is to be made durable: whoever asked for that is told that the file is there, and that no more is known.
+//! A disk that fails when a name is to be made durable: whoever asked for that is told that the file is there, and that no more is known. One that fails
+//! when the bytes are: there is no file, and no second COMMIT makes one of what the disk has lost.
 
 use super::*;
 use vmgmt_driver::abi::Status;
@@ -59,5 +60,43 @@ fn a_file_whose_name_may_not_be_durable_is_there_and_said_to_be() -> Result<()> 
     disk.fail_directory_syncs(false);
     files.rename("work/again", "work/sure", 0, true)?;
     ensure!(disk.names() == ["sure", "whole"], "{:?}", disk.names());
+    Ok(())
+}
+
+#[test]
+fn bytes_that_the_disk_has_lost_get_no_name_at_a_second_attempt() -> Result<()> {
+    let disk = match LateDisk::mount() {
+        Ok(disk) => disk,
+        Err(error) => {
+            vmgmt_testkit::skipped(format_args!("no file system of our own here: {error:#}"));
+            return Ok(());
+        }
+    };
+    let site = SitePlan::new(env!("CARGO_BIN_EXE_vmgmtd"), 1)
+        .share_at(disk.path())
+        .start()?;
+    let vm = site.vm(0)?;
+    let mut files = vm.ring(Mode::FILE)?;
+    let bytes = pattern(1000);
+    let memory = files.allocate(bytes.len())?;
+    memory.write(0, &bytes)?;
+    let put = files.put("work/file", bytes.len() as u64, 0)?;
+    let options = TransferOptions::default();
+    let done = files.write_from(put.handle, &memory, bytes.len(), &options)?;
+    disk.fail_file_syncs(true);
+    let commit = |files: &mut Client| match files.commit(put.handle, done.bytes, done.checksum, true) {
+        Err(DriverError::Refused(refusal)) => Ok(refusal.status),
+        other => anyhow::bail!("{other:?}"),
+    };
+    ensure!(commit(&mut files)? == Status::IO_ERROR, "the disk has failed");
+    // The system says that once.
+    disk.fail_file_syncs(false);
+    ensure!(commit(&mut files)? == Status::STALE, "the bytes are lost");
+    ensure!(disk.names().is_empty(), "{:?}", disk.names());
+    files.close(put.handle)?;
+    let put = files.put("work/file", bytes.len() as u64, 0)?;
+    let done = files.write_from(put.handle, &memory, bytes.len(), &options)?;
+    files.commit(put.handle, done.bytes, done.checksum, true)?;
+    ensure!(disk.contents("file").as_ref() == Some(&bytes), "it is not there");
     Ok(())
 }

@@ -43,6 +43,7 @@ struct Disk {
     held: Option<Held>,
     /// What is asked to be on the disk for good does not get there.
     directories_fail: bool,
+    files_fail: bool,
 }
 
 impl Disk {
@@ -158,6 +159,11 @@ impl LateDisk {
     /// From now on no name can be made durable (`true`), or each can: `fsync` of the directory fails.
     pub fn fail_directory_syncs(&self, fail: bool) {
         self.disk().directories_fail = fail;
+    }
+
+    /// From now on no file's bytes can be made durable (`true`), or each file's can: `fsync` fails.
+    pub fn fail_file_syncs(&self, fail: bool) {
+        self.disk().files_fail = fail;
     }
 
     /// Waits until it has come.
@@ -364,6 +370,21 @@ impl Filesystem for Root {
         match lock(&self.0).names.remove(name) {
             Some(_) => reply.ok(),
             None => reply.error(Errno::ENOENT),
+        }
+    }
+
+    fn fsync(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        _handle: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        if lock(&self.0).files_fail {
+            reply.error(Errno::EIO);
+        } else {
+            reply.ok();
         }
     }
 

@@ -326,8 +326,13 @@ fn commit(
         ftruncate(file.fd(), bytes)?;
         file.cut_charge(bytes);
     }
-    if name.durable {
-        fsync(file.fd())?;
+    if name.durable
+        && let Err(errno) = fsync(file.fd())
+    {
+        // Linux says once that it lost pages, and takes them for written from then on: a second COMMIT would be told that all is well. So nothing
+        // is left that could be committed or resumed: both find STALE, and the put begins again.
+        let _ = remove(share, name.source);
+        return Err(errno);
     }
     let path = give_name(share, name.source, name.target, name.policy)?;
     Ok(name.got(share, path))
