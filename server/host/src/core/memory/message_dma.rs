@@ -7,8 +7,11 @@
 //! *barrier* write (a word that publishes) is given out only when all writes before it are answered, so that a guest never sees
 //! a completion whose payload failed. Writes to shared memory that come while writes by message wait are queued too ([`Write::local`]).
 
-use super::limits::{GIVEN_UP_MAX, MESSAGE_WAIT_NS, QUEUED_BYTES_MAX, READ_IDLE_NS, READS_MAX, REFUSED_MAX};
+mod given_up;
+
+use super::limits::{MESSAGE_WAIT_NS, QUEUED_BYTES_MAX, READ_IDLE_NS, READS_MAX, REFUSED_MAX};
 use crate::messages::{CoreToFront, MESSAGE_DMA_OUTSTANDING_MAX};
+use given_up::GivenUp;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use vmgmt_device::Tick;
 
@@ -100,65 +103,6 @@ pub struct MessageQueue {
     dropped: BTreeSet<u64>,
     /// What was given up: whether it is there is asked once more when its ring or its device ends.
     given_up: GivenUp,
-}
-
-/// Writes that nobody waits for any more.
-#[derive(Debug, Default)]
-struct GivenUp {
-    /// Given out and not answered: address, bytes, and until when. An answer may still be in the channel.
-    outstanding: BTreeMap<u64, (u64, u64, Tick)>,
-    /// Not done, as far as is known.
-    lost: Vec<(u64, u64)>,
-    /// More than [`GIVEN_UP_MAX`] were: all count as lost.
-    too_many: bool,
-}
-
-impl GivenUp {
-    fn lose(&mut self, iova: u64, bytes: u64) {
-        if self.lost.len() < GIVEN_UP_MAX {
-            self.lost.push((iova, bytes));
-        } else {
-            self.too_many = true;
-        }
-    }
-
-    fn lose_write(&mut self, write: &Write) {
-        if !write.buffer {
-            self.lose(write.iova, write.data.len() as u64);
-        }
-    }
-
-    /// An answer: true, if it is about one of these.
-    fn answered(&mut self, request: u64, done: bool) -> bool {
-        let Some((iova, bytes, _)) = self.outstanding.remove(&request) else {
-            return false;
-        };
-        if !done {
-            self.lose(iova, bytes);
-        }
-        true
-    }
-
-    fn time_out(&mut self, now: Tick) {
-        let due = self.outstanding.iter();
-        let due: Vec<u64> = due
-            .filter(|(_, (.., until))| *until <= now)
-            .map(|(request, _)| *request)
-            .collect();
-        for request in due {
-            self.answered(request, false);
-        }
-    }
-
-    /// What is written anew is not asked about as what it was.
-    fn forget(&mut self, iova: u64, bytes: u64) {
-        if !self.lost.is_empty() || !self.outstanding.is_empty() {
-            self.lost
-                .retain(|(start, length)| !overlap(iova, bytes, *start, *length));
-            self.outstanding
-                .retain(|_, (start, length, _)| !overlap(iova, bytes, *start, *length));
-        }
-    }
 }
 
 const fn overlap(one: u64, one_bytes: u64, other: u64, other_bytes: u64) -> bool {
