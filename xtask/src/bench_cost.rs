@@ -7,7 +7,7 @@ use crate::{
     bench::{Group, Options, Row, median},
     bench_aims::{self, Pair, Pairs, Subject},
     bench_cost_vms,
-    build::{cargo_within, host_programs, host_programs_with},
+    build::{cargo, cargo_within, host_programs, host_programs_with},
 };
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -19,6 +19,8 @@ const DEADLINE_S: u32 = 180;
 const MESSAGES: &str = "messages";
 /// Parts of it that say something about this.
 const PARTS: [&str; 7] = ["rate", MESSAGES, "latency", "host", "bulk", "bulk-64k", "stream"];
+/// The benchmark, in cargo's words.
+const BENCH: [&str; 6] = ["bench", "--quiet", "--package", "vmgmtd", "--bench", "in_process"];
 const WITHOUT: &str = "without";
 /// The benchmark's key of 64-byte messages.
 const MESSAGE_RATE: &str = "messages_64_bytes_per_second";
@@ -32,6 +34,14 @@ pub fn measure(options: &Options, groups: &mut Vec<Group>) -> Result<()> {
     println!("* building vmgmtd (release), with and without crash-consistency");
     let with = only(host_programs(&["vmgmtd"], true)?)?;
     let without = only(host_programs_with(&["vmgmtd"], true, Some(FEATURE))?)?;
+    // Before its deadline begins.
+    let built = cargo()
+        .args(BENCH)
+        .arg("--no-run")
+        .stdin(Stdio::null())
+        .status()
+        .context("cannot run cargo")?;
+    ensure!(built.success(), "building the benchmark failed");
     let rounds = options.rounds.unwrap_or(if options.quick { 1 } else { ROUNDS });
     let turns = if options.quick {
         1
@@ -101,16 +111,8 @@ fn without_vms(
 ) -> Result<()> {
     let mut command = cargo_within(DEADLINE_S);
     command
-        .args([
-            "bench",
-            "--quiet",
-            "--package",
-            "vmgmtd",
-            "--bench",
-            "in_process",
-            "--",
-            "--json",
-        ])
+        .args(BENCH)
+        .args(["--", "--json"])
         .args(parts)
         .env("VMGMT_BENCH_SERVER", server)
         .stdin(Stdio::null())
