@@ -158,13 +158,9 @@ impl Offers {
         }
     }
 
-    /// A submission is void.
+    /// A submission is void: its ring was closed over it. Whether it was carried out is not known; where it was, asking again finds a handle that is STALE.
     pub fn lost(&mut self, shadow: &mut Shadow, step: Step) {
-        match step {
-            Step::Offer(number) => shadow.offer_lost((self.vm, number)),
-            Step::Next => self.posted -= 1,
-            Step::Accept(..) | Step::Refuse(..) | Step::Close(_) => {}
-        }
+        self.put_back(shadow, step);
     }
 
     /// The device was reset: handles are void.
