@@ -3,7 +3,7 @@
 //!
 //! Comes in: the words of a ring, a submission, indexes. Goes out: a submission that is published, a completion that is, whether to ring the
 //! doorbell; an armed interrupt. Never: what any of it means. The words are behind a trait so that a model checker can stand in for memory
-//! (tests/fuzz-bodies/tests/ordering.rs), with the orders named below.
+//! (tests/fuzz-bodies/tests/ordering), with the orders named below.
 //!
 //! Both sides of a ring: publish, full fence, read the other's event word; or arm, full fence, look again, sleep. A release fence is
 //! not enough: a processor may read the event word before its own store is visible.

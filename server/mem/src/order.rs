@@ -1,5 +1,5 @@
 //! MEM, orders: in which order our accesses to shared memory become visible, by name, so that a model checker runs the ring's code with these very
-//! ones (tests/fuzz-bodies/tests/ordering.rs).
+//! ones (tests/fuzz-bodies/tests/ordering).
 
 use std::sync::atomic::Ordering;
 

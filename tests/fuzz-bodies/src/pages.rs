@@ -294,7 +294,7 @@ fn turn(
     }
     while session.memory.poll_output(now).is_some() {}
     while session.memory.poll_notice().is_some() {}
-    if session.memory.wants_drain() {
+    if session.memory.wants_turn() {
         session.memory.drained();
     }
     let _ = session.rings.arm(&session.front, &mut session.memory);

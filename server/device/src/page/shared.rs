@@ -6,7 +6,7 @@
 //!
 //! The scheme, both ways: the writer writes its words, moves `touched[slot]` and `total`, makes a SeqCst fence, and signals
 //! the eventfd if the other is asleep. The sleeper sets `asleep`, makes a SeqCst fence, compares `total`, and only then sleeps.
-//! Both halves of it are here, so that a model checker can run them (tests/fuzz-bodies/tests/ordering.rs).
+//! Both halves of it are here, so that a model checker can run them (tests/fuzz-bodies/tests/ordering).
 
 use super::{LAYOUT, Words, is_readable};
 
