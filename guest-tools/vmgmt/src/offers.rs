@@ -166,8 +166,9 @@ fn handle(session: &Session, client: &mut Client, offer: &Offer, order: &AcceptO
         Err(error) => {
             let status = match error.downcast_ref::<DriverError>() {
                 Some(DriverError::Integrity { .. }) => Status::INTEGRITY,
-                Some(DriverError::Interrupted) => Status::CANCELLED,
-                _ => Status::IO_ERROR,
+                Some(DriverError::File { .. }) | None => Status::IO_ERROR,
+                // Not a disk's doing: it was interrupted, or its device goes away or was reset under it.
+                Some(_) => Status::CANCELLED,
             };
             // The stream may be over already; then there is nobody to tell.
             let _told = client.stream_confirm(stream, status);

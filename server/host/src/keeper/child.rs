@@ -251,6 +251,9 @@ impl<T> Drop for Child<T> {
     }
 }
 
+/// How one ends that was killed, and not for a fault of its own, whether it could be waited for or not.
+pub(super) const KILLED: &str = "signal 9 (from outside)";
+
 /// Linux's flag of a task that is ending.
 const PF_EXITING: u64 = 0x4;
 

@@ -1,7 +1,7 @@
 //! The core's lives: start, death, restart. In: processes and their ends. Out: messages to the front, notices.
 
 use super::binary::Binary;
-use super::child::Child;
+use super::child::{Child, KILLED};
 use super::limits::{END_DEADLINE, FIRST_DEATHS_MAX, START_AGAIN, START_DEADLINE};
 use super::restart::Death;
 use super::upgrade::Step;
@@ -78,10 +78,7 @@ impl Keeper {
             .queue(KeeperToFront::CoreDead { life: core.life }, Vec::new());
         let (text, by_itself) = match &exit {
             Some(exit) => (exit.text.as_str(), exit.by_itself),
-            None => (
-                core.child.fault().unwrap_or("killed"),
-                core.child.fault().is_some(),
-            ),
+            None => (core.child.fault().unwrap_or(KILLED), core.child.fault().is_some()),
         };
         if exit.is_none() {
             tracing::warn!(

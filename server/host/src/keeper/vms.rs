@@ -7,7 +7,8 @@ use crate::config::{Identity, ListenerConfig, VmConfig};
 use crate::packed::{Carried, Packer, Refusal};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open, test_kill_process};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -250,15 +251,15 @@ impl Vms {
             return Admission::Refused("this VM was removed by the operator".into());
         };
         let devices_max = listener.device.devices_max;
-        if entry.sessions.len() >= devices_max as usize {
-            let holder = entry
-                .sessions
-                .first()
-                .and_then(|session| self.sessions.get(session));
-            let holder =
-                holder.map_or_else(String::new, |h| format!(" by process {} (uid {})", h.pid, h.uid));
+        // A process that has ended uses no device, though the kernel may close its connection a moment later: QEMU can start again at once.
+        let holders = entry
+            .sessions
+            .iter()
+            .filter_map(|session| self.sessions.get(session));
+        let mut holders = holders.filter(|holder| is_there(holder.pid));
+        if let Some(Holder { pid, uid, .. }) = holders.nth((devices_max as usize).saturating_sub(1)) {
             return Admission::Refused(format!(
-                "VM {:?} is connected already{holder}; its devices-max is {devices_max}",
+                "VM {:?} is connected already by process {pid} (uid {uid}); its devices-max is {devices_max}",
                 entry.config.name
             ));
         }
@@ -335,6 +336,11 @@ impl Vms {
     }
 }
 
+/// Whether a process has not ended, as far as can be known (one of another PID namespace has no number here).
+fn is_there(pid: i32) -> bool {
+    Pid::from_raw(pid).is_none_or(|pid| test_kill_process(pid) != Err(Errno::SRCH))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -379,9 +385,10 @@ mod tests {
         let vm = vms.next_number();
         vms.insert(vm_config(vm, "web", false), 1);
         let socket = listener(1, Identity::Vm { vm }, 2);
+        let own = std::process::id() as i32;
         let guest = |session| Guest {
             session,
-            pid: 4242,
+            pid: own,
             uid: 107,
         };
         for session in [10, 11] {
@@ -393,7 +400,7 @@ mod tests {
         let reason = refusal(vms.admit(guest(12), &socket));
         assert_eq!(
             reason,
-            "VM \"web\" is connected already by process 4242 (uid 107); its devices-max is 2"
+            format!("VM \"web\" is connected already by process {own} (uid 107); its devices-max is 2")
         );
         assert!(refusal(vms.admit(guest(11), &socket)).contains("used twice"));
         // A refused one leaves nothing behind, and the VM outlives its sessions.
@@ -408,6 +415,31 @@ mod tests {
         assert!(vms.session_gone(11).is_none());
         assert_eq!(vms.session_gone(13).unwrap().removal, Some((1, 5)));
         assert_eq!((vms.iter().count(), vms.session_count()), (0, 0));
+    }
+
+    #[test]
+    fn who_has_ended_holds_no_device_though_its_connection_is_not_closed_yet() {
+        let mut vms = Vms::default();
+        let vm = vms.next_number();
+        vms.insert(vm_config(vm, "web", false), 1);
+        let socket = listener(1, Identity::Vm { vm }, 1);
+        let mut first = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let guest = |session, pid: u32| Guest {
+            session,
+            pid: pid as i32,
+            uid: 107,
+        };
+        let admitted = Admission::Admitted { vm, new: false };
+        assert_eq!(vms.admit(guest(1, first.id()), &socket), admitted);
+        let next = std::process::id();
+        assert!(refusal(vms.admit(guest(2, next), &socket)).contains(&first.id().to_string()));
+        first.kill().unwrap();
+        first.wait().unwrap();
+        assert_eq!(vms.admit(guest(3, next), &socket), admitted);
+        assert!(refusal(vms.admit(guest(4, next), &socket)).contains(&next.to_string()));
+        // The end of the first, when it comes, is its own alone.
+        assert!(vms.session_gone(1).is_none());
+        assert!(refusal(vms.admit(guest(5, next), &socket)).contains("connected already"));
     }
 
     #[test]
