@@ -203,6 +203,40 @@ impl Client {
         done
     }
 
+    /// The first `size` bytes of a memory of the caller, chunk by chunk: `start` submits the one at (offset, bytes), `end` takes each in order.
+    fn each_chunk(
+        &mut self,
+        memory: &Buffer,
+        size: usize,
+        options: &TransferOptions,
+        start: impl Fn(&mut Self, usize, usize) -> Result<Tag>,
+        end: impl Fn(&mut Self, &mut Tally, &Chunk) -> Result<()>,
+    ) -> Result<Transferred> {
+        let chunk_bytes = self.chunk_bytes(options);
+        let depth = self.chunks_in_flight(options);
+        self.guarded(|client, chunks| {
+            let mut next = 0;
+            let mut tally = Tally::new(options.check);
+            loop {
+                while chunks.len() < depth && next < size {
+                    let length = chunk_bytes.min(size - next);
+                    let tag = start(client, next, length)?;
+                    chunks.push_back(Chunk {
+                        tag,
+                        buffer: Buffer::clone(memory),
+                        start: next,
+                        length,
+                    });
+                    next += length;
+                }
+                let Some(chunk) = chunks.pop_front() else {
+                    return Ok(tally.end());
+                };
+                end(client, &mut tally, &chunk)?;
+            }
+        })
+    }
+
     fn chunks_in_flight(&self, options: &TransferOptions) -> usize {
         options.chunks_in_flight.clamp(1, self.depth())
     }

@@ -87,35 +87,15 @@ impl Client {
         size: usize,
         options: &TransferOptions,
     ) -> Result<Transferred> {
-        let chunk_bytes = self.chunk_bytes(options);
-        let depth = self.chunks_in_flight(options);
-        self.guarded(|client, chunks| {
-            let mut next = 0;
-            let mut tally = Tally::new(options.check);
-            loop {
-                while chunks.len() < depth && next < size {
-                    let length = chunk_bytes.min(size - next);
-                    let request = Request::new(Opcode::READ).handle(handle).offset(next as u64);
-                    let tag = client.start(request.output(memory, next, length, 0))?;
-                    chunks.push_back(Chunk {
-                        tag,
-                        buffer: Buffer::clone(memory),
-                        start: next,
-                        length,
-                    });
-                    next += length;
-                }
-                let Some(Chunk {
-                    tag, start, length, ..
-                }) = chunks.pop_front()
-                else {
-                    return Ok(tally.end());
-                };
-                if client.await_ok(tag)?.result_bytes(length)? < length {
-                    return Err(DriverError::Changed("the file".into()));
-                }
-                tally.add(memory, start, length)?;
+        let start = |client: &mut Self, at, length| {
+            let request = Request::new(Opcode::READ).handle(handle).offset(at as u64);
+            client.start(request.output(memory, at, length, 0))
+        };
+        self.each_chunk(memory, size, options, start, |client, tally, chunk| {
+            if client.await_ok(chunk.tag)?.result_bytes(chunk.length)? < chunk.length {
+                return Err(DriverError::Changed("the file".into()));
             }
+            tally.add(memory, chunk.start, chunk.length)
         })
     }
 
