@@ -7,6 +7,21 @@ use vmgmt_driver::abi::file::unknown;
 use vmgmt_driver::{Client, DriverError};
 use vmgmt_testkit::late_disk::LateDisk;
 
+/// A daemon whose share is a disk that can be told to fail; nothing, said to be skipped, where there can be no such disk.
+fn with_a_disk() -> Result<Option<(LateDisk, Site)>> {
+    let disk = match LateDisk::mount() {
+        Ok(disk) => disk,
+        Err(error) => {
+            vmgmt_testkit::skipped(format_args!("no file system of our own here: {error:#}"));
+            return Ok(None);
+        }
+    };
+    let site = SitePlan::new(env!("CARGO_BIN_EXE_vmgmtd"), 1)
+        .share_at(disk.path())
+        .start()?;
+    Ok(Some((disk, site)))
+}
+
 /// That it was told so, for people and for programs.
 fn is_told(outcome: &Result<(), DriverError>) -> Result<()> {
     let told = matches!(outcome, Err(DriverError::Refused(refusal))
@@ -20,16 +35,9 @@ fn is_told(outcome: &Result<(), DriverError>) -> Result<()> {
 
 #[test]
 fn a_file_whose_name_may_not_be_durable_is_there_and_said_to_be() -> Result<()> {
-    let disk = match LateDisk::mount() {
-        Ok(disk) => disk,
-        Err(error) => {
-            vmgmt_testkit::skipped(format_args!("no file system of our own here: {error:#}"));
-            return Ok(());
-        }
+    let Some((disk, site)) = with_a_disk()? else {
+        return Ok(());
     };
-    let site = SitePlan::new(env!("CARGO_BIN_EXE_vmgmtd"), 1)
-        .share_at(disk.path())
-        .start()?;
     let vm = site.vm(0)?;
     let mut files = vm.ring(Mode::FILE)?;
     let bytes = pattern(1000);
@@ -65,16 +73,9 @@ fn a_file_whose_name_may_not_be_durable_is_there_and_said_to_be() -> Result<()> 
 
 #[test]
 fn bytes_that_the_disk_has_lost_get_no_name_at_a_second_attempt() -> Result<()> {
-    let disk = match LateDisk::mount() {
-        Ok(disk) => disk,
-        Err(error) => {
-            vmgmt_testkit::skipped(format_args!("no file system of our own here: {error:#}"));
-            return Ok(());
-        }
+    let Some((disk, site)) = with_a_disk()? else {
+        return Ok(());
     };
-    let site = SitePlan::new(env!("CARGO_BIN_EXE_vmgmtd"), 1)
-        .share_at(disk.path())
-        .start()?;
     let vm = site.vm(0)?;
     let mut files = vm.ring(Mode::FILE)?;
     let bytes = pattern(1000);
