@@ -147,8 +147,9 @@ fn run_core(arguments: &Arguments, parent: u32) -> anyhow::Result<()> {
     let Some(start) = core::Start::receive(channel)? else {
         return Ok(());
     };
+    let ahead = core::Ahead::begin();
     let entered = sandbox::enter(Role::Core, start.sandbox(), parent, &start.share_roots())?;
-    with_log(arguments, || core::run(start, entered))
+    with_log(arguments, || core::run(start, entered, ahead))
 }
 
 /// A program that is asked whether it could be the core: it reads the same state, so it is shut in as well.

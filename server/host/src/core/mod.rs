@@ -6,6 +6,7 @@
 //!
 //! One file, [`event_loop`], moves values between the rooms; the others hold what belongs to one of its sides.
 
+mod ahead;
 pub mod bulk;
 mod event_loop;
 pub mod freezes;
@@ -17,6 +18,7 @@ pub mod sessions;
 mod trial;
 pub mod wake;
 
+pub use ahead::Ahead;
 pub use trial::{Question, check};
 
 use crate::channel::{Channel, Packet};
@@ -121,10 +123,11 @@ impl Start {
 }
 
 /// The core's process: serves until the keeper says stop or is gone. `sandbox` was entered; it is sealed here, when all threads run.
+/// `ahead`: until it serves.
 ///
 /// # Errors
 /// What makes it impossible to serve: the keeper then logs it and starts another.
-pub fn run(start: Start, sandbox: Entered) -> anyhow::Result<()> {
+pub fn run(start: Start, sandbox: Entered, ahead: Option<Ahead>) -> anyhow::Result<()> {
     tracing::info!(
         "core life {} speaks version {} of the roles' words",
         start.life,
@@ -141,7 +144,7 @@ pub fn run(start: Start, sandbox: Entered) -> anyhow::Result<()> {
             return Ok(());
         }
     }
-    event_loop::EventLoop::new(hands, sandbox)?.run(held)
+    event_loop::EventLoop::new(hands, sandbox)?.run(held, ahead)
 }
 
 /// Waits for the first packet; `None`: the keeper is gone.

@@ -39,6 +39,17 @@ pub(super) fn new_user_namespace() -> Result<(), Errno> {
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWUSER) }
 }
 
+/// Has the threads that this one makes be ordinary ones, whatever its own priority; false: it is not scheduled as an ordinary thread itself.
+pub(crate) fn has_ordinary_threads() -> bool {
+    let none = libc::sched_param { sched_priority: 0 };
+    let policy = libc::SCHED_OTHER | libc::SCHED_RESET_ON_FORK;
+    // SAFETY: the kernel takes two numbers and reads a structure that lives until the call returns.
+    unsafe {
+        libc::sched_getscheduler(0) == libc::SCHED_OTHER
+            && libc::sched_setscheduler(0, policy, &raw const none) == 0
+    }
+}
+
 /// The kernel's ABI of landlock.
 pub(super) fn landlock_abi() -> Result<i32, Errno> {
     /// LANDLOCK_CREATE_RULESET_VERSION (linux/landlock.h): nothing is made, the version is told.

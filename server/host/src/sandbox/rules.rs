@@ -287,4 +287,13 @@ const CORE: &[Rule] = &[
     ),
     rule!(SYS_getpid, Always, "the process to copy memory within; abort"),
     rule!(SYS_getppid, Always, "the keeper's number, for the status"),
+    rule!(
+        SYS_setpriority[
+            Only::OneOf(0, &[libc::PRIO_PROCESS as u64]),
+            Only::OneOf(1, &[0]),
+            Only::OneOf(2, &[0])
+        ],
+        Always,
+        "when it serves it goes back to an ordinary thread's priority; no other can be asked for"
+    ),
 ];

@@ -17,7 +17,6 @@ use crate::channel::{Channel, ChannelError, Packet};
 use crate::config::{CoreConfig, DeviceConfig, VmConfig};
 use crate::control::limits::TOKENS as CONTROL_TOKENS;
 use crate::control::protocol::UpgradeReport;
-use crate::core::Start;
 use crate::core::bulk::Bulk;
 use crate::core::freezes::Freezes;
 use crate::core::journal::{Fill, Journal, JournalError};
@@ -28,6 +27,7 @@ use crate::core::operators::{Ask, Books, Operators, Transfer};
 use crate::core::sessions::{Session, Sessions};
 use crate::core::trial::Held;
 use crate::core::wake::Wake;
+use crate::core::{Ahead, Start};
 use crate::fault;
 use crate::messages::{CoreToFront, CoreToKeeper, FrontToCore, KeeperToCore, Notice};
 use crate::store::{Done, Store};
@@ -214,11 +214,12 @@ impl EventLoop {
         })
     }
 
-    /// Serves until the keeper says stop or is gone. `held`: what came in while this core was on trial, if it was.
+    /// Serves until the keeper says stop or is gone. `held`: what came in while this core was on trial, if it was. `ahead`: until it serves
+    /// what was there before it.
     ///
     /// # Errors
     /// What makes it impossible to go on.
-    pub(super) fn run(mut self, held: Option<Held>) -> anyhow::Result<()> {
+    pub(super) fn run(mut self, held: Option<Held>, mut ahead: Option<Ahead>) -> anyhow::Result<()> {
         let mut events = Events::with_capacity(256);
         match held {
             Some(held) => self.take_over(held)?,
@@ -249,6 +250,13 @@ impl EventLoop {
             let untold = !self.store.promise(looks_soon);
             let sleeps = timeout != Some(Duration::ZERO) && !untold && self.wake.fall_asleep();
             let timeout = if sleeps { timeout } else { Some(Duration::ZERO) };
+            // It sleeps: nobody is left who waits for it.
+            if ahead
+                .as_mut()
+                .is_some_and(|ahead| ahead.is_over(now, sleeps && self.ready))
+            {
+                ahead = None;
+            }
             match self.poll.poll(&mut events, timeout) {
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 polled => polled.context("waiting for events")?,
