@@ -398,6 +398,7 @@ fn set_up(backing: &dyn Backing) -> Result<(DeviceFacts, Interrupts)> {
         DeviceState::QUARANTINED => return Err(DriverError::DeviceQuarantined),
         _ => reset(backing)?,
     }
+    backing.begin_mastering()?;
     let features = backing.read64(registers::FEATURES_LOW)?;
     backing.write64(registers::FEATURES_ACK_LOW, features & FEATURES_WANTED)?;
     let features_agreed = backing.read64(registers::FEATURES_ACK_LOW)? & FEATURES_WANTED;

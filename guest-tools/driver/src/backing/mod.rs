@@ -162,12 +162,22 @@ pub trait Backing: Send + Sync {
     /// The system refused.
     fn config_write(&self, offset: u32, width: Width, value: u32) -> Result<()>;
 
-    /// Puts back what a restore of the VM may have cleared: BARs and COMMAND (memory, I/O, bus master).
+    /// Puts back what a restore of the VM may have cleared: BARs and COMMAND (memory, I/O), so that registers are reached. DMA is let begin by
+    /// [`Self::begin_mastering`].
     ///
     /// # Errors
     /// The configuration space failed.
     fn restore_function(&self) -> Result<()> {
-        self.set_command(COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER, 0)
+        self.set_command(COMMAND_IO | COMMAND_MEMORY, 0)
+    }
+
+    /// Lets the function master the bus. Only when the device is BLANK: until then an access to memory of who held it before may be under way
+    /// (docs/abi.md, "Finding the device"), and without bus mastering it comes to nothing.
+    ///
+    /// # Errors
+    /// The configuration space failed.
+    fn begin_mastering(&self) -> Result<()> {
+        self.set_command(COMMAND_MASTER, 0)
     }
 
     /// Puts back what somebody else took from COMMAND while the device was in use: nothing is written where nothing is missing.

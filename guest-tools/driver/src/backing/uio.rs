@@ -36,7 +36,7 @@ pub struct Uio {
 }
 
 impl Uio {
-    /// Opens the function's uio node and BARs, and lets it master the bus.
+    /// Opens the function's uio node and BARs.
     ///
     /// # Errors
     /// What is missing: the driver, the node, the right.
@@ -157,7 +157,7 @@ impl Backing for Uio {
 
     fn restore_function(&self) -> Result<()> {
         restore_bars(&self.function, &self.config)?;
-        self.set_command(COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER, 0)
+        self.set_command(COMMAND_IO | COMMAND_MEMORY, 0)
     }
 
     fn keep_function(&self) -> Result<()> {

@@ -16,10 +16,7 @@ use super::pages::{self, Pages};
 use super::pci::{self, PciFunction};
 use super::register_map::RegisterMap;
 use super::vfio_interface::{self as interface, argsz};
-use super::{
-    Backing, COMMAND_INTX_DISABLE, COMMAND_IO, COMMAND_MASTER, COMMAND_MEMORY, InterruptKind, Interrupts,
-    Width,
-};
+use super::{Backing, COMMAND_INTX_DISABLE, COMMAND_IO, COMMAND_MEMORY, InterruptKind, Interrupts, Width};
 use crate::error::{DriverError, Result};
 use crate::limits::{HUGE_PAGE_BYTES, OPEN_DEVICE_ATTEMPTS, OPEN_DEVICE_PAUSE};
 use crate::memory::{DmaMemory, Piece};
@@ -353,7 +350,7 @@ impl Backing for Vfio {
     fn restore_function(&self) -> Result<()> {
         // Written even when the value looks right: writing the enable bits is what makes vfio put lost BARs back.
         let command = self.config_read(super::CONFIG_COMMAND, Width::Two)?;
-        let wanted = command | COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER;
+        let wanted = command | COMMAND_IO | COMMAND_MEMORY;
         self.config_write(super::CONFIG_COMMAND, Width::Two, wanted)
     }
 

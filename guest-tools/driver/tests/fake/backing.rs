@@ -5,10 +5,13 @@ use std::sync::Arc;
 
 use vmgmt_driver::abi;
 use vmgmt_driver::abi::registers::{self, DeviceState, RING_STRIDE, RINGS, RINGS_MAX};
-use vmgmt_driver::backing::{Backing, CONFIG_COMMAND, InterruptKind, Interrupts, Width};
+use vmgmt_driver::backing::{Backing, COMMAND_MASTER, CONFIG_COMMAND, InterruptKind, Interrupts, Width};
 use vmgmt_driver::{DmaMemory, DriverError, Result};
 
 use super::{Fake, FakeRing};
+
+/// How often a device says that it is resetting.
+const RESETTING_READS: u32 = 3;
 
 impl Backing for Fake {
     fn name(&self) -> &'static str {
@@ -39,6 +42,13 @@ impl Backing for Fake {
             registers::VECTORS => 1,
             registers::TRANSFER_BYTES_MAX => abi::ring::TRANSFER_BYTES_MAX,
             registers::LIST_ENTRIES_MAX => abi::ring::LIST_ENTRIES_MAX,
+            registers::STATE if state.resetting_reads > 0 => {
+                state.resetting_reads -= 1;
+                if state.resetting_reads == 0 {
+                    state.registers.insert(registers::STATE, DeviceState::BLANK.0);
+                }
+                DeviceState::RESETTING.0
+            }
             offset => state.registers.get(&offset).copied().unwrap_or(0),
         })
     }
@@ -47,7 +57,8 @@ impl Backing for Fake {
         let mut state = self.state();
         if offset == registers::CONTROL {
             assert_eq!(value, registers::CONTROL_RESET);
-            state.registers.insert(registers::STATE, DeviceState::BLANK.0);
+            state.registers.insert(registers::STATE, DeviceState::RESETTING.0);
+            state.resetting_reads = RESETTING_READS;
             *state.registers.entry(registers::GENERATION).or_default() += 1;
             state.rings = [FakeRing::default(); RINGS_MAX];
             state.receives.clear();
@@ -116,6 +127,11 @@ impl Backing for Fake {
     fn config_write(&self, offset: u32, _width: Width, value: u32) -> Result<()> {
         assert_eq!(offset, CONFIG_COMMAND);
         let mut state = self.state();
+        let begins = value & !state.command & COMMAND_MASTER != 0;
+        assert!(
+            !begins || state.resetting_reads == 0,
+            "a DMA of who was there before may be under way"
+        );
         state.command = value;
         state.kicks += 1;
         self.shared.kick.notify_all();

@@ -80,6 +80,8 @@ pub struct State {
     pub resets: u64,
     /// Reads of MAGIC that give all ones.
     pub absent_reads: u32,
+    /// So often STATE is still RESETTING.
+    pub resetting_reads: u32,
     replace_at_enable: bool,
     /// COMMAND of configuration space: without bus mastering the device only waits.
     pub command: u32,
@@ -125,8 +127,9 @@ impl Fake {
             silent: false,
             resets: 0,
             absent_reads: 0,
+            resetting_reads: 0,
             replace_at_enable: false,
-            command: COMMAND_MEMORY | COMMAND_MASTER,
+            command: COMMAND_MEMORY,
             kicks: 0,
             stop: false,
         };
