@@ -14,7 +14,9 @@ pub use form::Unreadable;
 
 use crate::kept::{Change, Settled};
 use crate::policy::VmConfig;
-use serde::{Deserialize, Serialize, Serializer};
+use serde::de::value::SeqAccessDeserializer;
+use serde::de::{SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::sync::Arc;
 use vmgmt_device::rings::{Channel, Token};
 
@@ -32,13 +34,30 @@ pub struct Message {
     /// Time of the mailbox clock (wall time clamped against jumps), nanoseconds.
     pub stamp_ns: u64,
     pub to_all: bool,
-    /// Written as a byte string, which is read as the array of numbers that it was in earlier versions, and by them.
-    #[serde(serialize_with = "as_bytes")]
+    /// Written as a byte string; in earlier versions it was an array of numbers, and they read the string as that.
+    #[serde(serialize_with = "as_bytes", deserialize_with = "from_bytes")]
     pub body: Vec<u8>,
 }
 
 fn as_bytes<S: Serializer>(body: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_bytes(body)
+}
+
+fn from_bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+    struct Bytes;
+    impl<'de> Visitor<'de> for Bytes {
+        type Value = Vec<u8>;
+        fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            formatter.write_str("a byte string or an array of bytes")
+        }
+        fn visit_bytes<E>(self, bytes: &[u8]) -> Result<Vec<u8>, E> {
+            Ok(bytes.to_vec())
+        }
+        fn visit_seq<A: SeqAccess<'de>>(self, array: A) -> Result<Vec<u8>, A::Error> {
+            Vec::deserialize(SeqAccessDeserializer::new(array))
+        }
+    }
+    deserializer.deserialize_any(Bytes)
 }
 
 /// Who gets a message.

@@ -3,14 +3,16 @@
 //! In: [`Record`]s, live from the hub and again in replay: this is the only way it changes. Out: look-ups.
 //! It never knows submissions, budgets or effects.
 
+mod keys;
+
+use self::keys::KeyWindow;
 use crate::journal::{Message, Presence, Record};
 use crate::kept::{Kept, SavedKept, Settled};
-use crate::limits::KEYS_PER_SOURCE_MAX;
 use crate::modes::mailbox::{Mailbox, SavedMailbox};
 use crate::policy::VmConfig;
 use crate::table::Table;
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use vmgmt_abi::chat::{HOST_NAME, PEER_HOST};
 use vmgmt_device::rings::{Channel, Token};
@@ -26,33 +28,6 @@ pub struct Account {
     pub sequence: u64,
     pub mailbox: Mailbox,
     keys: KeyWindow,
-}
-
-/// Idempotency keys of one source's last sends.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-struct KeyWindow {
-    results: BTreeMap<(u64, u64), u64>,
-    order: VecDeque<(u64, u64)>,
-}
-
-impl KeyWindow {
-    fn insert(&mut self, asked: u64, key: u64, result: u64) {
-        if self.results.insert((asked, key), result).is_none() {
-            self.order.push_back((asked, key));
-        }
-        while self.order.len() > KEYS_PER_SOURCE_MAX {
-            if let Some(oldest) = self.order.pop_front() {
-                self.results.remove(&oldest);
-            }
-        }
-    }
-
-    fn save(&self) -> Vec<(u64, u64, u64)> {
-        let Self { results, order } = self;
-        let keys = order.iter();
-        keys.filter_map(|key| results.get(key).map(|result| (key.0, key.1, *result)))
-            .collect()
-    }
 }
 
 /// A completion with (a part of) a message, not known to be published yet.
@@ -226,7 +201,7 @@ impl Ledger {
             PEER_HOST => &self.host_keys,
             vm => &self.vms.get(&vm)?.keys,
         };
-        keys.results.get(&(asked, key)).copied()
+        keys.result(asked, key)
     }
 
     /// Applies one change. A record that fits nothing (its VM is gone) changes nothing.
@@ -449,11 +424,9 @@ impl Ledger {
         let mut ledger = Self {
             host: Mailbox::restore(host)?,
             host_sequence,
+            host_keys: KeyWindow::restore(host_keys),
             ..Self::default()
         };
-        for (asked, key, result) in host_keys {
-            ledger.host_keys.insert(asked, key, result);
-        }
         for SavedAccount {
             config,
             presence,
@@ -473,9 +446,7 @@ impl Ledger {
             account.presence = presence;
             account.sequence = sequence;
             account.mailbox = Mailbox::restore(mailbox)?;
-            for (asked, key, result) in keys {
-                account.keys.insert(asked, key, result);
-            }
+            account.keys = KeyWindow::restore(keys);
         }
         ledger.restore_deliveries(delivering)?;
         ledger.kept = Kept::restore(kept)?;

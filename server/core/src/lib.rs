@@ -9,6 +9,7 @@
 
 mod adoption;
 mod budgets;
+mod cbor;
 mod control;
 mod deadlines;
 pub mod doors;

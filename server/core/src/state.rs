@@ -3,6 +3,7 @@
 //! In: a hub, or the bytes of one. Out: the other. Saved types stand apart from those that run; whatever can be worked out from the rest is
 //! not saved but worked out again, and what comes back is checked as a stranger's would be.
 
+use crate::cbor;
 use crate::deadlines::{Timer, Timers};
 use crate::effects::{Continuation, Effects, SavedEffects};
 use crate::hub::Hub;
@@ -102,9 +103,7 @@ impl Saved {
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
-        // Writing into a Vec does not fail, and no type in here refuses to be serialized.
-        let written = ciborium::into_writer(self, &mut bytes);
-        debug_assert!(written.is_ok(), "{written:?}");
+        cbor::write(self, &mut bytes);
         bytes
     }
 
@@ -119,9 +118,7 @@ impl Saved {
             #[serde(default)]
             features: BTreeSet<String>,
         }
-        let unreadable =
-            |error: ciborium::de::Error<std::io::Error>| RestoreError::Unreadable(error.to_string());
-        let Versioned { version, features } = ciborium::from_reader(bytes).map_err(unreadable)?;
+        let Versioned { version, features } = cbor::read(bytes).map_err(RestoreError::Unreadable)?;
         if let Some(name) = features
             .into_iter()
             .find(|name| !FEATURES_KNOWN.contains(&name.as_str()))
@@ -129,9 +126,9 @@ impl Saved {
             return Err(RestoreError::Feature(name));
         }
         match version {
-            VERSION => ciborium::from_reader(bytes).map_err(unreadable),
-            1 => Ok(ciborium::from_reader::<SavedVersion1, _>(bytes)
-                .map_err(unreadable)?
+            VERSION => cbor::read(bytes).map_err(RestoreError::Unreadable),
+            1 => Ok(cbor::read::<SavedVersion1>(bytes)
+                .map_err(RestoreError::Unreadable)?
                 .into()),
             found => Err(RestoreError::Version { found }),
         }

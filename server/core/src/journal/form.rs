@@ -9,6 +9,7 @@
 //! half of what the core did for a message.
 
 use super::{Message, Record, Targets};
+use crate::cbor;
 use std::sync::Arc;
 use vmgmt_device::rings::{Channel, Token};
 
@@ -150,9 +151,7 @@ impl Record {
             }
             _ => {}
         }
-        // Writing into a Vec does not fail, and no type in here refuses to be serialized.
-        let written = ciborium::into_writer(self, bytes);
-        debug_assert!(written.is_ok(), "{written:?}");
+        cbor::write(self, bytes);
     }
 
     /// One from bytes that [`Record::write`] of this version, or one that this program reads, has made.
@@ -164,7 +163,7 @@ impl Record {
         if let Some(record) = Self::read_fixed(bytes) {
             return Ok(record);
         }
-        ciborium::from_reader(bytes).map_err(|error| Unreadable(error.to_string()))
+        cbor::read(bytes).map_err(Unreadable)
     }
 }
 
