@@ -190,6 +190,8 @@ impl RingShell for Beside<'_> {
     }
     fn forget_reads(&mut self) {
         self.session.memory.forget_reads();
+        // One that another ring has asked for and that is not on its way yet: no answer comes that would have it asked again.
+        self.session.look = true;
     }
     fn signal(&mut self, vector: u8) {
         if let Some(steps) = self.steps {
