@@ -30,14 +30,13 @@ impl KeyWindow {
 
     /// A send was answered.
     pub(super) fn insert(&mut self, asked: u64, key: u64, result: u64) {
-        let known = match self.results.get_mut() {
-            Some(results) => results.insert((asked, key), result).is_some(),
-            None => self.find(asked, key).is_some(),
-        };
-        if known {
-            if let Some(entry) = self.find(asked, key) {
-                entry.2 = result;
-            }
+        // Where there is an index, it tells most that they are new.
+        let may_be_known = self
+            .results
+            .get_mut()
+            .is_none_or(|results| results.insert((asked, key), result).is_some());
+        if may_be_known && let Some(entry) = self.find(asked, key) {
+            entry.2 = result;
             return;
         }
         self.entries.push_back((asked, key, result));
