@@ -4,17 +4,16 @@
 //! is that of `ciborium`, with which the front and the keeper write: structures and variants by name. (But for a unit, `()`, which it
 //! writes otherwise, and which nothing that is kept has.)
 
-use cbor4ii::serde::{from_slice, to_vec};
+use cbor4ii::serde::{from_slice, to_writer};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 /// Appends a value.
 pub(crate) fn write(value: &impl Serialize, bytes: &mut Vec<u8>) {
-    let begun = std::mem::take(bytes);
-    // Writing into a Vec does not fail, and no type in here refuses to be serialized.
-    match to_vec(begun, value) {
-        Ok(written) => *bytes = written,
-        Err(error) => debug_assert!(false, "{error:?}"),
+    // Writing into a Vec through `Write` does not fail (where there is no memory the process ends), and no type in here refuses to be
+    // serialized. Should one ever: half a record must not come into force. A core may end at any moment, and the next goes on from what is.
+    if to_writer(bytes, value).is_err() {
+        std::process::abort();
     }
 }
 
@@ -31,6 +30,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use serde::Deserialize;
+    use std::os::unix::process::ExitStatusExt;
 
     #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
     enum Variant {
@@ -79,6 +79,31 @@ mod tests {
             }),
             pairs,
         })
+    }
+
+    /// Where there is no memory for all of it, the process ends, rather than that nothing comes into force as if it were all.
+    #[test]
+    fn no_memory_is_the_end_and_no_empty_record() {
+        const CHILD: &str = "VMGMT_TEST_WITHOUT_MEMORY";
+        if std::env::var_os(CHILD).is_some() {
+            let value = String::from_utf8(vec![0; 300 << 20]).unwrap();
+            let mut bytes = Vec::new();
+            println!("writes");
+            write(&value, &mut bytes);
+            println!("wrote {} bytes", bytes.len());
+            return;
+        }
+        let output = std::process::Command::new("sh")
+            .args(["-c", "ulimit -c 0; ulimit -v 600000 && exec \"$0\" \"$@\""])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", "cbor::tests::no_memory_is_the_end_and_no_empty_record"])
+            .args(["--test-threads", "1", "--nocapture"])
+            .env(CHILD, "")
+            .output()
+            .unwrap();
+        let told = String::from_utf8_lossy(&output.stdout);
+        assert!(told.contains("writes") && !told.contains("wrote"), "{told}");
+        assert_eq!(output.status.signal(), Some(6), "{told}");
     }
 
     proptest! {
