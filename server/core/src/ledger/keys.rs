@@ -1,7 +1,7 @@
 //! Idempotency keys of a source's last sends, and what these were answered.
 //!
 //! They are most of a busy hub's state, and a core that takes over needs next to none of them: so the saved form is the one they are kept
-//! in, and what finds a key quickly is made when a key is first looked for.
+//! in, and what finds a key quickly is made when a key is first looked for, or many come in.
 
 use crate::limits::KEYS_PER_SOURCE_MAX;
 use std::cell::OnceCell;
@@ -10,26 +10,40 @@ use std::collections::{BTreeMap, VecDeque};
 /// As asked, key, result; the oldest first.
 type Entry = (u64, u64, u64);
 
+/// So often all entries may be gone through before an index, which takes as long as that, is made.
+const SEARCHES_MAX: u32 = 64;
+
 /// The last [`KEYS_PER_SOURCE_MAX`] of them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct KeyWindow {
     entries: VecDeque<Entry>,
     /// Derived.
     results: OnceCell<BTreeMap<(u64, u64), u64>>,
+    /// How often all entries were gone through for want of that.
+    searches: u32,
 }
 
 impl KeyWindow {
     /// What the send with that key was answered.
     pub(super) fn result(&self, asked: u64, key: u64) -> Option<u64> {
+        self.indexed().get(&(asked, key)).copied()
+    }
+
+    fn indexed(&self) -> &BTreeMap<(u64, u64), u64> {
         let indexed = |(asked, key, result): &Entry| ((*asked, *key), *result);
-        let results = self
-            .results
-            .get_or_init(|| self.entries.iter().map(indexed).collect());
-        results.get(&(asked, key)).copied()
+        self.results
+            .get_or_init(|| self.entries.iter().map(indexed).collect())
     }
 
     /// A send was answered.
     pub(super) fn insert(&mut self, asked: u64, key: u64, result: u64) {
+        // The few records of a core that died are not worth an index; those of one that had no time for a snapshot are.
+        if self.results.get().is_none() {
+            self.searches += 1;
+            if self.searches > SEARCHES_MAX {
+                self.indexed();
+            }
+        }
         // Where there is an index, it tells most that they are new.
         let may_be_known = self
             .results
@@ -48,7 +62,7 @@ impl KeyWindow {
         }
     }
 
-    /// Step by step: good enough for a key that comes twice, and for the records of a core that died.
+    /// Step by step: good enough for a key that comes twice, and for a few records of a core that died.
     fn find(&mut self, asked: u64, key: u64) -> Option<&mut Entry> {
         let same = |entry: &&mut Entry| (entry.0, entry.1) == (asked, key);
         self.entries.iter_mut().find(same)
@@ -67,6 +81,7 @@ impl KeyWindow {
         Self {
             entries,
             results: OnceCell::new(),
+            searches: 0,
         }
     }
 }
@@ -115,6 +130,20 @@ mod tests {
             }
             prop_assert_eq!(keys.save(), model);
         }
+    }
+
+    #[test]
+    fn a_few_keys_are_searched_for_and_of_many_an_index_is_made() {
+        let saved = (0..KEYS_PER_SOURCE_MAX as u64).map(|key| (1, key, 2)).collect();
+        let mut keys = KeyWindow::restore(saved);
+        for key in 0..u64::from(SEARCHES_MAX) {
+            keys.insert(1, key, 3);
+        }
+        assert!(keys.results.get().is_none());
+        keys.insert(1, 5000, 4);
+        assert_eq!(keys.results.get().unwrap().len(), KEYS_PER_SOURCE_MAX);
+        assert_eq!((keys.result(1, 0), keys.result(1, 1)), (None, Some(3)));
+        assert_eq!(keys.result(1, 5000), Some(4));
     }
 
     #[test]
