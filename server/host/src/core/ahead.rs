@@ -8,17 +8,17 @@
 
 use crate::sandbox::has_ordinary_threads;
 use rustix::process::{getpriority_process, setpriority_process};
-use vmgmt_device::Tick;
+use std::time::{Duration, Instant};
 
 /// The nice value until then: nine times the share of an ordinary thread (sched(7)).
 const NICE: i32 = -10;
-/// Whatever happens, it ends after this: the guests' own work has waited long enough.
-const AHEAD_NS_MAX: u64 = 300_000_000;
+/// It ends after this, although there is more to take over: the guests' own work has waited long enough.
+const AHEAD_MAX: Duration = Duration::from_millis(300);
 
 /// The calling thread runs ahead.
 #[derive(Debug)]
 pub struct Ahead {
-    until: Option<Tick>,
+    until: Instant,
 }
 
 impl Ahead {
@@ -30,13 +30,19 @@ impl Ahead {
             return None;
         }
         setpriority_process(None, NICE).ok()?;
-        Some(Self { until: None })
+        let until = Instant::now() + AHEAD_MAX;
+        Some(Self { until })
     }
 
-    /// Whether it is over: this core `serves` all there was to serve, or it has taken too long.
-    pub(super) fn is_over(&mut self, now: Tick, serves: bool) -> bool {
-        let until = *self.until.get_or_insert(now.after_ns(AHEAD_NS_MAX));
-        serves || until <= now
+    /// The core was on trial, which its keeper bounds and where it has slept for the most part, and takes over now. (The privilege is gone:
+    /// what it gave back before, it would not get again.)
+    pub(super) fn begin_anew(&mut self) {
+        self.until = Instant::now() + AHEAD_MAX;
+    }
+
+    /// Whether it is over: this core `serves` all there was to serve, or it has taken too long. Asked between any two steps of what it does.
+    pub(super) fn is_over(&self, serves: bool) -> bool {
+        serves || self.until <= Instant::now()
     }
 }
 

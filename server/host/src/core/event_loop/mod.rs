@@ -222,9 +222,15 @@ impl EventLoop {
     pub(super) fn run(mut self, held: Option<Held>, mut ahead: Option<Ahead>) -> anyhow::Result<()> {
         let mut events = Events::with_capacity(256);
         match held {
-            Some(held) => self.take_over(held)?,
+            Some(held) => {
+                if let Some(ahead) = &mut ahead {
+                    ahead.begin_anew();
+                }
+                self.take_over(held)?;
+            }
             None => self.take_snapshot()?,
         }
+        ahead.take_if(|ahead| ahead.is_over(false));
         self.take_in_everything()?;
         while !self.stopping {
             let now = now();
@@ -251,12 +257,7 @@ impl EventLoop {
             let sleeps = timeout != Some(Duration::ZERO) && !untold && self.wake.fall_asleep();
             let timeout = if sleeps { timeout } else { Some(Duration::ZERO) };
             // It sleeps: nobody is left who waits for it.
-            if ahead
-                .as_mut()
-                .is_some_and(|ahead| ahead.is_over(now, sleeps && self.ready))
-            {
-                ahead = None;
-            }
+            ahead.take_if(|ahead| ahead.is_over(sleeps && self.ready));
             match self.poll.poll(&mut events, timeout) {
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 polled => polled.context("waiting for events")?,
