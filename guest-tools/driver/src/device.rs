@@ -180,14 +180,14 @@ impl Device {
             read_patiently(backing, registers::MAGIC)?;
             return Err(DriverError::DeviceReplaced);
         }
-        backing.keep_function()?;
         if backing.read64(registers::SESSION_LOW)? != facts.session
             || backing.read32(registers::GENERATION)? != facts.generation
         {
             return Err(DriverError::DeviceReplaced);
         }
         match DeviceState(backing.read32(registers::STATE)?) {
-            DeviceState::BLANK | DeviceState::ACTIVE => Ok(()),
+            // Not before: of a device that is being reset an access of before may be under way, and comes to nothing without bus mastering.
+            DeviceState::BLANK | DeviceState::ACTIVE => backing.keep_function(),
             DeviceState::RESETTING => Err(DriverError::DeviceReplaced),
             DeviceState::FAILED => Err(DriverError::DeviceFailed(fail_cause(backing)?)),
             DeviceState::QUARANTINED => Err(DriverError::DeviceQuarantined),

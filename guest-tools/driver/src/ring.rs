@@ -9,7 +9,7 @@ mod lanes;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vmgmt_abi::registers::{self as registers, RING_STRIDE, RINGS, RingState};
+use vmgmt_abi::registers::{self as registers, DeviceState, RING_STRIDE, RINGS, RingState};
 use vmgmt_abi::ring::{LIST_ENTRY_BYTES, flag};
 use vmgmt_abi::{Mode, Opcode, Status, Submission, feature};
 use zerocopy::IntoBytes;
@@ -309,7 +309,10 @@ impl Ring {
             backing.write32(block + registers::RING_ENABLE, 0).and_then(|()| {
                 settle("closing a ring", || {
                     let status = backing.read32(block + registers::RING_STATUS)?;
-                    Ok((RingState(status & 0xff) == RingState::CLOSED || status == u32::MAX).then_some(()))
+                    let closed = RingState(status & 0xff) == RingState::CLOSED || status == u32::MAX;
+                    // A reset closes all rings at once, and is over when no access of before is under way any more.
+                    let over = closed && backing.read32(registers::STATE)? != DeviceState::RESETTING.0;
+                    Ok(over.then_some(()))
                 })
             })
         } else {

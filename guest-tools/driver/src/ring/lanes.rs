@@ -89,7 +89,7 @@ impl Lanes {
                 RingState::OPENING => {
                     looks += 1;
                     if looks >= LOOKS_BEFORE_COMMAND {
-                        backing.keep_function()?;
+                        device.check_health()?;
                     }
                     Ok(None)
                 }

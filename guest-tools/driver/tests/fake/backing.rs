@@ -8,10 +8,7 @@ use vmgmt_driver::abi::registers::{self, DeviceState, RING_STRIDE, RINGS, RINGS_
 use vmgmt_driver::backing::{Backing, COMMAND_MASTER, CONFIG_COMMAND, InterruptKind, Interrupts, Width};
 use vmgmt_driver::{DmaMemory, DriverError, Result};
 
-use super::{Fake, FakeRing};
-
-/// How often a device says that it is resetting.
-const RESETTING_READS: u32 = 3;
+use super::{Fake, FakeRing, RESETTING_READS};
 
 impl Backing for Fake {
     fn name(&self) -> &'static str {

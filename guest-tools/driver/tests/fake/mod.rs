@@ -23,6 +23,9 @@ use vmgmt_driver::backing::memfd::MemfdMemory;
 use vmgmt_driver::backing::{COMMAND_MASTER, COMMAND_MEMORY};
 use zerocopy::{FromBytes, IntoBytes};
 
+/// How often a device says that it is resetting.
+const RESETTING_READS: u32 = 3;
+
 /// Where guest memory begins for the device.
 const BASE: u64 = 0x1_0000_0000;
 
@@ -202,7 +205,10 @@ impl State {
     fn replace(&mut self) {
         let state = self;
         *state.registers.entry(registers::SESSION_LOW).or_default() += 1;
-        state.registers.insert(registers::STATE, DeviceState::BLANK.0);
+        // As a reset of the function leaves it: without bus mastering, and for a moment with accesses of before under way.
+        state.registers.insert(registers::STATE, DeviceState::RESETTING.0);
+        state.resetting_reads = RESETTING_READS;
+        state.command = COMMAND_MEMORY;
         state.rings = [FakeRing::default(); RINGS_MAX];
         state.handles.clear();
         state.receives.clear();
