@@ -1,5 +1,10 @@
 //! The keeper with real processes: start, deaths of each role, stop, admission, the operators' socket while no core is there.
 
+#[path = "keeper/priority.rs"]
+mod priority;
+#[path = "keeper/words.rs"]
+mod words;
+
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -248,63 +253,6 @@ fn while_no_core_is_there_the_keeper_answers_and_nothing_hangs() -> Result<()> {
     Ok(())
 }
 
-/// The nice value of each thread of a process, the first thread's first (proc_pid_stat(5)).
-fn nice(pid: i32) -> Result<Vec<i32>> {
-    let mut threads: Vec<PathBuf> = std::fs::read_dir(format!("/proc/{pid}/task"))?
-        .map(|entry| Ok(entry?.path()))
-        .collect::<Result<_>>()?;
-    threads.sort_by_key(|path| !path.ends_with(pid.to_string()));
-    let of = |path: &PathBuf| {
-        let stat = std::fs::read_to_string(path.join("stat"))?;
-        let fields = stat.rsplit_once(") ").context("no name")?.1;
-        // State is the third field, nice the nineteenth.
-        Ok(fields.split(' ').nth(16).context("too short")?.parse()?)
-    };
-    threads.iter().map(of).collect()
-}
-
-/// The first thread of a core runs ahead of the VMs until it serves them, and no other thread ever does.
-#[test]
-fn a_core_runs_ahead_until_it_serves() -> Result<()> {
-    if !rustix::process::geteuid().is_root() {
-        vmgmt_testkit::skipped("a priority is given by root only");
-        return Ok(());
-    }
-    let directory = tempfile::tempdir()?;
-    let hang = directory.path().join("hang");
-    let fault = format!("adopt-1?{}=hang", hang.display());
-    let daemon = Daemon::start_in(
-        directory,
-        &["--socket", "DIR/mgmt.sock"],
-        &[("VMGMT_FAULT", &fault)],
-    )?;
-    daemon.wait_line("vmgmtd: ready")?;
-    let mut device = Device::connect_ready(daemon.path("mgmt.sock"))?;
-    let before = device.get_info()?;
-    let all_alike = |pid| {
-        wait_until("a core of ordinary threads", PATIENCE, || {
-            let nice = nice(pid)?;
-            Ok((nice.len() > 2 && nice.iter().all(|nice| *nice == 0)).then_some(()))
-        })
-    };
-    let first = daemon.wait_role("core", None)?;
-    all_alike(first)?;
-    std::fs::write(&hang, "")?;
-    signal(first, Signal::KILL)?;
-    let second = daemon.wait_role("core", Some(first))?;
-    // It hangs while it takes over, and so stays what it is.
-    wait_until("a core whose first thread alone runs ahead", PATIENCE, || {
-        let nice = nice(second)?;
-        Ok((nice.len() > 2 && nice[0] == -10 && nice[1..].iter().all(|nice| *nice == 0)).then_some(()))
-    })?;
-    std::fs::remove_file(&hang)?;
-    signal(second, Signal::KILL)?;
-    let third = daemon.wait_role("core", Some(second))?;
-    all_alike(third)?;
-    ensure!(device.get_info()? == before);
-    Ok(())
-}
-
 #[test]
 fn a_core_that_faults_is_told_from_one_that_was_killed() -> Result<()> {
     let daemon = Daemon::start_ready(&["--socket", "DIR/mgmt.sock"])?;
@@ -484,143 +432,4 @@ fn children_that_do_not_end_are_ended() -> Result<()> {
     ensure!(daemon.wait_end()?.code() == Some(0), "{}", daemon.lines());
     daemon.wait_line("instead of in order")?;
     wait_dead(&[core])
-}
-
-#[test]
-fn vmgmtctl_tells_by_words_json_and_exit_code() -> Result<()> {
-    let daemon = Daemon::start_ready(&["--socket", "DIR/mgmt.sock", "--share", "pub=DIR/pub"])?;
-    let control = daemon.path("control.sock");
-    let file = daemon.path("pub/file");
-    std::fs::write(&file, "contents")?;
-    let (file, socket) = (file.to_str().context("a path")?, daemon.path("web.sock"));
-    let socket = socket.to_str().context("a path")?;
-    let run = |arguments: &[&str]| -> Result<(i32, String, String)> {
-        let output = Command::new(env!("CARGO_BIN_EXE_vmgmtctl"))
-            .env("VMGMT_CONTROL", &control)
-            .args(arguments)
-            .output()?;
-        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-        Ok((
-            output.status.code().context("a code")?,
-            text(output.stdout),
-            text(output.stderr),
-        ))
-    };
-    let expected: [(&[&str], i32, &str, &str); 17] = [
-        (&["status"], 0, "is serving", ""),
-        (&["status", "--json"], 0, "{\"answered_by\":\"core\"", ""),
-        (&["shares"], 0, "pub ", ""),
-        (
-            &["add-vm", "web", "--socket", socket, "--share", "pub:ro"],
-            0,
-            "",
-            "",
-        ),
-        (
-            &["add-vm", "x", "--socket", socket],
-            1,
-            "",
-            "somebody listens on it already",
-        ),
-        (
-            &["add-vm", "x", "--socket", "/x", "--share", "nothing"],
-            2,
-            "",
-            "there are: pub",
-        ),
-        (&["vms"], 0, "web ", ""),
-        (&["peers"], 0, "NAME", ""),
-        (&["log"], 0, "", ""),
-        (&["send", "nobody", "hello"], 4, "", "nobody"),
-        (&["recv"], 5, "", "--follow"),
-        (&["recv", "--wait", "-1"], 2, "", "error"),
-        (&["push", "/nowhere", "web"], 1, "", "/nowhere: No such file"),
-        (&["push", file, "nobody:x"], 4, "", "nobody"),
-        (&["pull", "web", "x"], 2, "", "VM:PATH"),
-        (
-            &["--json", "remove-vm", "nobody"],
-            1,
-            "",
-            "{\"error\":{\"code\":\"failed\"",
-        ),
-        (
-            &["--control", "/nowhere.sock", "status"],
-            7,
-            "",
-            "is vmgmtd running?",
-        ),
-    ];
-    for (arguments, code, out, error) in expected {
-        let (found, stdout, stderr) = run(arguments)?;
-        let fits = found == code && stdout.contains(out) && stderr.contains(error);
-        ensure!(
-            fits && (code == 0) == stderr.is_empty(),
-            "{arguments:?}: {found}\n{stdout}\n{stderr}"
-        );
-    }
-    // A pull that fails leaves nothing behind.
-    let target = daemon.path("pulled");
-    let (code, ..) = run(&["pull", "nobody:x", target.to_str().context("a path")?])?;
-    ensure!(code == 4);
-    let names: Vec<_> = std::fs::read_dir(daemon.directory.path())?
-        .flatten()
-        .map(|entry| entry.file_name())
-        .collect();
-    ensure!(
-        !names.iter().any(|name| name.to_string_lossy().contains("pulled")),
-        "{names:?}"
-    );
-    let (code, out, _) = run(&["doctor", "--socket", socket])?;
-    ensure!(
-        out.contains(&format!("{socket}: you may connect")) || out.contains("libvirt-qemu"),
-        "{out}"
-    );
-    ensure!((code == 1) == out.contains("FAIL"), "{out}");
-    Ok(())
-}
-
-#[test]
-fn flags_and_files_are_checked_before_anything_is_started() -> Result<()> {
-    let directory = tempfile::tempdir()?;
-    let file = directory.path().join("vmgmtd.toml");
-    let run = |arguments: &[&str]| -> Result<(Option<i32>, String)> {
-        let output = Command::new(env!("CARGO_BIN_EXE_vmgmtd"))
-            .args(arguments)
-            .output()?;
-        let text = [output.stdout, output.stderr].concat();
-        Ok((output.status.code(), String::from_utf8_lossy(&text).into_owned()))
-    };
-    let path = file.to_str().context("a path")?;
-    std::fs::write(
-        &file,
-        "[[vm]]\nname = \"web\"\nsocket = \"/run/vmgmt-test/web.sock\"\n",
-    )?;
-    ensure!(
-        run(&["--config", path, "--check"])?
-            == (
-                Some(0),
-                "the configuration is good: 1 VMs, 0 shared sockets, 0 shares\n".into()
-            )
-    );
-    ensure!(!Path::new("/run/vmgmt-test").exists());
-    std::fs::write(&file, "[[vm]]\nname = \"all\"\nsocket = \"web.sock\"\n")?;
-    for arguments in [&["--config", path, "--check"][..], &["--config", path]] {
-        let (code, text) = run(arguments)?;
-        ensure!(
-            code == Some(2) && text.contains("2 mistakes") && text.contains("vmgmtd.toml:2"),
-            "{text}"
-        );
-    }
-    for arguments in [
-        &[][..],
-        &["--check"],
-        &["--nonsense"],
-        &["--socket", "/x", "--log", "a=b=c"],
-    ] {
-        let (code, text) = run(arguments)?;
-        ensure!(code == Some(2), "{arguments:?}: {code:?} {text}");
-    }
-    let (code, text) = run(&["--role", "core", "--parent", "1"])?;
-    ensure!(code == Some(1) && text.contains("not by hand"), "{text}");
-    Ok(())
 }

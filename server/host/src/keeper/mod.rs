@@ -6,9 +6,9 @@
 //! One thread, one loop. Each turn asks everything anew (children, channels, signals), so that a wake-up lost or made twice
 //! means nothing; the event loop only tells when to look.
 //!
-//! To be read in ten minutes, in this order: this file (what there is, and one turn of the loop, from the top down); `lives.rs` and
-//! `restart.rs` (a core's start, its death, and what follows); `child.rs` (a process and how it ends); `comers.rs` over `vms.rs` (who may
-//! come in). `sockets.rs`, `signals.rs`, `binary.rs`, `role.rs` are leaves; `fallback.rs` answers operators while no core does.
+//! To be read in this order: this file (what there is, and one turn of the loop, from the top down); `lives.rs` and `restart.rs` (a core's
+//! start, its death, and what follows): these three are its heart, ten minutes. Then `child.rs` (a process and how it ends); `comers.rs` over
+//! `vms.rs` (who may come in). `sockets.rs`, `signals.rs`, `binary.rs`, `role.rs` are leaves; `fallback.rs` answers operators while no core does.
 //! All else runs in an upgrade only: `upgrade.rs` (the order of its parts), `core_upgrade.rs`, `hand_over.rs` (the front), `re_exec.rs` over
 //! `saved.rs` (this process itself), `reload.rs` (another configuration). `server/host/tests/small_rooms.rs` holds how long all this may become.
 
