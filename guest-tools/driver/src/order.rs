@@ -6,7 +6,8 @@
 //! (tests/fuzz-bodies/tests/ordering), with the orders named below.
 //!
 //! Both sides of a ring: publish, full fence, read the other's event word; or arm, full fence, look again, sleep. A release fence is
-//! not enough: a processor may read the event word before its own store is visible.
+//! not enough: a processor may read the event word before its own store is visible. Nor is each full fence one in a VM
+//! (`crate::memory::full_fence`).
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -76,6 +77,10 @@ impl RingWords for DmaMemory {
 
     fn write(&self, start: usize, bytes: &[u8]) -> Result<()> {
         Self::write(self, start, bytes)
+    }
+
+    fn full_fence(&self) {
+        crate::memory::full_fence();
     }
 }
 
