@@ -73,7 +73,8 @@ impl<W: Words> Function<W> {
         }
     }
 
-    /// Takes a submission back; `sequence` is the one that stands for nothing.
+    /// Takes a submission back; `sequence` is the one that stands for nothing. Nothing of it is taken: which result was taken last stays said
+    /// until the core has heard it.
     pub(super) fn withdraw_port(&mut self, sequence: Option<u64>) {
         if let Some(sequence) = sequence {
             self.page.submit_port(&PortSubmission {
@@ -81,7 +82,6 @@ impl<W: Words> Function<W> {
                 mode: 0,
                 bytes: Vec::new(),
             });
-            self.page.set_port_taken(sequence);
             self.touched = true;
         }
     }

@@ -9,7 +9,7 @@
 //! next one tells the end again.
 
 use super::complete::last_word_address;
-use super::interface::{Output, Token};
+use super::interface::{Channel, Output, Token};
 use super::room::Rings;
 use super::table::{FLAG_CONFIRM, FLAG_LOST};
 use crate::GuestMemory;
@@ -44,7 +44,9 @@ impl Farewells {
     /// The shell has polled this.
     pub fn note_polled(&mut self, output: &Output) {
         self.reset_polled |= matches!(output, Output::Reset { .. });
-        self.closings_polled += usize::from(matches!(output, Output::ChannelClosed { .. }));
+        let of_a_ring = |channel: &Channel| matches!(channel, Channel::Ring(_));
+        self.closings_polled +=
+            usize::from(matches!(output, Output::ChannelClosed { channel, .. } if of_a_ring(channel)));
     }
 
     /// No ring may be opened yet: its set-up in the table would hide from the next life that the one before it has ended.
@@ -130,6 +132,7 @@ impl<W: Words> Rings<W> {
         if std::mem::take(&mut self.farewells.reset_polled)
             && let Some(generation) = self.farewells.generation.take()
         {
+            self.desk.table.set_port_free();
             self.desk.table.set_generation(generation);
         }
     }

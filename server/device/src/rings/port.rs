@@ -2,6 +2,10 @@
 //!
 //! In: the front page's port submission. Out: `Output::Submission`, then the result in the core page, which the front copies out.
 //! The result is journaled before it is published, and published again by the next core life until the front has taken it.
+//!
+//! The window has one record in the in-flight table. It stays until the hub has heard how its submission ended and has journaled that (the end
+//! of the turn in which the shell polled it); only then the next submission is begun. So a core that dies sooner leaves the next one what it
+//! has to tell. The same goes for the end of the channel when the mode changes: the mode of before stays in the table until then.
 
 use super::interface::{Answer, Channel, Fetched, Output, PortInput, Token};
 use super::limits::PORT_RESULT_BYTES_MAX;
@@ -13,9 +17,6 @@ use crate::page::{CorePage, FrontPage, PortSubmission, Words};
 use vmgmt_abi::port::OUTPUT_BYTES_MAX;
 use vmgmt_abi::{Completion, Mode, Opcode, Status, Submission};
 use zerocopy::{FromBytes, IntoBytes};
-
-/// Stands for a ring's number where a place of the port window is meant.
-pub(super) const PORT_PLACE: usize = usize::MAX;
 
 /// The port window of a session.
 #[derive(Debug, Default)]
@@ -40,114 +41,173 @@ enum State {
     },
     /// The result is in the core page.
     Done { generation: u32, flags: u8 },
+    /// The hub is being told this, and nothing is begun before it has journaled it.
+    Ending { end: Output, polled: bool },
 }
 
 impl Port {
     /// The port window as an earlier core life left it; `None`: the table says what no core of this version writes.
     pub fn adopt<W: Words>(desk: &Desk<W>) -> Option<Self> {
         let record = desk.table.port()?;
+        // A record that is free still says in which mode the channel was used.
+        let used = record.sequence != 0 && is_of(record.sequence, desk.generation);
         Some(Self {
+            mode: used.then_some(record.mode),
             adopted: (record.kind != Kind::Free).then_some(record),
             ..Self::default()
         })
     }
 
-    /// Forgets everything: the device was reset.
-    pub fn reset<W: Words>(&mut self, desk: &Desk<W>) {
-        desk.table.set_port_free();
-        *self = Self::default();
+    /// The device was reset, or the session has ended: the hub hears of a result that the guest has got, and all else is forgotten. The record
+    /// stays: it is freed with the end of the turn in which the hub hears of the reset.
+    pub fn take_leave<W: Words>(&mut self, desk: &mut Desk<W>, front: &FrontPage<W>) {
+        let Self {
+            sequence,
+            state,
+            adopted,
+            ..
+        } = std::mem::take(self);
+        let done = match (adopted, state) {
+            (Some(record), _) => (record.kind != Kind::Fetched).then_some(record),
+            (None, State::Done { generation, flags }) => Some(PortRecord {
+                kind: Kind::Completing,
+                flags,
+                generation,
+                sequence,
+                mode: 0,
+            }),
+            _ => None,
+        };
+        if let Some(record) = done
+            && record.flags & FLAG_CONFIRM != 0
+            && front.port_taken() == record.sequence
+        {
+            let token = token(desk, record.generation);
+            desk.tell(token, record.flags & FLAG_LOST == 0, None);
+        }
     }
 
     /// Compares with the front page.
     pub fn look<W: Words>(&mut self, desk: &mut Desk<W>, front: &FrontPage<W>, core: &CorePage<W>) {
+        if !self.is_ending() {
+            self.go_on(desk, front, core);
+        }
+        // The shell is to come again when the end of this turn has freed the record: another submission may be there already.
+        desk.turn.more |= self.is_ending();
+    }
+
+    fn go_on<W: Words>(&mut self, desk: &mut Desk<W>, front: &FrontPage<W>, core: &CorePage<W>) {
         let sequence = front.port_sequence();
         if sequence == self.sequence && self.adopted.is_none() {
-            self.look_taken(desk, front);
-            return;
+            return self.look_taken(desk, front);
         }
         // Of another generation: one of the two pages' readers is late, and is told again.
-        if sequence >> 32 != desk.generation & 0xffff_ffff {
+        if !is_of(sequence, desk.generation) {
             return;
         }
         // `None`: it is being written, and the front will touch the session again.
         let Some(submission) = front.port_submission() else {
             return;
         };
-        if submission.sequence == sequence && !self.take_over(desk, front, core, sequence) {
-            self.withdraw(desk, front);
+        if submission.sequence != sequence {
+            return;
+        }
+        self.take_over(desk, front, core, sequence);
+        if sequence == self.sequence && self.adopted.is_none() {
+            return self.look_taken(desk, front);
+        }
+        self.withdraw(desk, front);
+        if !self.is_ending() {
             self.begin(desk, front, core, &submission);
         }
     }
 
-    /// Goes on with what an earlier core life left; true: nothing is to be begun.
+    /// Goes on with what an earlier core life left. What it had only fetched, and what is still wanted, stays for `begin`, which gives it the
+    /// same token again.
     fn take_over<W: Words>(
         &mut self,
         desk: &mut Desk<W>,
         front: &FrontPage<W>,
         core: &CorePage<W>,
         sequence: u64,
-    ) -> bool {
+    ) {
         let Some(record) = self.adopted else {
-            return false;
+            return;
         };
         self.sequence = record.sequence;
-        self.mode = Some(record.mode);
         let PortRecord {
             kind,
             flags,
             generation,
             ..
         } = record;
-        if kind == Kind::Fetched {
-            if record.sequence == sequence {
-                // `begin` gives it the same token again.
-                return false;
-            }
-            let token = token(desk, generation);
-            desk.outputs.push_back(Output::Void(token));
+        if kind != Kind::Fetched {
             self.adopted = None;
-            return false;
+            self.state = State::Done { generation, flags };
+            if record.sequence == sequence && front.port_taken() != sequence {
+                core.set_port_result(sequence, &desk.table.port_result());
+                desk.outputs.push_back(Output::Kick);
+            }
+        } else if record.sequence != sequence {
+            self.adopted = None;
+            self.end(desk, Output::Void(token(desk, generation)));
         }
-        self.adopted = None;
-        self.state = State::Done { generation, flags };
-        if record.sequence != sequence {
-            return false;
-        }
-        if front.port_taken() != sequence {
-            core.set_port_result(sequence, &desk.table.port_result());
-            desk.outputs.push_back(Output::Kick);
-        }
-        self.look_taken(desk, front);
-        true
     }
 
     /// The front has copied the result: it is delivered, for any core.
     fn look_taken<W: Words>(&mut self, desk: &mut Desk<W>, front: &FrontPage<W>) {
-        if let State::Done { generation, flags } = &mut self.state
-            && *flags & FLAG_CONFIRM != 0
+        if let State::Done { generation, flags } = self.state
+            && flags & FLAG_CONFIRM != 0
             && front.port_taken() == self.sequence
         {
-            let token = token(desk, *generation);
-            desk.tell(token, *flags & FLAG_LOST == 0, Some((PORT_PLACE, 0, *generation)));
-            *flags = 0;
+            self.tell(desk, generation, flags & FLAG_LOST == 0);
         }
     }
 
     /// The window's user aborted, or goes on with another submission.
     fn withdraw<W: Words>(&mut self, desk: &mut Desk<W>, front: &FrontPage<W>) {
-        match std::mem::take(&mut self.state) {
-            State::Idle => {}
-            State::Hub { generation, .. } => {
-                let token = token(desk, generation);
-                desk.outputs.push_back(Output::Void(token));
+        match self.state {
+            State::Hub { generation, .. } => self.end(desk, Output::Void(token(desk, generation))),
+            State::Done { generation, flags } if flags & FLAG_CONFIRM != 0 => {
+                // The front says of no later submission that it was taken before this one's end is told.
+                let taken = front.port_taken() == self.sequence;
+                self.tell(desk, generation, taken && flags & FLAG_LOST == 0);
             }
-            State::Done { generation, flags } => {
-                if flags & FLAG_CONFIRM != 0 {
-                    let token = token(desk, generation);
-                    let taken = front.port_taken() == self.sequence;
-                    desk.tell(token, taken && flags & FLAG_LOST == 0, None);
-                }
-            }
+            State::Done { .. } => self.state = State::Idle,
+            State::Idle | State::Ending { .. } => {}
+        }
+    }
+
+    fn tell<W: Words>(&mut self, desk: &mut Desk<W>, generation: u32, published: bool) {
+        let token = token(desk, generation);
+        self.end(desk, Output::Published { token, published });
+    }
+
+    /// Tells the hub an end.
+    fn end<W: Words>(&mut self, desk: &mut Desk<W>, end: Output) {
+        match end {
+            Output::Published { token, published } => desk.tell(token, published, None),
+            _ => desk.outputs.push_back(end.clone()),
+        }
+        self.state = State::Ending { end, polled: false };
+    }
+
+    const fn is_ending(&self) -> bool {
+        matches!(self.state, State::Ending { .. })
+    }
+
+    /// The shell has polled this.
+    pub fn note_polled(&mut self, output: &Output) {
+        if let State::Ending { end, polled } = &mut self.state {
+            *polled |= output == end;
+        }
+    }
+
+    /// The end of a turn: the hub has journaled what was polled.
+    pub fn note_told<W: Words>(&mut self, desk: &Desk<W>) {
+        if matches!(self.state, State::Ending { polled: true, .. }) {
+            desk.table.set_port_free();
+            self.state = State::Idle;
         }
     }
 
@@ -163,19 +223,19 @@ impl Port {
             mode,
             bytes,
         } = submission;
-        self.sequence = *sequence;
-        let adopted = self.adopted.take();
         // Taken already: its record went when the hub knew.
-        if bytes.is_empty() || (adopted.is_none() && front.port_taken() == *sequence) {
+        if bytes.is_empty() || (self.adopted.is_none() && front.port_taken() == *sequence) {
+            (self.sequence, self.adopted) = (*sequence, None);
             desk.table.set_port_free();
             return;
         }
-        if self.mode.is_some_and(|before| before != *mode) {
-            desk.outputs.push_back(Output::ChannelClosed {
-                session: desk.settings.session,
-                channel: Channel::Port,
-            });
+        if self.mode.take_if(|before| before != mode).is_some() {
+            let session = desk.settings.session;
+            let channel = Channel::Port;
+            return self.end(desk, Output::ChannelClosed { session, channel });
         }
+        self.sequence = *sequence;
+        let adopted = self.adopted.take();
         self.mode = Some(*mode);
         let generation = match adopted {
             Some(record) => record.generation,
@@ -338,14 +398,10 @@ impl Port {
         }
         true
     }
+}
 
-    /// The hub knows that the result with this token generation was delivered.
-    pub fn told<W: Words>(&mut self, desk: &Desk<W>, generation: u32) {
-        if matches!(self.state, State::Done { generation: ours, .. } if ours == generation) {
-            desk.table.set_port_free();
-            self.state = State::Idle;
-        }
-    }
+fn is_of(sequence: u64, generation: u64) -> bool {
+    sequence >> 32 == generation & 0xffff_ffff
 }
 
 fn hub(generation: u32, tag: u32, data: Vec<u8>, room: u64) -> State {

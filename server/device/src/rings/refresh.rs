@@ -51,7 +51,7 @@ impl<W: Words> Rings<W> {
     }
 
     /// The device was reset: everything in flight is void.
-    pub(super) fn reset(&mut self, generation: u64) {
+    pub(super) fn reset(&mut self, generation: u64, front: &FrontPage<W>) {
         for n in 0..RINGS_MAX {
             self.take_leave(n);
             self.desk.table.close_ring(n);
@@ -59,7 +59,7 @@ impl<W: Words> Rings<W> {
         for ring in &mut self.rings {
             *ring = closed_under(ring.setup);
         }
-        self.port.reset(&self.desk);
+        self.port.take_leave(&mut self.desk, front);
         self.desk.generation = generation;
         self.failed = false;
         // A second reset before the first was told says nothing new.
@@ -105,7 +105,7 @@ impl<W: Words> Rings<W> {
     pub(super) fn refresh(&mut self, front: &FrontPage<W>, core: &CorePage<W>) {
         let generation = front.generation();
         if generation != self.desk.generation {
-            self.reset(generation);
+            self.reset(generation, front);
         }
         self.desk.suppression = front.features() & feature::EVENT_SUPPRESSION != 0;
         for n in 0..RINGS_MAX {

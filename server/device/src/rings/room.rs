@@ -10,7 +10,7 @@ use super::interface::{
 };
 use super::limits::BATCH_MAX;
 use super::open::{self, NotOpen};
-use super::port::{PORT_PLACE, Port};
+use super::port::Port;
 use super::recover;
 use super::refresh::answer_open;
 use super::ring::{Desk, Due, Ring, Stage, Standing, Stop};
@@ -100,7 +100,10 @@ impl<W: Words> Rings<W> {
                 rings.desk.maps_before = rings.desk.table.maps_seen();
                 rings.adopt(front, core);
             }
-            Some(_) => rings.reset(generation),
+            Some(_) => {
+                rings.port = Port::adopt(&rings.desk).unwrap_or_default();
+                rings.reset(generation, front);
+            }
             None => rings.desk.table.set_generation(generation),
         }
         Ok(rings)
@@ -134,7 +137,10 @@ impl<W: Words> Rings<W> {
                 self.write_host_page(front, core, memory);
             }
             Input::TurnEnd => self.end_turn(front, core, memory),
-            Input::End => self.end(memory),
+            Input::End => {
+                self.port.take_leave(&mut self.desk, front);
+                self.end(memory);
+            }
         }
         self.desk.turn
     }
@@ -146,6 +152,7 @@ impl<W: Words> Rings<W> {
             self.desk.told += 1;
         }
         self.farewells.note_polled(&output);
+        self.port.note_polled(&output);
         Some(output)
     }
 
@@ -506,6 +513,7 @@ impl<W: Words> Rings<W> {
     fn end_turn<M: GuestMemory>(&mut self, front: &FrontPage<W>, core: &CorePage<W>, memory: &mut M) {
         self.free_told();
         self.note_told();
+        self.port.note_told(&self.desk);
         if self.failed || !dma_is_allowed(front) {
             return;
         }
@@ -546,9 +554,7 @@ impl<W: Words> Rings<W> {
             let Some(Some((n, index, generation))) = self.desk.telling.pop_front() else {
                 continue;
             };
-            if n == PORT_PLACE {
-                self.port.told(&self.desk, generation);
-            } else if let Some(ring) = self.rings.get_mut(n)
+            if let Some(ring) = self.rings.get_mut(n)
                 && ring
                     .slot(index)
                     .is_some_and(|slot| slot.generation == generation && slot.standing == Standing::Told)

@@ -69,15 +69,18 @@ fn the_port_window_does_the_same_without_dma() {
         ..of(Opcode::READ, 2)
     };
     port(&mut bed, 2, Mode::FILE, &read, &[]);
-    let mut outputs = bed.outputs();
-    assert_eq!(
-        outputs.remove(0),
-        Output::ChannelClosed {
-            session: 7,
-            channel: Channel::Port
-        }
-    );
-    let fetched = submission(&outputs);
+    let closed = Output::ChannelClosed {
+        session: 7,
+        channel: Channel::Port,
+    };
+    assert_eq!(bed.outputs(), [closed.clone()]);
+    // The hub has not journaled it: the next core says it again, and the shell comes again when it has.
+    bed.replace_core(PlainWords::new).unwrap();
+    assert!(bed.touch().more);
+    assert_eq!(bed.outputs(), [closed]);
+    bed.end_turn();
+    assert!(!bed.poll(0).more);
+    let fetched = submission(&bed.outputs());
     assert_eq!(fetched.data_bytes, 4096, "more could not be given back");
     assert!(bed.rings.port_write(fetched.token, 2, b"cd"));
     assert!(!bed.rings.port_write(fetched.token, 4095, b"cd"));
@@ -98,6 +101,13 @@ fn the_port_window_does_the_same_without_dma() {
     }));
 
     port(&mut bed, 3, Mode::FILE, &read, &[]);
+    assert_eq!(
+        bed.outputs(),
+        [],
+        "the hub has not journaled the end of the one before"
+    );
+    bed.end_turn();
+    bed.poll(0);
     let fetched = submission(&bed.outputs());
     bed.replace_core(PlainWords::new).unwrap();
     bed.touch();
@@ -115,9 +125,14 @@ fn the_port_window_does_the_same_without_dma() {
         bytes: vec![],
     });
     bed.touch();
-    assert_eq!(bed.outputs(), [Output::Void(fetched.token)]);
+    let void = [Output::Void(fetched.token)];
+    assert_eq!(bed.outputs(), void);
     complete(&mut bed, &fetched, Answer::ok(4), b"ab", false);
     assert_eq!(bed.rings.counters().stale_answers, 1);
+    bed.replace_core(PlainWords::new).unwrap();
+    bed.touch();
+    assert_eq!(bed.outputs(), void, "the hub had not journaled it");
+    bed.end_turn();
 
     bed.front.submit_port(&PortSubmission {
         sequence: (1 << 32) | 5,
@@ -126,4 +141,61 @@ fn the_port_window_does_the_same_without_dma() {
     });
     bed.touch();
     assert_eq!(port_result(&bed, 5).unwrap().0.status, Status::BAD_ARGUMENT.0);
+}
+
+/// A RECEIVE that is answered, and whose result is in the core page.
+fn received(bed: &mut PlainBed) -> Fetched {
+    let receive = Submission {
+        length: 64,
+        ..of(Opcode::RECEIVE, 1)
+    };
+    port(bed, 1, Mode::CHAT, &receive, &[]);
+    let fetched = submission(&bed.outputs());
+    complete(bed, &fetched, Answer::ok(4), b"data", true);
+    assert_eq!(bed.outputs(), [Output::Kick]);
+    fetched
+}
+
+#[test]
+fn what_was_taken_before_a_reset_is_told_before_it_by_whatever_core() {
+    for taken in [true, false] {
+        let mut bed = bed();
+        let fetched = received(&mut bed);
+        if taken {
+            bed.front.set_port_taken((1 << 32) | 1);
+        }
+        bed.front.set_generation(2);
+        let published = Output::Published {
+            token: fetched.token,
+            published: true,
+        };
+        let reset = Output::Reset { session: 7 };
+        let expected = if taken {
+            vec![published, reset]
+        } else {
+            vec![reset]
+        };
+        bed.touch();
+        assert_eq!(bed.outputs(), expected);
+        bed.replace_core(PlainWords::new).unwrap();
+        bed.touch();
+        assert_eq!(bed.outputs(), expected, "the hub had not journaled it");
+        bed.end_turn();
+        bed.replace_core(PlainWords::new).unwrap();
+        bed.touch();
+        assert_eq!(bed.outputs(), []);
+    }
+}
+
+#[test]
+fn what_was_taken_before_the_session_ended_is_told() {
+    let mut bed = bed();
+    let fetched = received(&mut bed);
+    bed.front.set_port_taken((1 << 32) | 1);
+    bed.handle(Input::End);
+    let published = Output::Published {
+        token: fetched.token,
+        published: true,
+    };
+    assert_eq!(bed.outputs(), [published]);
 }

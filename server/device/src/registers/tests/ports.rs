@@ -84,9 +84,18 @@ fn an_abort_withdraws_and_late_results_are_not_seen() {
     bench.set(BAR2, port::ABORT, 1);
     let withdrawn = bench.front.port_submission().unwrap();
     assert!(withdrawn.bytes.is_empty() && withdrawn.sequence != sequence);
-    assert_eq!(bench.front.port_taken(), withdrawn.sequence);
+    assert_eq!(bench.front.port_taken(), 0);
     core.set_port_result(sequence, &[9; 40]);
     assert_eq!(bench.get(BAR2, port::STATUS), 0);
+    // Nor does it hide that the result of the one before was taken.
+    commit(&mut bench, &[1; 64]);
+    let taken = bench.front.port_sequence();
+    core.set_port_result(taken, &[9; 40]);
+    assert_eq!(bench.get(BAR2, port::STATUS), port::STATUS_DONE);
+    commit(&mut bench, &[1; 64]);
+    bench.set(BAR2, port::ABORT, 1);
+    assert!(bench.front.port_sequence() > taken);
+    assert_eq!(bench.front.port_taken(), taken);
 }
 
 #[test]
