@@ -7,7 +7,6 @@ use crate::deadlines::Timer;
 use crate::effect::Outcome;
 use crate::effects::Continuation;
 use crate::interface::{Input, Output};
-use crate::journal::Record;
 use crate::modes::chat::Chat;
 use crate::modes::delivery;
 use crate::modes::file::{self, Files};
@@ -222,15 +221,8 @@ impl Hub {
     /// gets that. False: it is to be done.
     fn answer_again(&mut self, fetched: &Fetched) -> bool {
         let token = fetched.token;
-        let kept = &self.office.ledger.kept;
-        if let Some((before, settled)) = kept.answered(token, fetched.tag) {
+        if let Some(settled) = self.office.ledger.kept.answered(token) {
             let (answer, payload) = (settled.answer, settled.payload.clone());
-            if before != token {
-                self.office.record(Record::Readdressed {
-                    from: before,
-                    to: token,
-                });
-            }
             self.office.answer(token, answer, payload, true);
             return true;
         }

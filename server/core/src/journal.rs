@@ -132,7 +132,7 @@ pub enum Record {
     Published { token: Token, published: bool },
     /// Answers that go out next (each asks to be told), and what is different from now on.
     Kept { settled: Vec<Settled>, change: Change },
-    /// A submission whose answer is settled was fetched again, under another token.
+    /// A submission whose answer is settled was fetched again, under another token. (Not written any more.)
     Readdressed { from: Token, to: Token },
     /// The operator has the host's message: its bytes are in the socket. (One whose record a death prevented is given again.)
     Taken { position: u64 },

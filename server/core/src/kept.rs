@@ -374,16 +374,16 @@ impl Kept {
         self.host_results.iter().find(|told| told.key == key).copied()
     }
 
-    /// What a submission that comes again was answered, and under which token.
+    /// What a submission that comes again was answered. Its token is the one of before: a tag may be another submission's by now.
     #[must_use]
-    pub fn answered(&self, token: Token, tag: u32) -> Option<(Token, &Settled)> {
-        find(&self.settled, token, |settled| settled.tag == tag)
+    pub fn answered(&self, token: Token) -> Option<&Settled> {
+        self.settled.get(&token)
     }
 
     /// What a submission that comes again was about to be done to.
     #[must_use]
-    pub fn intended(&self, token: Token, tag: u32) -> Option<&Intent> {
-        find(&self.intents, token, |intent| intent.tag == tag).map(|(_, intent)| intent)
+    pub fn intended(&self, token: Token) -> Option<&Intent> {
+        self.intents.get(&token)
     }
 
     /// The offer that a submission which comes again has made.
@@ -455,24 +455,4 @@ impl Kept {
             .map(|(_, path)| path.clone())
             .collect()
     }
-}
-
-/// The entry of this token, or (a port submission may have another) of this channel that is meant.
-fn find<V>(map: &BTreeMap<Token, V>, token: Token, is_meant: impl Fn(&V) -> bool) -> Option<(Token, &V)> {
-    if let Some(value) = map.get(&token) {
-        return Some((token, value));
-    }
-    let first = Token {
-        index: 0,
-        generation: 0,
-        ..token
-    };
-    let last = Token {
-        index: u32::MAX,
-        generation: u32::MAX,
-        ..token
-    };
-    map.range(first..=last)
-        .find(|(_, value)| is_meant(value))
-        .map(|(token, value)| (*token, value))
 }

@@ -153,10 +153,7 @@ pub fn rename(office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {
 fn begin(office: &mut Office, fetched: &Fetched, mut operation: NameOperation) -> Submitted {
     let token = fetched.token;
     let kept = &office.ledger.kept;
-    let before = fetched
-        .again
-        .then(|| kept.intended(token, fetched.tag).cloned())
-        .flatten();
+    let before = fetched.again.then(|| kept.intended(token).cloned()).flatten();
     match before {
         Some(intent) => {
             if let (NameOperation::MakeDirectory { temporary, .. }, Some((_, before))) =

@@ -398,6 +398,13 @@ impl House {
         token
     }
 
+    /// A submission of before comes again, as it does after a crash.
+    pub fn ask_again(&mut self, token: Token) {
+        self.open.insert(token);
+        let fetched = self.fetched(token, true);
+        self.input(Input::Submission(Box::new(fetched)));
+    }
+
     fn fetched(&self, token: Token, again: bool) -> Fetched {
         let ask = self.asks[&token].clone();
         let opcode = Opcode(ask.opcode);
