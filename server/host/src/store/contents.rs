@@ -2,25 +2,24 @@
 //!
 //! Runs on workers. Must never know: names, guests.
 
-use super::quota::Quota;
-use super::{over_quota, refused};
+use super::charge::Inode;
+use super::refused;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use vmgmt_core::effect::{Effect, Outcome};
 
 /// Bytes read at a time for a checksum: stays in the second-level cache, so that the crc reads what was just copied.
 const CHECKSUM_PIECE_BYTES: usize = 256 * 1024;
 
-/// An open file: the descriptor, and what its share has been charged for.
+/// An open file: the descriptor, and where its share is charged for it.
 #[derive(Debug)]
 pub struct OpenFile {
+    /// `None`: no quota. Let go before the descriptor is, with which the file's number may become another's.
+    inode: Option<Arc<Inode>>,
     fd: OwnedFd,
     share_index: usize,
-    quota: Arc<Quota>,
-    /// Length up to which the share's quota has been charged.
-    charged_bytes: Mutex<u64>,
     /// The file system refuses RWF_NOWAIT (or it is not known yet that it does).
     no_nowait: AtomicBool,
 }
@@ -35,12 +34,11 @@ pub enum Piecewise {
 }
 
 impl OpenFile {
-    pub(super) const fn new(fd: OwnedFd, share_index: usize, quota: Arc<Quota>, charged_bytes: u64) -> Self {
+    pub(super) const fn new(fd: OwnedFd, share_index: usize, inode: Option<Arc<Inode>>) -> Self {
         Self {
+            inode,
             fd,
             share_index,
-            quota,
-            charged_bytes: Mutex::new(charged_bytes),
             no_nowait: AtomicBool::new(false),
         }
     }
@@ -70,28 +68,14 @@ impl OpenFile {
         self.no_nowait.store(true, Ordering::Relaxed);
     }
 
-    /// Charges the share before the file grows to `end` bytes.
+    /// Does something that may change the file's length, at most to `end` if it grows, and charges the share for what it came to.
     ///
     /// # Errors
-    /// The outcome that names the quota.
-    pub fn charge_growth(&self, end: u64) -> Result<(), Outcome> {
-        if !self.quota.is_limited() {
-            return Ok(());
-        }
-        let mut charged = self.charged_bytes.lock().unwrap_or_else(PoisonError::into_inner);
-        if end > *charged {
-            self.quota.charge(end - *charged, 0).map_err(over_quota)?;
-            *charged = end;
-        }
-        Ok(())
-    }
-
-    /// Corrects the charge after the file was cut.
-    pub(super) fn cut_charge(&self, bytes: u64) {
-        let mut charged = self.charged_bytes.lock().unwrap_or_else(PoisonError::into_inner);
-        if *charged > bytes {
-            self.quota.give_back(*charged - bytes, 0);
-            *charged = bytes;
+    /// The outcome that names the quota; nothing is done then.
+    pub fn resize<R>(&self, end: u64, change: impl FnOnce() -> R) -> Result<R, Outcome> {
+        match &self.inode {
+            Some(inode) => inode.resize(self.fd(), end, change),
+            None => Ok(change()),
         }
     }
 
@@ -147,13 +131,10 @@ pub(super) fn run(file: &OpenFile, effect: &Effect) -> Outcome {
             .checksum(offset, bytes)
             .map(|(bytes, crc32)| Outcome::Checksum { bytes, crc32 }),
         Effect::Truncate { bytes, .. } => {
-            if let Err(outcome) = file.charge_growth(bytes) {
-                return outcome;
+            match file.resize(bytes, || rustix::fs::ftruncate(file.fd(), bytes)) {
+                Ok(cut) => cut.map(|()| Outcome::Done),
+                Err(outcome) => return outcome,
             }
-            rustix::fs::ftruncate(file.fd(), bytes).map(|()| {
-                file.cut_charge(bytes);
-                Outcome::Done
-            })
         }
         Effect::Sync { .. } => rustix::fs::fsync(file.fd()).map(|()| Outcome::Done),
         _ => Err(Errno::OPNOTSUPP),

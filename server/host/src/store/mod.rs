@@ -4,12 +4,15 @@
 //! Out: their outcomes; and open files, for the loop's reads and writes between files and guest memory. Must never know:
 //! guests' addresses, sessions, what a submission is.
 
+mod charge;
 mod contents;
 mod errno;
 mod names;
 mod pool;
 mod quota;
 mod resolve;
+mod sweep;
+mod walk;
 
 pub use contents::{OpenFile, Piecewise};
 pub use errno::status_of;
@@ -17,13 +20,16 @@ pub use pool::Turn;
 
 use crate::config::ShareConfig;
 use pool::Pool;
-use quota::Quota;
+use quota::{Count, Quota};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::Mode;
+use rustix::fs::{AtFlags, Mode, unlinkat};
 use rustix::io::Errno;
+use rustix::path::Arg;
 use slab::Slab;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use sweep::Sweep;
 use vmgmt_abi::{Budget, Status};
 use vmgmt_core::effect::{Effect, EffectId, FailedAt, FileSlot, Identity, Outcome, StatRecord};
 
@@ -37,6 +43,8 @@ pub struct Share {
     quota: Arc<Quota>,
     /// Permission bits that new files and directories do not get unless they are asked for: vmgmtd's umask.
     masked: u32,
+    /// It was said that a sweep could not look everywhere.
+    told_missed: AtomicBool,
 }
 
 /// Why the store could not be set up.
@@ -90,8 +98,6 @@ pub struct Store {
     pool: Pool<Finished>,
     /// Slots that close when their file has got its name.
     committing: BTreeMap<EffectId, FileSlot>,
-    /// Of files that are the operator's (push, pull): they belong to no share, and nothing limits them.
-    no_quota: Arc<Quota>,
 }
 
 impl Store {
@@ -114,12 +120,13 @@ impl Store {
                 root,
                 quota: Arc::new(Quota::new(config.bytes_max, config.files_max)),
                 masked: umask,
+                told_missed: AtomicBool::new(false),
             });
             if share.quota.is_limited() {
-                let (counted, began) = (Arc::clone(&share), Quota::now());
-                pool.submit(0, share.index, move || {
-                    counted.quota.count_tree(&counted.root, began);
-                    Vec::new()
+                let mut count = Count::new(Arc::clone(&share));
+                pool.submit_in_turns(0, share.index, move || Turn {
+                    left: usize::from(!count.turn()),
+                    results: Vec::new(),
                 });
             }
             open.insert(config.name.clone(), share);
@@ -130,7 +137,6 @@ impl Store {
             generation: 0,
             pool,
             committing: BTreeMap::new(),
-            no_quota: Arc::new(Quota::new(None, None)),
         })
     }
 
@@ -166,8 +172,8 @@ impl Store {
 
     /// Takes over a file that the operator opened.
     pub fn adopt(&mut self, fd: OwnedFd) -> FileSlot {
-        // They have a turn of their own: no share has number 0.
-        let file = OpenFile::new(fd, 0, Arc::clone(&self.no_quota), 0);
+        // They have a turn of their own: no share has number 0. And nothing limits them.
+        let file = OpenFile::new(fd, 0, None);
         self.insert(Arc::new(file))
     }
 
@@ -280,13 +286,40 @@ impl Store {
             | Effect::List { ref share, .. }
             | Effect::MakeDirectory { ref share, .. }
             | Effect::Remove { ref share, .. }
-            | Effect::Rename { ref share, .. }
-            | Effect::Sweep { ref share, .. } => {
+            | Effect::Rename { ref share, .. } => {
                 let share = self.share(share)?;
                 self.pool.submit(owner, share.index, move || {
                     crate::fault::on_any("worker", &effect);
                     let done = names::run(&share, None, &effect);
                     vec![Finished { effect: id, done }]
+                });
+                Ok(())
+            }
+            Effect::Sweep {
+                ref share,
+                older_than_seconds,
+                ref keep,
+                adoption,
+            } => {
+                let share = self.share(share)?;
+                let (index, keep) = (share.index, keep.clone());
+                let mut sweep = None;
+                self.pool.submit_in_turns(owner, index, move || {
+                    let begin = || {
+                        crate::fault::on_any("worker", &effect);
+                        Sweep::new(Arc::clone(&share), older_than_seconds, keep.clone(), adoption)
+                    };
+                    let outcome = sweep.get_or_insert_with(begin).turn();
+                    Turn {
+                        left: usize::from(outcome.is_none()),
+                        results: outcome
+                            .map(|outcome| Finished {
+                                effect: id,
+                                done: Done::Outcome(outcome),
+                            })
+                            .into_iter()
+                            .collect(),
+                    }
                 });
                 Ok(())
             }
@@ -326,8 +359,18 @@ impl Store {
 
 impl Share {
     /// An open file of it.
-    fn opened(&self, fd: OwnedFd, charged_bytes: u64) -> OpenFile {
-        OpenFile::new(fd, self.index, Arc::clone(&self.quota), charged_bytes)
+    fn opened(&self, fd: OwnedFd) -> Result<OpenFile, Errno> {
+        let inode = self.quota.opened(fd.as_fd())?;
+        Ok(OpenFile::new(fd, self.index, inode))
+    }
+
+    /// Takes the name of something that is no directory away.
+    fn unlink(&self, directory: BorrowedFd<'_>, name: impl Arg + Copy) -> Result<(), Errno> {
+        let unlink = || unlinkat(directory, name, AtFlags::empty());
+        let Some(_names) = self.quota.lock_names() else {
+            return unlink();
+        };
+        self.quota.lose_name(directory, name, None, unlink)
     }
 
     /// The mode of a new file or directory whose permissions nobody asked for.

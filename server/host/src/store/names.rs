@@ -2,17 +2,17 @@
 //!
 //! Runs on workers. Must never know: guests. A target appears only complete: temporary name, contents, rename.
 
-use super::{Done, OpenFile, Share, over_quota, refused, resolve};
+use super::{Done, OpenFile, Share, charge, over_quota, refused, resolve};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{
-    AtFlags, Dir, FileType, Mode, OFlags, RawDir, RenameFlags, SeekFrom, fsync, ftruncate, mkdirat,
+    AtFlags, FileType, Mode, OFlags, RawDir, RenameFlags, SeekFrom, fstat, fsync, ftruncate, mkdirat,
     renameat_with, seek, statat, unlinkat,
 };
 use rustix::io::Errno;
 use std::mem::MaybeUninit;
 use std::sync::Arc;
 use vmgmt_abi::Status;
-use vmgmt_abi::file::{existing, kind};
+use vmgmt_abi::file::existing;
 use vmgmt_core::effect::{Effect, FailedAt, Identity, Outcome, entry_bytes};
 
 /// How temporary names begin; no guest can name or see one. (The hub makes them and refuses them in paths.)
@@ -126,12 +126,6 @@ pub(super) fn run(share: &Arc<Share>, file: Option<&OpenFile>, effect: &Effect) 
             };
             rename(share, &name, *intended)
         }
-        Effect::Sweep {
-            older_than_seconds,
-            keep,
-            adoption,
-            ..
-        } => sweep(share, *older_than_seconds, keep, *adoption),
         _ => Err(Errno::OPNOTSUPP),
     };
     Done::Outcome(done.unwrap_or_else(refused))
@@ -152,7 +146,8 @@ fn open(
         (false, true) => OFlags::WRONLY,
         (true, true) => OFlags::RDWR,
     };
-    flags.set(OFlags::TRUNC, truncate && write);
+    // So that what is made here is not made by another meanwhile.
+    let names = create.then(|| share.quota.lock_names());
     let is_new = create && resolve::stat(share.root(), path).is_err();
     if is_new {
         share.quota.charge(0, 1).map_err(over_quota)?;
@@ -162,17 +157,30 @@ fn open(
         return Err(Outcome::failed(Status::EXISTS, FailedAt::File));
     }
     let mode = if is_new { share.mode(0o644) } else { Mode::empty() };
-    let opened = resolve::file(share.root(), path, flags, mode).and_then(|fd| {
-        let (stat, identity) = resolve::stat_of(fd.as_fd())?;
-        let file = Box::new(share.opened(fd, stat.size));
-        Ok(Done::Opened { file, stat, identity })
-    });
-    opened.map_err(|errno| {
+    let fd = resolve::file(share.root(), path, flags, mode).map_err(|errno| {
         if is_new {
             share.quota.give_back(0, 1);
         }
         refused(errno)
-    })
+    })?;
+    if is_new {
+        made(share, &fd);
+    }
+    drop(names);
+    let file = Box::new(share.opened(fd).map_err(refused)?);
+    if truncate && write {
+        file.resize(0, || ftruncate(file.fd(), 0))?.map_err(refused)?;
+    }
+    let (stat, identity) = resolve::stat_of(file.fd()).map_err(refused)?;
+    Ok(Done::Opened { file, stat, identity })
+}
+
+/// A file is new, and charged for.
+fn made(share: &Share, fd: &OwnedFd) {
+    // What cannot be looked at stays charged twice.
+    if let Ok(stat) = fstat(fd) {
+        share.quota.made(charge::key_of(&stat));
+    }
 }
 
 fn create_temporary(
@@ -217,11 +225,13 @@ fn create_temporary(
         share.quota.give_back(0, 1);
         refused(errno)
     })?;
-    if !is_new {
+    if is_new {
+        made(share, &fd);
+    } else {
         share.quota.give_back(0, 1);
     }
     let (stat, identity) = resolve::stat_of(fd.as_fd()).map_err(refused)?;
-    let file = Box::new(share.opened(fd, stat.size));
+    let file = Box::new(share.opened(fd).map_err(refused)?);
     Ok(Done::Opened { file, stat, identity })
 }
 
@@ -249,7 +259,7 @@ fn reopen(
     if seen != identity {
         return Err(Errno::STALE);
     }
-    let file = Box::new(share.opened(fd, stat.size));
+    let file = Box::new(share.opened(fd)?);
     Ok(Done::Opened { file, stat, identity })
 }
 
@@ -323,8 +333,10 @@ fn commit(
         };
     }
     if seen.size != bytes {
-        ftruncate(file.fd(), bytes)?;
-        file.cut_charge(bytes);
+        match file.resize(bytes, || ftruncate(file.fd(), bytes)) {
+            Ok(cut) => cut?,
+            Err(outcome) => return Ok(outcome),
+        }
     }
     if name.durable
         && let Err(errno) = fsync(file.fd())
@@ -361,32 +373,47 @@ fn give_name(share: &Share, source: &str, target: &str, policy: u64) -> Result<S
     let (target_directory, target_name) = resolve::parent(share.root(), target)?;
     let move_to =
         |name: &str, flags| renameat_with(&source_directory, source_name, &target_directory, name, flags);
-    match policy {
+    let names = share.quota.lock_names();
+    let look = || statat(&source_directory, source_name, AtFlags::SYMLINK_NOFOLLOW);
+    let source = names.as_ref().map(|_| look()).transpose()?;
+    if let Some(stat) = &source
+        && FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
+    {
+        // A count that is under way may have passed its new place.
+        share.quota.settle(charge::key_of(stat), charge::size_of(stat));
+    }
+    let moved = match policy {
         existing::REPLACE => {
-            let replaced = statat(&target_directory, target_name, AtFlags::SYMLINK_NOFOLLOW).ok();
-            move_to(target_name, RenameFlags::empty())?;
-            if let Some(replaced) =
-                replaced.filter(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile)
-            {
-                share
-                    .quota
-                    .give_back(u64::try_from(replaced.st_size).unwrap_or(0), 1);
+            let replace = || move_to(target_name, RenameFlags::empty());
+            match source.as_ref().map(charge::key_of) {
+                None => replace(),
+                // Of a file that gets the name which it has, nothing goes.
+                Some(source) => {
+                    let target = target_directory.as_fd();
+                    share.quota.lose_name(target, target_name, Some(source), replace)
+                }
             }
-            Ok(target.to_owned())
+            .map(|()| target.to_owned())
         }
         existing::RENAME => {
             let above = target.len() - target_name.len();
-            for number in 0..RENAMES_MAX {
-                let name = numbered(target_name, number);
-                match move_to(&name, RenameFlags::NOREPLACE) {
-                    Err(Errno::EXIST) => {}
-                    moved => return moved.map(|()| format!("{}{name}", &target[..above])),
-                }
-            }
-            Err(Errno::EXIST)
+            (0..RENAMES_MAX)
+                .map(|number| numbered(target_name, number))
+                .map(|name| {
+                    move_to(&name, RenameFlags::NOREPLACE).map(|()| format!("{}{name}", &target[..above]))
+                })
+                .find(|moved| *moved != Err(Errno::EXIST))
+                .unwrap_or(Err(Errno::EXIST))
         }
         _ => move_to(target_name, RenameFlags::NOREPLACE).map(|()| target.to_owned()),
+    };
+    // (One that was just made is empty.)
+    if source.is_some_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory)
+        && !source_name.starts_with(TEMPORARY_PREFIX)
+    {
+        share.quota.directory_moved();
     }
+    moved
 }
 
 /// `name.ext` → `name.1.ext`; number 0 is the name itself.
@@ -444,12 +471,7 @@ fn remove(share: &Share, path: &str) -> Result<Outcome, Errno> {
     let stat = statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
     match FileType::from_raw_mode(stat.st_mode) {
         FileType::Directory => unlinkat(&directory, name, AtFlags::REMOVEDIR)?,
-        file_type => {
-            unlinkat(&directory, name, AtFlags::empty())?;
-            if file_type == FileType::RegularFile && stat.st_nlink == 1 {
-                share.quota.give_back(u64::try_from(stat.st_size).unwrap_or(0), 1);
-            }
-        }
+        _ => share.unlink(directory.as_fd(), name)?,
     }
     Ok(Outcome::Done)
 }
@@ -492,55 +514,6 @@ fn list(share: &Share, path: &str, cursor: u64, bytes_max: u64) -> Result<Outcom
         position = next;
     }
     Ok(Outcome::Listed { entries, next: 0 })
-}
-
-fn sweep(share: &Share, older_than_seconds: u64, keep: &[String], adoption: bool) -> Result<Outcome, Errno> {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime).tv_sec;
-    let mut directories = vec![String::new()];
-    while let Some(path) = directories.pop() {
-        let directory = match resolve::directory_to_read(share.root(), &path) {
-            Ok(directory) => directory,
-            Err(Errno::NOENT | Errno::ACCESS | Errno::LOOP | Errno::NOTDIR) => continue,
-            Err(errno) => return Err(errno),
-        };
-        let mut entries = Dir::new(directory)?;
-        while let Some(Ok(entry)) = entries.next() {
-            let directory = entries.fd()?;
-            let Ok(name) = entry.file_name().to_str() else {
-                continue;
-            };
-            let Ok(stat) = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) else {
-                continue;
-            };
-            let record = resolve::record(&stat);
-            let below = if path.is_empty() {
-                name.to_owned()
-            } else {
-                format!("{path}/{name}")
-            };
-            if name.starts_with(TEMPORARY_PREFIX) {
-                let old =
-                    now.saturating_sub(stat.st_mtime) > i64::try_from(older_than_seconds).unwrap_or(i64::MAX);
-                let orphan = adoption && name.ends_with(ONCE_SUFFIX) && record.modified_ns < share.began_ns;
-                let is_directory = record.kind == kind::DIRECTORY;
-                let flags = if is_directory {
-                    AtFlags::REMOVEDIR
-                } else {
-                    AtFlags::empty()
-                };
-                if (old || orphan)
-                    && !keep.contains(&below)
-                    && unlinkat(directory, name, flags).is_ok()
-                    && record.kind == kind::FILE
-                {
-                    share.quota.give_back(record.size, 1);
-                }
-            } else if record.kind == kind::DIRECTORY && name != "." && name != ".." {
-                directories.push(below);
-            }
-        }
-    }
-    Ok(Outcome::Done)
 }
 
 #[cfg(test)]

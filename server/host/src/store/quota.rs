@@ -1,15 +1,17 @@
 //! Bytes and files that VMs may put into a share. Charged before a write, given back when it fails or a file goes.
 //!
 //! The measure is file lengths, not blocks: it does not depend on the file system. What was there at the start is counted
-//! once, by a walk on a worker, which passes over what has changed since it began: that has been charged by its writer. Until it is
+//! once, by a walk on a worker, file by file; who changes a file that the walk has not come to counts it first. Until it is
 //! done a quota is not yet exact.
 
-use super::resolve;
-use rustix::fd::AsFd;
-use rustix::fs::{AtFlags, Dir, FileType, statat};
+use super::Share;
+use super::charge::{Inodes, Key, key_of, lock, size_of};
+use super::walk::{ENTRIES_PER_TURN, Walk};
+use rustix::fs::{AtFlags, DirEntry, FileType, statat};
 use rustix::io::Errno;
-use rustix::time::{ClockId, Timespec, clock_gettime};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// A share's quota and what is used of it.
 #[derive(Debug)]
@@ -18,7 +20,27 @@ pub struct Quota {
     files_max: Option<u64>,
     bytes: AtomicU64,
     files: AtomicU64,
+    /// As long as what was there at the start is being counted.
+    counted: Mutex<Option<Counted>>,
+    /// Held while a name goes to another file, or to none.
+    pub(super) names: Mutex<()>,
+    /// Files that are open, or whose name is being changed.
+    pub(super) inodes: Inodes,
 }
+
+/// What has been counted so far.
+#[derive(Debug, Default)]
+struct Counted {
+    /// A bit for each file, 64 numbers a word: file systems give numbers close together.
+    words: BTreeMap<Key, u64>,
+    /// A directory was moved: the walk may have missed what is in it.
+    again: bool,
+}
+
+/// Words of what has been counted: 64 files each at best, some 50 bytes of memory. Beyond, files that are changed meanwhile may be charged twice.
+const COUNTED_WORDS_MAX: usize = 1 << 20;
+/// Walks that the count takes at most, where somebody moves directories all the while.
+const WALKS_MAX: u32 = 16;
 
 /// Which of the two was exceeded.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -35,6 +57,9 @@ impl Quota {
             files_max,
             bytes: AtomicU64::new(0),
             files: AtomicU64::new(0),
+            counted: Mutex::new(None),
+            names: Mutex::new(()),
+            inodes: Mutex::new(BTreeMap::new()),
         }
     }
 
@@ -85,57 +110,151 @@ impl Quota {
         }
     }
 
-    /// The time from which on changes are charged by who makes them: as the kernel stamps files, by its coarse clock.
-    #[must_use]
-    pub fn now() -> Timespec {
-        clock_gettime(ClockId::RealtimeCoarse)
-    }
-
-    /// Counts what is beneath a directory and was there when it `began`, without following links or leaving its file system depth unbounded.
-    pub fn count_tree(&self, root: impl AsFd, began: Timespec) {
-        let mut open = vec![resolve::directory_to_read(root.as_fd(), "")];
-        while let Some(Ok(directory)) = open.pop() {
-            if let Err(errno) = self.count_directory(&directory, &mut open, began) {
-                tracing::warn!(%errno, "a directory of a share cannot be counted for its quota");
-            }
+    /// Charges what is there already, whatever the limits are.
+    pub fn add(&self, bytes: u64, files: u64) {
+        for (counter, amount) in [(&self.bytes, bytes), (&self.files, files)] {
+            let _ = counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| {
+                Some(now.saturating_add(amount))
+            });
         }
     }
 
-    fn count_directory(
-        &self,
-        directory: &rustix::fd::OwnedFd,
-        open: &mut Vec<Result<rustix::fd::OwnedFd, Errno>>,
-        began: Timespec,
-    ) -> Result<(), Errno> {
-        let entries = Dir::new(resolve::directory_to_read(directory.as_fd(), "")?)?;
-        for entry in entries {
-            let entry = entry?;
-            let name = entry.file_name();
-            if name == c"." || name == c".." {
-                continue;
-            }
-            let stat = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
-            match FileType::from_raw_mode(stat.st_mode) {
-                FileType::Directory if open.len() < DIRECTORIES_OPEN_MAX => {
-                    open.push(resolve::directory(directory.as_fd(), name));
-                }
-                FileType::RegularFile
-                    if (stat.st_ctime, stat.st_ctime_nsec as i64) < (began.tv_sec, began.tv_nsec) =>
-                {
-                    self.bytes
-                        .fetch_add(u64::try_from(stat.st_size).unwrap_or(0), Ordering::Relaxed);
-                    self.files.fetch_add(1, Ordering::Relaxed);
-                }
-                _ => {}
-            }
+    /// A file of this length, that is there, is about to be changed: it is in the charge from here on.
+    pub fn settle(&self, key: Key, bytes: u64) {
+        let mut counted = lock(&self.counted);
+        if counted
+            .as_mut()
+            .is_some_and(|counted| counted.insert(key) == Some(true))
+        {
+            self.add(bytes, 1);
         }
-        Ok(())
+    }
+
+    /// It is not there any more; another one may get its number.
+    pub fn unsettle(&self, key: Key) {
+        if let Some(counted) = lock(&self.counted).as_mut() {
+            counted.remove(key);
+        }
+    }
+
+    /// A file was made, and charged for by its maker.
+    pub fn made(&self, key: Key) {
+        let mut counted = lock(&self.counted);
+        // The walk may have been faster.
+        if counted
+            .as_mut()
+            .is_some_and(|counted| counted.insert(key) == Some(false))
+        {
+            self.give_back(0, 1);
+        }
+    }
+
+    /// A directory has been moved.
+    pub fn directory_moved(&self) {
+        if let Some(counted) = lock(&self.counted).as_mut() {
+            counted.again = true;
+        }
+    }
+
+    fn count(&self, key: Key, bytes: u64) {
+        let mut counted = lock(&self.counted);
+        if counted
+            .as_mut()
+            .is_some_and(|counted| counted.insert(key) != Some(false))
+        {
+            self.add(bytes, 1);
+        }
     }
 }
 
-/// Directories that the walk holds open at a time, so that a wide tree cannot take all descriptors; what lies beyond is
-/// not counted and so errs on the VMs' side.
-const DIRECTORIES_OPEN_MAX: usize = 1024;
+impl Counted {
+    /// Whether it was not there before; `None`: there is no room to know it.
+    fn insert(&mut self, (device, number): Key) -> Option<bool> {
+        let (word, bit) = ((device, number / 64), 1 << (number % 64));
+        if self.words.len() >= COUNTED_WORDS_MAX && !self.words.contains_key(&word) {
+            return None;
+        }
+        let word = self.words.entry(word).or_default();
+        let is_new = *word & bit == 0;
+        *word |= bit;
+        Some(is_new)
+    }
+
+    fn remove(&mut self, (device, number): Key) {
+        if let Some(word) = self.words.get_mut(&(device, number / 64)) {
+            *word &= !(1 << (number % 64));
+        }
+    }
+}
+
+/// The count of what is beneath a share's root. Runs on workers, in turns.
+pub(super) struct Count {
+    share: Arc<Share>,
+    walk: Walk,
+    walks: u32,
+}
+
+impl Count {
+    /// Begins: from here on changes are counted as well.
+    pub fn new(share: Arc<Share>) -> Self {
+        *lock(&share.quota.counted) = Some(Counted::default());
+        Self {
+            walk: Walk::new(share.root()),
+            share,
+            walks: 1,
+        }
+    }
+
+    /// Goes on for a while; true: it is done.
+    pub fn turn(&mut self) -> bool {
+        for _ in 0..ENTRIES_PER_TURN {
+            match self.walk.entry() {
+                Some(entry) => {
+                    // Gone meanwhile: who removed it knows what was charged for it.
+                    let _ = self.count(&entry);
+                }
+                None => return self.is_done(),
+            }
+        }
+        false
+    }
+
+    fn count(&mut self, entry: &DirEntry) -> Result<(), Errno> {
+        match self.walk.kind(entry) {
+            FileType::Directory => self.walk.enter(entry.file_name()),
+            FileType::RegularFile => {
+                let directory = self.walk.directory()?;
+                let stat = statat(directory, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW)?;
+                if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile {
+                    self.share.quota.count(key_of(&stat), size_of(&stat));
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Whether nothing was moved since; else it begins again.
+    fn is_done(&mut self) -> bool {
+        let mut counted = lock(&self.share.quota.counted);
+        let again = counted
+            .as_mut()
+            .is_some_and(|counted| std::mem::take(&mut counted.again));
+        if again && self.walks < WALKS_MAX {
+            drop(counted);
+            self.walks += 1;
+            self.walk = Walk::new(self.share.root());
+            return false;
+        }
+        *counted = None;
+        if let Some(missed) = self.walk.missed() {
+            let (directories, errno) = (missed.directories, missed.errno);
+            tracing::warn!(share = self.share.index, directories, %errno,
+                "directories of a share could not be counted for its quota");
+        }
+        true
+    }
+}
 
 #[cfg(test)]
 mod tests {
@@ -153,33 +272,5 @@ mod tests {
         assert_eq!(quota.bytes_left(), 0);
         quota.give_back(4, 1);
         assert_eq!((quota.bytes_left(), quota.charge(4, 1)), (4, Ok(())));
-    }
-
-    #[test]
-    fn what_is_there_is_counted() {
-        let directory = tempfile::tempdir().unwrap();
-        std::fs::create_dir_all(directory.path().join("a/b")).unwrap();
-        std::fs::write(directory.path().join("a/b/c"), b"12345").unwrap();
-        std::fs::write(directory.path().join("d"), b"678").unwrap();
-        std::os::unix::fs::symlink("/", directory.path().join("link")).unwrap();
-        let quota = Quota::new(Some(10), Some(3));
-        let later = Timespec {
-            tv_sec: i64::MAX,
-            tv_nsec: 0,
-        };
-        quota.count_tree(
-            std::fs::File::open(directory.path()).unwrap(),
-            Timespec {
-                tv_sec: 0,
-                tv_nsec: 0,
-            },
-        );
-        assert_eq!(quota.bytes_left(), 10);
-        quota.count_tree(std::fs::File::open(directory.path()).unwrap(), later);
-        assert_eq!(quota.bytes_left(), 2);
-        assert_eq!(
-            (quota.charge(2, 1), quota.charge(0, 1)),
-            (Ok(()), Err(Exceeded::Files))
-        );
     }
 }

@@ -6,6 +6,7 @@ use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxFlags, fstat, openat2, statx};
 use rustix::io::Errno;
 use rustix::path::Arg;
+use std::ffi::CStr;
 use vmgmt_abi::file::kind;
 use vmgmt_core::effect::{Identity, StatRecord};
 
@@ -56,6 +57,19 @@ pub fn directory_to_read(root: BorrowedFd<'_>, path: &str) -> Result<OwnedFd, Er
     open_beneath(
         root,
         or_itself(path),
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW,
+        Mode::empty(),
+    )
+}
+
+/// A directory that lies in another, for reading its entries.
+///
+/// # Errors
+/// As [`directory`].
+pub fn directory_below(above: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd, Errno> {
+    open_beneath(
+        above,
+        name,
         OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW,
         Mode::empty(),
     )

@@ -6,6 +6,8 @@ use vmgmt_abi::file::existing;
 
 #[path = "tests_again.rs"]
 mod again;
+#[path = "tests_quota.rs"]
+mod quotas;
 
 struct Bench {
     directory: tempfile::TempDir,
@@ -94,7 +96,8 @@ impl Bench {
             failed => return failed,
         };
         let file = self.store.file(slot).unwrap();
-        if let Err(outcome) = file.charge_growth(contents.len() as u64) {
+        let write = || rustix::io::pwrite(file.fd(), contents, 0).unwrap();
+        if let Err(outcome) = file.resize(contents.len() as u64, write) {
             self.run(Effect::Discard {
                 slot,
                 share,
@@ -102,7 +105,7 @@ impl Bench {
             });
             return outcome;
         }
-        rustix::io::pwrite(file.fd(), contents, 0).unwrap();
+        drop(file);
         let commit = Effect::Commit {
             slot,
             share: share.clone(),

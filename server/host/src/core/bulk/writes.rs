@@ -94,7 +94,6 @@ impl Writes {
 
     fn write_joined(&self, ranges: &[Range]) -> Option<Vec<Finished>> {
         let (first, last) = (ranges.first()?, ranges.last()?);
-        self.file.charge_growth(last.end()).ok()?;
         let parts: Vec<_> = ranges
             .iter()
             .filter_map(|range| match &range.source {
@@ -103,7 +102,8 @@ impl Writes {
             })
             .collect();
         let bytes: usize = parts.iter().map(|(.., bytes)| bytes).sum();
-        let written = Pieces::write_file_of(&parts, self.file.fd(), first.position).ok()?;
+        let write = || Pieces::write_file_of(&parts, self.file.fd(), first.position);
+        let written = self.file.resize(last.end(), write).ok()?.ok()?;
         (written == bytes && parts.len() == ranges.len()).then(|| {
             let stored = |range: &Range| Finished {
                 effect: range.effect,
@@ -114,9 +114,15 @@ impl Writes {
     }
 
     fn write_alone(&self, range: &Range) -> Done {
-        if let Err(outcome) = self.file.charge_growth(range.end()) {
-            return Done::Outcome(outcome);
+        let write = || self.write_pieces(range);
+        match self.file.resize(range.end(), write) {
+            Ok(Ok(())) => self.stored(range),
+            Ok(Err(done)) => done,
+            Err(outcome) => Done::Outcome(outcome),
         }
+    }
+
+    fn write_pieces(&self, range: &Range) -> Result<(), Done> {
         let mut at = 0;
         while at < range.bytes {
             let position = range.position + at as u64;
@@ -130,17 +136,22 @@ impl Writes {
                 }
             };
             match written {
-                Ok(0) => return Done::Outcome(Outcome::failed(Status::NO_SPACE, FailedAt::File)),
+                Ok(0) => return Err(Done::Outcome(Outcome::failed(Status::NO_SPACE, FailedAt::File))),
                 Ok(written) => at += written,
                 Err(BulkError::File(Errno::INTR)) => {}
-                Err(BulkError::Revoked) => return Done::Revoked,
+                Err(BulkError::Revoked) => return Err(Done::Revoked),
                 Err(BulkError::File(errno)) => {
-                    return Done::Outcome(Outcome::failed(status_of(errno), FailedAt::File));
+                    return Err(Done::Outcome(Outcome::failed(status_of(errno), FailedAt::File)));
                 }
-                Err(_) => return Done::Outcome(Outcome::failed(Status::BAD_ADDRESS, FailedAt::From)),
+                Err(_) => {
+                    return Err(Done::Outcome(Outcome::failed(
+                        Status::BAD_ADDRESS,
+                        FailedAt::From,
+                    )));
+                }
             }
         }
-        self.stored(range)
+        Ok(())
     }
 
     /// What became of a range that is written.
