@@ -196,7 +196,7 @@ impl Bulk {
     pub fn void(&mut self, token: Token) {
         for (id, task) in &mut self.tasks {
             if task.work.tokens().contains(&token) && !task.void {
-                task.void = true;
+                task.void(*id);
                 self.ready.push_back(*id);
             }
         }
@@ -208,7 +208,7 @@ impl Bulk {
             |token: Token| token.session == session && channel.is_none_or(|channel| token.channel == channel);
         for (id, task) in &mut self.tasks {
             if !task.void && task.work.tokens().into_iter().any(is_void) {
-                task.void = true;
+                task.void(*id);
                 self.ready.push_back(*id);
             }
         }
@@ -236,6 +236,7 @@ impl Bulk {
     /// A worker is back. `None`: there is no such work, or it goes on.
     pub fn handle_worker(&mut self, id: EffectId, done: Done) -> Option<Outcome> {
         let task = self.tasks.get_mut(&id)?;
+        task.on_worker = false;
         match done {
             Done::Outcome(outcome) => {
                 self.tasks.remove(&id);
@@ -349,6 +350,7 @@ impl Bulk {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::Finished;
 
     /// A map was taken away, and the reads in it that had not gone out have failed: no answer comes that would say so.
     #[test]
@@ -361,5 +363,65 @@ mod tests {
         bulk.look_again(7);
         assert_eq!(bulk.ready, [EffectId(2), EffectId(1)]);
         assert!(bulk.waiting_for_memory.is_empty() && bulk.frozen.is_empty());
+    }
+
+    /// Two writes into one file, of which a worker has begun the first.
+    #[test]
+    fn a_void_write_ends_when_nothing_of_it_can_be_written_any_more() {
+        let token = |index| Token {
+            session: 1,
+            channel: Channel::Ring(0),
+            index,
+            generation: 0,
+        };
+        let disk = tempfile::tempfile().unwrap();
+        let mut store = Store::new(&[], Vec::new(), 2, 0).unwrap();
+        let slot = store.adopt(disk.try_clone().unwrap().into());
+        let mut bulk = Bulk::default();
+        let writes = bulk.writes_of(store.file(slot).unwrap());
+        for index in 0..2u8 {
+            let (token, bytes) = (token(u32::from(index)), 4);
+            let range = BufferRange {
+                token,
+                offset: 0,
+                bytes,
+            };
+            let work = Work::Write {
+                writes: Arc::clone(&writes),
+                offset: u64::from(index) * bytes,
+                from: End {
+                    range,
+                    place: task::Place::Port,
+                },
+                crc32: None,
+            };
+            let id = EffectId(index.into());
+            bulk.begin(id, 1, bytes, work);
+            bulk.tasks.get_mut(&id).unwrap().on_worker = true;
+            writes.push(writes::Range {
+                effect: id,
+                position: u64::from(index) * bytes,
+                bytes: bytes as usize,
+                source: writes::Source::Here(vec![index; bytes as usize]),
+                checksum: false,
+            });
+        }
+        bulk.ready.clear();
+        let turn = writes.run();
+        assert_eq!(turn.left, 1);
+        bulk.void_channel(1, Some(Channel::Ring(0)));
+        // The second is nowhere any more; the first is with its worker until that says so.
+        let ends = |bulk: &mut Bulk| {
+            let (mut sessions, mut finished) = (Sessions::default(), Vec::new());
+            bulk.step(&mut sessions, &store, &mut finished, &mut |_, _| {});
+            finished.into_iter().map(|(id, _)| id).collect::<Vec<_>>()
+        };
+        assert_eq!(ends(&mut bulk), [EffectId(1)]);
+        assert!(writes.run().results.is_empty());
+        for Finished { effect, done } in turn.results {
+            assert_eq!(bulk.handle_worker(effect, done), None);
+        }
+        assert_eq!(ends(&mut bulk), [EffectId(0)]);
+        assert_eq!(std::os::unix::fs::MetadataExt::size(&disk.metadata().unwrap()), 4);
     }
 }

@@ -68,6 +68,8 @@ pub(super) struct Task {
     pub(super) scratch: Vec<u8>,
     /// Its submission is void: it ends when its worker is back.
     pub(super) void: bool,
+    /// A worker has something of it, or is going to.
+    pub(super) on_worker: bool,
     /// A worker found its buffers taken back: they are to be looked up again.
     pub(super) revoked: bool,
 }
@@ -102,11 +104,37 @@ impl Task {
             done: 0,
             scratch: Vec::new(),
             void: false,
+            on_worker: false,
             revoked: false,
         }
     }
 
+    /// Its submission is void. What it has queued to be written is taken back first: the put that it writes to may be opened again as soon as
+    /// it has ended, and get newer bytes. (What is being read goes nowhere.)
+    pub(super) fn void(&mut self, id: EffectId) {
+        self.void = true;
+        self.on_worker = self.on_worker
+            && match &self.work {
+                Work::Write { writes, .. } => !writes.take_back(id),
+                Work::Copy { .. } | Work::Fetch { .. } | Work::Read { .. } => false,
+            };
+        if self.on_worker {
+            // Its session's fences must not wait for a disk.
+            self.work.ends_mut().for_each(End::let_go);
+        }
+    }
+
     pub(super) fn step(&mut self, id: EffectId, sessions: &mut Sessions, store: &Store) -> Step {
+        if self.on_worker {
+            // Told void meanwhile: it ends when its worker is back.
+            return Step::OnWorker;
+        }
+        let step = self.step_here(id, sessions, store);
+        self.on_worker = matches!(step, Step::OnWorker);
+        step
+    }
+
+    fn step_here(&mut self, id: EffectId, sessions: &mut Sessions, store: &Store) -> Step {
         if self.void {
             return Step::Finished(Outcome::failed(Status::CANCELLED, FailedAt::Into));
         }

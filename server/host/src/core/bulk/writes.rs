@@ -69,6 +69,13 @@ impl Writes {
         !std::mem::replace(&mut queue.has_job, true)
     }
 
+    /// Takes back what no worker has begun of an effect; false: one has it, and will tell.
+    pub fn take_back(&self, effect: EffectId) -> bool {
+        let mut queue = self.lock();
+        let place = queue.waiting.iter().position(|range| range.effect == effect);
+        place.and_then(|place| queue.waiting.remove(place)).is_some()
+    }
+
     /// Writes the next range, and with it what follows. One worker at a time.
     pub fn run(&self) -> Turn<Finished> {
         let ranges = take_joined(&mut self.lock().waiting);
