@@ -7,7 +7,7 @@
 //! that may be the first attempt of waits here until it is gone ([`Effects::add_after_burial`]), and only for the VMs whose work it may be.
 
 use crate::effect::{BufferRange, Effect, EffectId};
-use crate::limits::{EFFECTS_RUNNING_MAX, EFFECTS_RUNNING_PER_VM_MAX};
+use crate::limits::{EFFECTS_RUNNING_MAX, EFFECTS_RUNNING_PER_VM_MAX, EFFECTS_RUNNING_PER_VM_MIN};
 use crate::modes::namely::NameOperation;
 use crate::refusal::Refusal;
 use serde::{Deserialize, Serialize};
@@ -209,9 +209,11 @@ impl Effects {
         (id, Some(effect))
     }
 
+    /// A VM may have as many as there are places left, so that they never are all taken by a few, and some in any case.
     fn may_run(&self, vm: u64) -> bool {
-        self.slow < EFFECTS_RUNNING_MAX
-            && self.slow_of.get(&vm).copied().unwrap_or(0) < EFFECTS_RUNNING_PER_VM_MAX
+        let left = EFFECTS_RUNNING_MAX.saturating_sub(self.slow);
+        let most = left.clamp(EFFECTS_RUNNING_PER_VM_MIN, EFFECTS_RUNNING_PER_VM_MAX);
+        self.slow_of.get(&vm).copied().unwrap_or(0) < most
     }
 
     fn start(&mut self, id: EffectId, vm: u64, slow: bool, then: Continuation) {
@@ -396,5 +398,64 @@ pub const fn whole(token: Token, bytes: u64) -> BufferRange {
         token,
         offset: 0,
         bytes,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::effect::FileSlot;
+
+    /// Asks for an effect that may sleep on a disk; whether it runs at once.
+    fn ask(effects: &mut Effects, vm: u64) -> bool {
+        let sync = Effect::Sync { slot: FileSlot::NONE };
+        effects.add(vm, sync, Continuation::Nothing).1.is_some()
+    }
+
+    fn running_of(effects: &Effects, vm: u64) -> usize {
+        effects
+            .running
+            .values()
+            .filter(|running| running.vm == vm)
+            .count()
+    }
+
+    #[test]
+    fn those_that_hang_or_are_frozen_never_stop_the_others() {
+        for hung in [1, 3, 4, 50, 500] {
+            let mut effects = Effects::default();
+            for vm in 1..=hung {
+                for _ in 0..100 {
+                    ask(&mut effects, vm);
+                }
+            }
+            assert_eq!(effects.next(), None);
+            let other = hung + 1;
+            let at_once = (0..100).filter(|_| ask(&mut effects, other)).count();
+            assert!(
+                at_once >= EFFECTS_RUNNING_PER_VM_MIN as usize,
+                "{hung} hang: {at_once}"
+            );
+            // And its queue goes on as its own end, though nothing of the others does.
+            for _ in at_once..100 {
+                let id = effects.running.iter().find(|(_, running)| running.vm == other);
+                let id = *id.expect("one of its own runs").0;
+                assert_eq!(effects.finish(id), Some(Continuation::Nothing));
+                assert!(effects.next().is_some(), "{hung} hang");
+            }
+            assert!(!effects.queues.contains_key(&other));
+        }
+    }
+
+    #[test]
+    fn one_alone_has_its_full_share_and_a_few_leave_places() {
+        let mut effects = Effects::default();
+        for vm in 1..=4 {
+            for _ in 0..100 {
+                ask(&mut effects, vm);
+            }
+        }
+        assert_eq!(running_of(&effects, 1), EFFECTS_RUNNING_PER_VM_MAX as usize);
+        assert!(effects.slow < EFFECTS_RUNNING_MAX);
     }
 }

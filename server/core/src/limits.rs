@@ -18,8 +18,11 @@ pub const NS_PER_SECOND: u64 = 1_000_000_000;
 /// Effects of one kind that may sleep on a disk, given to the shell at once: some times the worker threads of a pool, so that they
 /// never idle, and few enough that the queue behind them (where VMs take turns) is what decides.
 pub const EFFECTS_RUNNING_MAX: u32 = 128;
-/// The same for one VM, so that one with a hung disk leaves room for others.
+/// The same for one VM, so that one with a hung disk leaves room for others; less, where fewer places than this are left.
 pub const EFFECTS_RUNNING_PER_VM_MAX: u32 = 32;
+/// What one VM may have running however many others have: those whose disk hangs, or who are frozen, give no place back, and no number of them
+/// may stop the rest. Enough that a VM has one under way while another ends.
+pub const EFFECTS_RUNNING_PER_VM_MIN: u32 = 4;
 
 /// Idempotency keys remembered for each source VM; the oldest go first.
 pub const KEYS_PER_SOURCE_MAX: usize = 1024;
@@ -74,6 +77,7 @@ pub const FILE_OFFSET_MAX: u64 = i64::MAX as u64;
 
 const _: () = {
     assert!(EFFECTS_RUNNING_PER_VM_MAX < EFFECTS_RUNNING_MAX);
+    assert!(EFFECTS_RUNNING_PER_VM_MIN < EFFECTS_RUNNING_PER_VM_MAX);
     assert!(RATE_DELAY_NS_MAX <= RATE_BURST_NS);
     assert!(PUT_GAPS_MAX <= PUT_RANGES_MAX);
     assert!(COMPONENT_BYTES_MAX < PATH_BYTES_MAX);
