@@ -5,6 +5,7 @@ use crate::{A, B, at_every_output, bytes};
 use vmgmt_abi::file::{OfferHeader, SIZE_UNKNOWN, open, put, unknown};
 use vmgmt_abi::ring::{completion_flag, flag};
 use vmgmt_abi::{Opcode, Status};
+use vmgmt_core::Effect;
 use vmgmt_device::rings::Token;
 use zerocopy::FromBytes;
 
@@ -39,6 +40,27 @@ fn a_put_is_whole_whenever_the_core_dies() {
             );
         });
     }
+}
+
+/// The worker had cut the file, and died with the core before it gave it its name.
+#[test]
+fn a_put_that_its_commit_has_cut_is_named_in_the_next_life() {
+    let mut house = House::new();
+    let handle = house.ok(A, Ask::new(Opcode::PUT).meta("rw/f").offset(SIZE_UNKNOWN));
+    house.ok(A, Ask::new(Opcode::WRITE).handle(handle).data("contents"));
+    house.manual = true;
+    let commit = Ask::new(Opcode::COMMIT).handle(handle).offset(4).room(64);
+    let committed = house.ask(A, commit);
+    let Some((_, Effect::Commit { share, temporary, .. })) = house.pending.first().cloned() else {
+        panic!("{:?}", house.pending)
+    };
+    house.files.get_mut(&(share, temporary)).unwrap().truncate(4);
+    house.crash();
+    house.manual = false;
+    house.settle();
+    assert_eq!(house.status(committed), Status::OK);
+    assert_eq!(house.file("rw", "f").map(Vec::as_slice), Some(&b"cont"[..]));
+    assert_eq!(house.files.len(), 1, "{:?}", house.files.keys());
 }
 
 #[test]
