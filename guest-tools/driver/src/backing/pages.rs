@@ -67,15 +67,73 @@ fn transparent(length: usize) -> Result<Pages> {
     Ok(Pages { pointer, length })
 }
 
-/// Locks a mapping into memory.
+/// Locks a mapping into memory and keeps the kernel from putting other pages under it: from here on its physical addresses can be looked up.
 pub fn lock(pages: &Pages) -> Result<()> {
+    let (start, length) = (pages.pointer.as_ptr().cast::<libc::c_void>(), pages.length);
     // SAFETY: a range of our own; no memory is changed.
-    if unsafe { libc::mlock(pages.pointer.as_ptr().cast(), pages.length) } != 0 {
+    if unsafe { libc::mlock(start, length) } != 0 {
         let error = std::io::Error::last_os_error();
         return Err(DriverError::SetUp(format!(
-            "locking {} bytes of memory: {error}; run as root or raise the limit (ulimit -l)",
-            pages.length
+            "locking {length} bytes of memory: {error}; run as root or raise the limit (ulimit -l)"
         )));
     }
+    // A lock is no pin. khugepaged would copy small pages into a new huge one (a huge page that is there already stays); after a fork the
+    // next write would go to a copy; NUMA balancing would move pages to who uses them, but for memory with a policy of its own. A kernel that
+    // refuses one of these does not do that either.
+    // SAFETY: advice about, and the policy of, a range of our own; no memory is changed.
+    unsafe {
+        libc::madvise(start, length, libc::MADV_NOHUGEPAGE);
+        libc::madvise(start, length, libc::MADV_DONTFORK);
+        libc::syscall(
+            libc::SYS_mbind,
+            start,
+            length,
+            libc::MPOL_LOCAL,
+            0_usize,
+            0_usize,
+            0_usize,
+        );
+    }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the kernel says of the mapping at an address: a line of /proc/self/smaps that begins with `name`.
+    fn smaps(address: usize, name: &str) -> String {
+        let text = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut inside = false;
+        for line in text.lines() {
+            let range = line.split_once(' ').and_then(|(range, _)| range.split_once('-'));
+            let ends = range.and_then(|(start, end)| {
+                Some((
+                    usize::from_str_radix(start, 16).ok()?,
+                    usize::from_str_radix(end, 16).ok()?,
+                ))
+            });
+            if let Some((start, end)) = ends {
+                inside = (start..end).contains(&address);
+            } else if inside && let Some(rest) = line.strip_prefix(name) {
+                return rest.to_owned();
+            }
+        }
+        panic!("nothing is mapped at {address:#x}");
+    }
+
+    #[test]
+    fn locked_memory_keeps_its_pages() {
+        for bytes in [PAGE_BYTES, HUGE_PAGE_BYTES] {
+            let pages = take(bytes).unwrap();
+            lock(&pages).unwrap();
+            let flags = smaps(pages.pointer.as_ptr() as usize, "VmFlags:");
+            let has = |wanted| flags.split_whitespace().any(|flag| flag == wanted);
+            assert!(has("lo") && has("dc"), "{flags}");
+            // Reserved huge pages ("ht") are none of khugepaged's; a kernel without transparent ones has no khugepaged.
+            let thp = std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists();
+            assert!(has("nh") || has("ht") || !thp, "{bytes} bytes: {flags}");
+            unmap(pages.pointer.as_ptr() as usize, pages.length);
+        }
+    }
 }
