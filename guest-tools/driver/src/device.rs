@@ -63,6 +63,8 @@ struct State {
     rings_taken: u32,
     /// Moves when the device was set up anew: rings from before are void.
     set_up: u64,
+    /// The bus was taken from it: only a set-up, which begins with a reset, gives it back.
+    stopped: bool,
     /// When the device was last known to be the same one.
     healthy_at: Instant,
 }
@@ -95,6 +97,7 @@ impl Device {
             interrupts,
             rings_taken: 0,
             set_up: 0,
+            stopped: false,
             healthy_at: Instant::now(),
         });
         Ok(Arc::new(Self {
@@ -154,6 +157,7 @@ impl Device {
         state.interrupts = interrupts;
         state.rings_taken = 0;
         state.set_up += 1;
+        state.stopped = false;
         state.healthy_at = Instant::now();
         Ok(())
     }
@@ -164,6 +168,20 @@ impl Device {
     /// It does not settle.
     pub fn reset(&self) -> Result<()> {
         reset(&*self.backing)
+    }
+
+    /// Takes the bus from a device that can neither be asked to close a ring nor be reset: no DMA of it is under way after that, and none begins
+    /// until [`Self::recover`]. All rings are void.
+    ///
+    /// # Errors
+    /// Its configuration space does not answer either.
+    pub(crate) fn stop(&self) -> Result<()> {
+        let mut state = self.lock();
+        self.backing.end_mastering()?;
+        state.set_up += 1;
+        state.rings_taken = 0;
+        state.stopped = true;
+        Ok(())
     }
 
     /// Looks whether this is still the device that was set up, and gives it back what somebody else took from COMMAND: with bus mastering off it
@@ -187,7 +205,13 @@ impl Device {
         }
         match DeviceState(backing.read32(registers::STATE)?) {
             // Not before: of a device that is being reset an access of before may be under way, and comes to nothing without bus mastering.
-            DeviceState::BLANK | DeviceState::ACTIVE => backing.keep_function(),
+            DeviceState::BLANK | DeviceState::ACTIVE => {
+                let state = self.lock();
+                if state.stopped {
+                    return Err(DriverError::DeviceReplaced);
+                }
+                backing.keep_function()
+            }
             DeviceState::RESETTING => Err(DriverError::DeviceReplaced),
             DeviceState::FAILED => Err(DriverError::DeviceFailed(fail_cause(backing)?)),
             DeviceState::QUARANTINED => Err(DriverError::DeviceQuarantined),
@@ -298,8 +322,9 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        // The rings are closed already; a reset leaves the next program a blank device. A dead device cannot be reset.
-        let _dead = reset(&*self.backing);
+        // The rings are closed already; a reset leaves the next program a blank device. One that cannot be reset must not go on with DMA:
+        // memory that was kept from it goes back to the system with this program. If the bus cannot be taken from it either, it is gone.
+        let _gone = reset(&*self.backing).or_else(|_| self.backing.end_mastering());
     }
 }
 
@@ -323,7 +348,7 @@ pub(crate) fn settle<T>(what: &'static str, mut settled: impl FnMut() -> Result<
 }
 
 /// Reads a register; all ones is no answer, so it is asked again a few times.
-fn read_patiently(backing: &dyn Backing, offset: u32) -> Result<u32> {
+pub(crate) fn read_patiently(backing: &dyn Backing, offset: u32) -> Result<u32> {
     for attempt in 0..ABSENT_ATTEMPTS {
         let value = backing.read32(offset)?;
         if value != u32::MAX {
@@ -336,6 +361,14 @@ fn read_patiently(backing: &dyn Backing, offset: u32) -> Result<u32> {
     Err(DriverError::DeviceAbsent)
 }
 
+/// Whether what was read just now came from the device: registers that are not decoded read as ones, or as zeros, which are states too.
+pub(crate) fn expect_magic(backing: &dyn Backing) -> Result<()> {
+    match read_patiently(backing, registers::MAGIC)? {
+        MAGIC => Ok(()),
+        found => Err(DriverError::DeviceMagic { found }),
+    }
+}
+
 fn fail_cause(backing: &dyn Backing) -> Result<Status> {
     Ok(Status(backing.read32(registers::FAIL_CAUSE)? as u16))
 }
@@ -344,7 +377,7 @@ fn reset(backing: &dyn Backing) -> Result<()> {
     backing.write32(registers::CONTROL, registers::CONTROL_RESET)?;
     settle("resetting the device", || {
         match DeviceState(read_patiently(backing, registers::STATE)?) {
-            DeviceState::BLANK => Ok(Some(())),
+            DeviceState::BLANK => expect_magic(backing).map(Some),
             DeviceState::QUARANTINED => Err(DriverError::DeviceQuarantined),
             _ => Ok(None),
         }
@@ -385,10 +418,7 @@ fn set_up(backing: &dyn Backing) -> Result<(DeviceFacts, Interrupts)> {
     if !backing.has_registers() {
         return Err(DriverError::NotPossible("opening rings", backing.name()));
     }
-    let magic = read_patiently(backing, registers::MAGIC)?;
-    if magic != MAGIC {
-        return Err(DriverError::DeviceMagic { found: magic });
-    }
+    expect_magic(backing)?;
     let abi_version = backing.read32(registers::ABI_VERSION)?;
     if abi_version >> 16 != ABI_VERSION >> 16 {
         return Err(DriverError::DeviceVersion { found: abi_version });

@@ -15,8 +15,9 @@ use vmgmt_abi::{Mode, Opcode, Status, Submission, feature};
 use zerocopy::IntoBytes;
 
 use self::lanes::{Lanes, Pending, nonce};
+use crate::backing::Backing;
 use crate::channel::{Channel, Counters, Finished, Request, Span, Tag};
-use crate::device::{Device, Woken, settle};
+use crate::device::{Device, Woken, expect_magic, read_patiently, settle};
 use crate::error::{DriverError, Result};
 use crate::limits::{
     COMPLETION_ENTRIES_DEFAULT, OPEN_ATTEMPTS, PAGE_BYTES, SPIN_DEFAULT, SPINS_PER_CLOCK,
@@ -303,23 +304,21 @@ impl Ring {
         let Some(mut lanes) = self.lanes.take() else {
             return;
         };
-        let backing = self.device.backing();
-        let block = RINGS + lanes.index * RING_STRIDE;
+        let backing = &**self.device.backing();
         let closed = if self.device.is_current(lanes.set_up) {
-            backing.write32(block + registers::RING_ENABLE, 0).and_then(|()| {
-                settle("closing a ring", || {
-                    let status = backing.read32(block + registers::RING_STATUS)?;
-                    let closed = RingState(status & 0xff) == RingState::CLOSED || status == u32::MAX;
-                    // A reset closes all rings at once, and is over when no access of before is under way any more.
-                    let over = closed && backing.read32(registers::STATE)? != DeviceState::RESETTING.0;
-                    Ok(over.then_some(()))
-                })
+            close_ring(backing, lanes.index).or_else(|_| {
+                // Somebody reset the function, perhaps: its registers are out of reach, not the device.
+                backing.restore_function()?;
+                close_ring(backing, lanes.index)
             })
         } else {
-            // The device was reset since: the reset's end was awaited.
+            // The device was reset since: the reset's end was awaited. Or the bus was taken from it.
             Ok(())
         };
-        if closed.or_else(|_| self.device.reset()).is_ok() {
+        let over = closed
+            .or_else(|_| self.device.reset())
+            .or_else(|_| self.device.stop());
+        if over.is_ok() {
             last_look(&mut lanes);
             self.device.return_ring(lanes.index, lanes.set_up);
             self.spare_lists.clear();
@@ -458,6 +457,22 @@ impl Drop for Ring {
     fn drop(&mut self) {
         self.close();
     }
+}
+
+/// Closes a ring and waits until that is over.
+fn close_ring(backing: &dyn Backing, index: u32) -> Result<()> {
+    let block = RINGS + index * RING_STRIDE;
+    backing.write32(block + registers::RING_ENABLE, 0)?;
+    settle("closing a ring", || {
+        let status = read_patiently(backing, block + registers::RING_STATUS)?;
+        if RingState(status & 0xff) != RingState::CLOSED {
+            return Ok(None);
+        }
+        // A reset closes all rings at once, and is over when no access of before is under way any more.
+        let state = DeviceState(read_patiently(backing, registers::STATE)?);
+        expect_magic(backing)?;
+        Ok((state != DeviceState::RESETTING).then_some(()))
+    })
 }
 
 /// Polls a descriptor of the program's own, and the cancel descriptor.

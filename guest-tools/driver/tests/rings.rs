@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use fake::{Fake, Mischief};
 use vmgmt_driver::abi::chat::MessageHeader;
 use vmgmt_driver::abi::ring::completion_flag;
-use vmgmt_driver::backing::COMMAND_MASTER;
+use vmgmt_driver::backing::{COMMAND_MASTER, COMMAND_MEMORY};
 use vmgmt_driver::channel::Request;
 use vmgmt_driver::operations::chat::Receiver;
 use vmgmt_driver::transfer::Descriptor;
@@ -272,6 +272,60 @@ fn bus_mastering_that_somebody_turned_off_is_turned_on_again() {
     let tag = client.start(Request::new(Opcode::NOOP)).unwrap();
     assert_eq!(client.await_ok(tag).unwrap().status, Status::OK);
     assert_eq!(fake.state().command & COMMAND_MASTER, COMMAND_MASTER);
+}
+
+#[test]
+fn a_ring_whose_registers_are_not_decoded_is_not_taken_for_closed() {
+    for undecoded in [0, u32::MAX] {
+        let fake = Fake::new(false);
+        let (_device, client) = open(&fake, Mode::COMMON, Duration::ZERO);
+        fake.state().undecoded = undecoded;
+        // As a reset of the function through sysfs leaves it for a moment, but that the bus is still the device's.
+        fake.state().command &= !COMMAND_MEMORY;
+        drop(client);
+        assert_eq!(fake.open_rings(), 0, "undecoded registers read {undecoded:#x}");
+    }
+}
+
+#[test]
+fn a_device_that_cannot_be_asked_loses_the_bus_before_memory_goes_back() {
+    for undecoded in [0, u32::MAX] {
+        let fake = Fake::new(false);
+        let before = fake.shared.memory.free_pages();
+        let (device, mut client) = open(&fake, Mode::COMMON, Duration::ZERO);
+        let other = Ring::open(&device, RingOptions::new(Mode::COMMON)).unwrap();
+        fake.state().undecoded = undecoded;
+        fake.state().deaf = true;
+        drop(other);
+        assert_eq!(fake.state().command & COMMAND_MASTER, 0);
+        fake.state().deaf = false;
+        // The ring that was given up is open for the device still: the bus does not come back before a reset has closed it.
+        assert!(matches!(device.check_health(), Err(DriverError::DeviceReplaced)));
+        assert_eq!(fake.state().command & COMMAND_MASTER, 0);
+        let resets = fake.state().resets;
+        let error = client.start(Request::new(Opcode::NOOP)).unwrap_err();
+        assert!(error.is_recoverable(), "{error}");
+        client.reopen().unwrap();
+        assert_eq!(fake.state().resets, resets + 1);
+        client.noop().unwrap();
+        drop(client);
+        assert_eq!(fake.shared.memory.free_pages(), before);
+        fake.state().deaf = true;
+        drop(device);
+        assert_eq!(fake.state().command & COMMAND_MASTER, 0);
+    }
+}
+
+#[test]
+fn memory_stays_with_a_device_that_nothing_reaches() {
+    let fake = Fake::new(false);
+    let (device, client) = open(&fake, Mode::COMMON, Duration::ZERO);
+    let during = fake.shared.memory.free_pages();
+    fake.state().deaf = true;
+    fake.state().unplugged = true;
+    drop(client);
+    drop(device);
+    assert_eq!(fake.shared.memory.free_pages(), during);
 }
 
 #[test]

@@ -180,6 +180,23 @@ pub trait Backing: Send + Sync {
         self.set_command(COMMAND_MASTER, 0)
     }
 
+    /// Takes the bus from the function. The write is answered when no access of the device's to memory is under way any more.
+    ///
+    /// # Errors
+    /// The configuration space failed, or does not say that it is so.
+    fn end_mastering(&self) -> Result<()> {
+        let read = || self.config_read(CONFIG_COMMAND, Width::Two);
+        let command = read()?;
+        // All ones is no answer.
+        if command != 0xffff {
+            self.config_write(CONFIG_COMMAND, Width::Two, command & !COMMAND_MASTER)?;
+            if read()? & COMMAND_MASTER == 0 {
+                return Ok(());
+            }
+        }
+        Err(DriverError::DeviceAbsent)
+    }
+
     /// Puts back what somebody else took from COMMAND while the device was in use: nothing is written where nothing is missing.
     ///
     /// # Errors

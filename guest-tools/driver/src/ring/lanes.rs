@@ -105,7 +105,8 @@ impl Lanes {
             }
             let undone = backing
                 .write32(block + registers::RING_ENABLE, 0)
-                .and_then(|()| device.reset());
+                .and_then(|()| device.reset())
+                .or_else(|_| device.stop());
             if undone.is_err() {
                 lanes.leak();
             }

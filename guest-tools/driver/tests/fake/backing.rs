@@ -26,6 +26,7 @@ impl Backing for Fake {
     fn read32(&self, offset: u32) -> Result<u32> {
         let mut state = self.state();
         Ok(match offset {
+            _ if !state.is_decoded() => state.undecoded,
             registers::MAGIC if state.absent_reads > 0 => {
                 state.absent_reads -= 1;
                 u32::MAX
@@ -52,6 +53,9 @@ impl Backing for Fake {
 
     fn write32(&self, offset: u32, value: u32) -> Result<()> {
         let mut state = self.state();
+        if !state.is_decoded() {
+            return Ok(());
+        }
         if offset == registers::CONTROL {
             assert_eq!(value, registers::CONTROL_RESET);
             state.registers.insert(registers::STATE, DeviceState::RESETTING.0);
@@ -118,12 +122,16 @@ impl Backing for Fake {
 
     fn config_read(&self, offset: u32, _width: Width) -> Result<u32> {
         assert_eq!(offset, CONFIG_COMMAND);
-        Ok(self.state().command)
+        let state = self.state();
+        Ok(if state.unplugged { 0xffff } else { state.command })
     }
 
     fn config_write(&self, offset: u32, _width: Width, value: u32) -> Result<()> {
         assert_eq!(offset, CONFIG_COMMAND);
         let mut state = self.state();
+        if state.unplugged {
+            return Ok(());
+        }
         let begins = value & !state.command & COMMAND_MASTER != 0;
         assert!(
             !begins || state.resetting_reads == 0,

@@ -86,6 +86,12 @@ pub struct State {
     /// So often STATE is still RESETTING.
     pub resetting_reads: u32,
     replace_at_enable: bool,
+    /// What a register reads as that is not decoded.
+    pub undecoded: u32,
+    /// No register is reached, whatever COMMAND says.
+    pub deaf: bool,
+    /// Configuration space is not reached either.
+    pub unplugged: bool,
     /// COMMAND of configuration space: without bus mastering the device only waits.
     pub command: u32,
     kicks: u64,
@@ -132,6 +138,9 @@ impl Fake {
             absent_reads: 0,
             resetting_reads: 0,
             replace_at_enable: false,
+            undecoded: u32::MAX,
+            deaf: false,
+            unplugged: false,
             command: COMMAND_MEMORY,
             kicks: 0,
             stop: false,
@@ -196,12 +205,20 @@ impl Fake {
         self.shared.publish(&mut state, ring, &completion);
     }
 
+    pub fn open_rings(&self) -> usize {
+        self.state().rings.iter().filter(|ring| ring.open).count()
+    }
+
     pub fn receives(&self) -> usize {
         self.state().receives.len()
     }
 }
 
 impl State {
+    fn is_decoded(&self) -> bool {
+        self.command & COMMAND_MEMORY != 0 && !self.deaf
+    }
+
     fn replace(&mut self) {
         let state = self;
         *state.registers.entry(registers::SESSION_LOW).or_default() += 1;
