@@ -52,7 +52,7 @@ pub fn bind(general: &General, driver: Option<Driver>) -> Result<()> {
     }
     let mut note = None;
     if driver == Driver::Uio {
-        // Locked small pages must not be moved under the device's DMA (driver, uio backing).
+        // The driver holds pages so that they cannot be moved; compaction need not even look at them.
         let compaction = "/proc/sys/vm/compact_unevictable_allowed";
         match std::fs::write(compaction, "0") {
             Ok(()) => {
@@ -61,7 +61,7 @@ pub fn bind(general: &General, driver: Option<Driver>) -> Result<()> {
                 ))
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => note = Some(format!("{compaction}: {error}; reserve huge pages instead")),
+            Err(error) => note = Some(format!("{compaction}: {error}; it works without, too")),
         }
     }
     if general.json {

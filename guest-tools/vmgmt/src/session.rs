@@ -61,6 +61,7 @@ impl Session {
             Backing::Uio => BackingKind::Uio,
             Backing::Ports => BackingKind::Ports,
         };
+        raise_file_limit();
         let backing = backing::open(&function, kind)?;
         let device = if backing.has_registers() {
             let device = Device::open(Arc::clone(&backing))?;
@@ -120,13 +121,23 @@ impl Session {
     }
 }
 
-/// A pipe that becomes readable at SIGINT, SIGTERM and SIGHUP, and stays so.
+/// Lets the program open what it may: under uio each piece of memory for the device takes a descriptor.
+fn raise_file_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // Up to the hard limit everybody may; if not, few submissions in flight need few.
+    let _as_it_was = setrlimit(Resource::Nofile, limit);
+}
+
+/// A pipe that becomes readable at a signal that asks the program to end, and stays so.
 fn cancel_on_signals() -> Result<Arc<OwnedFd>> {
     let (read, write) = std::io::pipe().context("making a pipe for signals")?;
     for signal in [
         signal_hook::consts::SIGINT,
         signal_hook::consts::SIGTERM,
         signal_hook::consts::SIGHUP,
+        signal_hook::consts::SIGQUIT,
     ] {
         let write = write.try_clone().context("making a pipe for signals")?;
         signal_hook::low_level::pipe::register(signal, OwnedFd::from(write)).context("catching signals")?;

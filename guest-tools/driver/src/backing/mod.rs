@@ -6,6 +6,8 @@
 //! The trait is object-safe and takes `&self` everywhere; an implementation in another crate (an in-process device)
 //! needs no `unsafe`: [`DmaMemory::map_file`] or [`memfd::MemfdMemory`] give it guest memory.
 
+#[allow(unsafe_code)]
+mod hold;
 pub mod memfd;
 #[allow(unsafe_code)]
 mod pages;

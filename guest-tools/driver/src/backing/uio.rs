@@ -9,6 +9,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::hold;
 use super::pages::{self, Pages};
 use super::pci::{self, PciFunction};
 use super::ports::restore_bars;
@@ -104,14 +105,18 @@ impl Backing for Uio {
         pci::port_write(self.ports()?, 0, offset, width, value)
     }
 
-    /// Locked memory. The kernel may still move a locked small page when it compacts memory, unless
-    /// `vm.compact_unevictable_allowed` is 0 (`vmgmt bind --driver uio` sets it); reserved huge pages stay where they are.
+    /// Locked memory whose pages stay where they are, and with the device until the uio node is closed, also when this program is killed.
     fn allocate(&self, bytes: usize) -> Result<DmaMemory> {
         let pages = pages::take(bytes)?;
-        let pieces = pages::lock(&pages).and_then(|()| physical_pieces(&pages));
+        let held = pages::lock(&pages).and_then(|()| {
+            let held = hold::hold(&pages)?;
+            Ok((held, physical_pieces(&pages)?))
+        });
         let Pages { pointer, length } = pages;
-        match pieces {
-            Ok(pieces) => DmaMemory::owning(pointer, length, pieces),
+        match held {
+            Ok((held, pieces)) => {
+                Ok(DmaMemory::owning(pointer, length, pieces)?.and_then_release(move || drop(held)))
+            }
             Err(error) => {
                 crate::memory::unmap(pointer.as_ptr() as usize, length);
                 Err(error)
