@@ -12,6 +12,7 @@ use vmgmt_abi::ring::{COMPLETION_BYTES, flag};
 use vmgmt_abi::{ABI_VERSION, Completion, Mode, Status, Submission};
 use zerocopy::{FromBytes, IntoBytes};
 
+use crate::backing::pci::DeviceLock;
 use crate::backing::{Backing, Width};
 use crate::channel::{Channel, Finished, Request, Tag};
 use crate::device::{pause, settle};
@@ -31,6 +32,8 @@ pub struct PortChannel {
     cancel: Option<Arc<std::os::fd::OwnedFd>>,
     mode: Mode,
     claim: u32,
+    /// Nobody else can be alive who claimed the window.
+    alone: bool,
     epoch: u32,
     counter: u32,
     under_way: Option<UnderWay>,
@@ -55,11 +58,34 @@ impl PortChannel {
         mode: Mode,
         cancel: Option<Arc<std::os::fd::OwnedFd>>,
     ) -> Result<Self> {
+        Self::open_as(backing, mode, cancel, false)
+    }
+
+    /// The same for who holds the device's lock: the claim of a program that was killed is given back in its name.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_locked(
+        backing: &Arc<dyn Backing>,
+        mode: Mode,
+        cancel: Option<Arc<std::os::fd::OwnedFd>>,
+        _lock: &DeviceLock,
+    ) -> Result<Self> {
+        Self::open_as(backing, mode, cancel, true)
+    }
+
+    fn open_as(
+        backing: &Arc<dyn Backing>,
+        mode: Mode,
+        cancel: Option<Arc<std::os::fd::OwnedFd>>,
+        alone: bool,
+    ) -> Result<Self> {
         let mut channel = Self {
             backing: Arc::clone(backing),
             cancel,
             mode,
             claim: std::process::id(),
+            alone,
             epoch: 0,
             counter: 0,
             under_way: None,
@@ -97,7 +123,12 @@ impl PortChannel {
         if DeviceState(self.read(port::DEVICE_STATE)?) == DeviceState::QUARANTINED {
             return Err(DriverError::DeviceQuarantined);
         }
-        if self.read(port::CLAIM)? != self.claim {
+        let before = self.read(port::CLAIM)?;
+        if self.alone && before != 0 && before != self.claim {
+            // Its holder had the lock and has it no more: it is dead. Its number gives the window back, and ends what it had under way.
+            self.write(port::CLAIM, before)?;
+        }
+        if before != self.claim {
             self.write(port::CLAIM, self.claim)?;
         }
         let holder = self.read(port::CLAIM)?;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use vmgmt_driver::abi::port;
 use vmgmt_driver::abi::{self, Completion, Opcode, Status, Submission};
+use vmgmt_driver::backing::pci::DeviceLock;
 use vmgmt_driver::backing::{Backing, Interrupts, Width};
 use vmgmt_driver::channel::Request;
 use vmgmt_driver::{Channel, Client, DmaMemory, DriverError, Mode, PortChannel, Result};
@@ -195,6 +196,19 @@ fn a_second_user_is_told_who_holds_the_window() {
         "{error}"
     );
     assert_eq!(fake.0.lock().unwrap().claim, 4711);
+}
+
+#[test]
+fn who_holds_the_lock_takes_the_window_from_the_dead() {
+    let fake = Arc::new(FakePorts::default());
+    fake.0.lock().unwrap().claim = 4711;
+    let directory = tempfile::tempdir().unwrap();
+    let lock = DeviceLock::take_file(directory.path(), "device", Duration::ZERO).unwrap();
+    let backing = Arc::clone(&fake) as Arc<dyn Backing>;
+    let channel = PortChannel::open_locked(&backing, Mode::COMMON, None, &lock).unwrap();
+    assert_eq!(fake.0.lock().unwrap().claim, std::process::id());
+    Client::new(channel).noop().unwrap();
+    assert_eq!(fake.0.lock().unwrap().claim, 0);
 }
 
 #[test]

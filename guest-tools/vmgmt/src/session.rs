@@ -18,8 +18,9 @@ pub struct Session {
     pub device: Option<Arc<Device>>,
     pub function: PciFunction,
     pub general: General,
-    cancel: Arc<OwnedFd>,
-    _lock: DeviceLock,
+    /// Readable once the program is asked to end.
+    pub cancel: Arc<OwnedFd>,
+    lock: DeviceLock,
 }
 
 /// The PCI function that the options name.
@@ -76,7 +77,7 @@ impl Session {
             function,
             general: general.clone(),
             cancel,
-            _lock: lock,
+            lock,
         })
     }
 
@@ -104,10 +105,11 @@ impl Session {
 
     /// The port window in a mode.
     pub fn port(&self, mode: Mode) -> Result<Client> {
-        Ok(Client::new(PortChannel::open(
+        Ok(Client::new(PortChannel::open_locked(
             &self.backing,
             mode,
             Some(Arc::clone(&self.cancel)),
+            &self.lock,
         )?))
     }
 
