@@ -475,8 +475,11 @@ fn close_ring(backing: &dyn Backing, index: u32) -> Result<()> {
     })
 }
 
-/// Polls a descriptor of the program's own, and the cancel descriptor.
-pub(crate) fn wait_readable(
+/// Waits until a descriptor of the program's own is readable. Without a cancel descriptor nobody needs to be waited for: reading waits.
+///
+/// # Errors
+/// `Interrupted` when the cancel descriptor is readable.
+pub fn wait_readable(
     descriptor: std::os::fd::BorrowedFd<'_>,
     cancel: Option<&std::os::fd::OwnedFd>,
 ) -> Result<()> {

@@ -127,7 +127,9 @@ mod tests {
         assert_eq!(code(&refused(Status(999))), FAILED);
         assert_eq!(code(&anyhow::anyhow!("x")), FAILED);
         assert_eq!(code(&DriverError::Interrupted.into()), INTERRUPTED);
-        let unread = std::io::Error::from(std::io::ErrorKind::BrokenPipe);
-        assert_eq!(code(&anyhow::Error::from(unread).context("writing")), UNREAD);
+        let unread = || std::io::Error::from(std::io::ErrorKind::BrokenPipe);
+        assert_eq!(code(&anyhow::Error::from(unread()).context("writing")), UNREAD);
+        let file = DriverError::file("writing standard output", unread());
+        assert_eq!(code(&anyhow::Error::from(file).context("share/x")), UNREAD);
     }
 }

@@ -3,7 +3,7 @@
 //! Comes in: names, some of them a peer's. Goes out: open files. A name of a peer is one component of printable text, or refused.
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -185,6 +185,22 @@ pub fn open_source(path: &Path) -> Result<(OwnedFd, Option<u64>, String)> {
     Ok((file.into(), size, name))
 }
 
+/// Everything that comes out of a descriptor, until its end or a signal.
+pub fn read_all(input: BorrowedFd<'_>, cancel: &OwnedFd) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let mut part = [0; 64 * 1024];
+    loop {
+        vmgmt_driver::ring::wait_readable(input, Some(cancel))?;
+        match rustix::io::read(input, &mut part) {
+            Ok(0) => return Ok(bytes),
+            Ok(count) => bytes.extend_from_slice(part.get(..count).unwrap_or_default()),
+            // A signal: whether it asks the program to end is seen in the next turn.
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error).context("standard input"),
+        }
+    }
+}
+
 /// How long a file is, where that is known beforehand: files of /proc and /sys say 0 and are longer.
 pub fn known_size(metadata: &std::fs::Metadata) -> Option<u64> {
     (metadata.is_file() && metadata.len() > 0).then_some(metadata.len())
@@ -228,6 +244,20 @@ mod tests {
             .keep("a.txt", Existing::Replace)
             .unwrap();
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 3);
+    }
+
+    #[test]
+    fn input_ends_with_its_writer_or_with_a_signal() {
+        let (cancel, ended) = std::io::pipe().unwrap();
+        let cancel = OwnedFd::from(cancel);
+        let (input, mut writer) = std::io::pipe().unwrap();
+        writer.write_all(b"some text").unwrap();
+        drop(writer);
+        assert_eq!(read_all(input.as_fd(), &cancel).unwrap(), b"some text");
+        let (input, _writer) = std::io::pipe().unwrap();
+        drop(ended);
+        let error = read_all(input.as_fd(), &cancel).unwrap_err();
+        assert_eq!(ending::code(&error), ending::INTERRUPTED);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The commands of chat mode: send, recv, peers, publish.
 
-use std::io::{Read, Write};
+use std::io::Write;
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -10,7 +11,7 @@ use vmgmt_driver::operations::chat::{Message, Receiver};
 use vmgmt_driver::{DriverError, Mode};
 
 use crate::ending::{self, ending};
-use crate::local::printable;
+use crate::local::{printable, read_all};
 use crate::output::say;
 use crate::session::{Session, seconds};
 
@@ -19,14 +20,11 @@ const RECEIVES_POSTED: usize = 4;
 
 /// `vmgmt send`.
 pub fn send(session: &Session, target: &str, text: &str, key: u64) -> Result<()> {
-    let mut bytes = text.as_bytes().to_vec();
-    if text == "-" {
-        bytes.clear();
-        std::io::stdin()
-            .lock()
-            .read_to_end(&mut bytes)
-            .context("standard input")?;
-    }
+    let bytes = if text == "-" {
+        read_all(std::io::stdin().as_fd(), &session.cancel)?
+    } else {
+        text.as_bytes().to_vec()
+    };
     let mut client = session.client(Mode::CHAT)?;
     let number = client
         .send(target, &bytes, key)

@@ -6,6 +6,8 @@
 use std::fmt::Arguments;
 use std::io::{ErrorKind, Write};
 
+use vmgmt_driver::DriverError;
+
 /// Writes one line.
 pub fn line(text: Arguments<'_>) -> std::io::Result<()> {
     let mut output = std::io::stdout().lock();
@@ -17,7 +19,11 @@ pub fn line(text: Arguments<'_>) -> std::io::Result<()> {
 pub fn is_unread(error: &anyhow::Error) -> bool {
     error
         .chain()
-        .filter_map(|cause| cause.downcast_ref::<std::io::Error>())
+        .filter_map(|cause| match cause.downcast_ref() {
+            // Its text contains the cause, so it names none as its source.
+            Some(DriverError::File { cause, .. }) => Some(cause),
+            _ => cause.downcast_ref::<std::io::Error>(),
+        })
         .any(|cause| cause.kind() == ErrorKind::BrokenPipe)
 }
 
