@@ -267,6 +267,9 @@ pub struct Counters {
     /// Answers that a sleeper found because it looked by itself ([`crate::limits::HEALTH_INTERVAL`]) although there are interrupts. A look may
     /// fall between an answer and its interrupt; more than a few say that interrupts are lost.
     pub unannounced: u64,
+    /// Doorbells that were rung once more because the device had left a submission where it was from one look at its health to the next. It may have
+    /// been frozen meanwhile; else a doorbell got lost.
+    pub doorbells_again: u64,
 }
 
 /// A ring or the port window, opened in one mode.

@@ -26,6 +26,9 @@ const FEATURES_WANTED: u64 = feature::EVENT_SUPPRESSION
     | feature::MODE_STATISTICS
     | feature::MODE_CALCULATION;
 
+/// A healthy device that opens no ring.
+const WAITING: &str = "the device is there but does no work yet: the VM is frozen on the host (vmgmtctl thaw), or the host's software is being replaced. Waiting";
+
 /// What the device said of itself, bounded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceFacts {
@@ -69,10 +72,14 @@ struct State {
     healthy_at: Instant,
 }
 
+/// What a text for the user is given to.
+type Notice = Box<dyn Fn(&str) + Send>;
+
 /// A device that this program drives.
 pub struct Device {
     backing: Arc<dyn Backing>,
     cancel: Mutex<Option<Arc<OwnedFd>>>,
+    notice: Mutex<Option<Notice>>,
     state: Mutex<State>,
 }
 
@@ -103,6 +110,7 @@ impl Device {
         Ok(Arc::new(Self {
             backing,
             cancel: Mutex::new(None),
+            notice: Mutex::new(None),
             state,
         }))
     }
@@ -116,6 +124,18 @@ impl Device {
     #[must_use]
     pub fn cancel_descriptor(&self) -> Option<Arc<OwnedFd>> {
         self.cancel.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Lets somebody know, in words for the user, what is being waited for when that takes long.
+    pub fn set_notice(&self, notice: impl Fn(&str) + Send + 'static) {
+        *self.notice.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(notice));
+    }
+
+    /// Says that a ring is waited for.
+    pub(crate) fn notice_waiting(&self) {
+        if let Some(notice) = &*self.notice.lock().unwrap_or_else(PoisonError::into_inner) {
+            notice(WAITING);
+        }
     }
 
     /// How the device is reached.
@@ -289,6 +309,11 @@ impl Device {
             self.lock().healthy_at = now;
         }
         Ok(Woken::Looked)
+    }
+
+    /// When the device was last known to be the same one.
+    pub(crate) fn healthy_at(&self) -> Instant {
+        self.lock().healthy_at
     }
 
     /// Takes a free ring number.

@@ -24,7 +24,7 @@ pub const LOOKS_BEFORE_COMMAND: u32 = 8;
 pub const OPEN_DEVICE_ATTEMPTS: u32 = 40;
 pub const OPEN_DEVICE_PAUSE: Duration = Duration::from_millis(50);
 
-/// How long a reset, or the opening of a ring, may take. The core may be replaced meanwhile (back-off up to 1 s), and
+/// How long a reset, or the opening of a ring, takes at most, but of a device that is frozen. The core may be replaced meanwhile (back-off up to 1 s), and
 /// DMA that had begun is fenced within QEMU's own 5 s.
 pub const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// First and longest pause between two looks at a state register while it settles: a read costs the VM about 40 µs.

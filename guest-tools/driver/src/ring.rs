@@ -20,7 +20,7 @@ use crate::channel::{Channel, Counters, Finished, Request, Span, Tag};
 use crate::device::{Device, Woken, expect_magic, read_patiently, settle};
 use crate::error::{DriverError, Result};
 use crate::limits::{
-    COMPLETION_ENTRIES_DEFAULT, OPEN_ATTEMPTS, PAGE_BYTES, SPIN_DEFAULT, SPINS_PER_CLOCK,
+    COMPLETION_ENTRIES_DEFAULT, OPEN_ATTEMPTS, PAGE_BYTES, SETTLE_TIMEOUT, SPIN_DEFAULT, SPINS_PER_CLOCK,
     SUBMISSION_ENTRIES_DEFAULT,
 };
 use crate::list::{cover, cut};
@@ -66,6 +66,8 @@ pub struct Ring {
     /// Completions of submissions that the ring made itself (CANCEL) are swallowed.
     own: Vec<Tag>,
     counters: Counters,
+    /// The last look at the device's health that this ring knows of.
+    looked_at: Instant,
     /// Completions that were published before the ring was opened anew.
     late: Vec<Finished>,
 }
@@ -94,6 +96,7 @@ impl Ring {
             spare_lists: Vec::new(),
             own: Vec::new(),
             counters: Counters::default(),
+            looked_at: device.healthy_at(),
             late: Vec::new(),
         };
         for _ in 1..OPEN_ATTEMPTS {
@@ -142,7 +145,8 @@ impl Ring {
                 .argument(nonce)
                 .input(&memory, 0, 8, 0),
         )?;
-        let deadline = Instant::now() + crate::limits::SETTLE_TIMEOUT;
+        let mut deadline = Instant::now() + SETTLE_TIMEOUT;
+        let mut noticed = false;
         loop {
             while let Some(finished) = self.reap()? {
                 if finished.tag == tag {
@@ -154,10 +158,12 @@ impl Ring {
                 }
             }
             if !self.wait(Some(deadline))? {
-                return Err(DriverError::DeviceTimeout {
-                    what: "proving memory",
-                    waited: crate::limits::SETTLE_TIMEOUT,
-                });
+                // A freeze that began just now lasts as long as the host's operator wants.
+                self.device.check_health()?;
+                if !std::mem::replace(&mut noticed, true) {
+                    self.device.notice_waiting();
+                }
+                deadline = Instant::now() + SETTLE_TIMEOUT;
             }
         }
     }
@@ -268,12 +274,32 @@ impl Ring {
         lanes.tail = old.wrapping_add(1);
         let due = order::publish(&lanes.events, old, lanes.tail)?;
         if !suppression || due {
-            let (register, tail) = (registers::DOORBELLS + 4 * lanes.index, lanes.tail);
-            self.device.backing().write32(register, tail)?;
-            self.counters.doorbells += 1;
+            self.ring_doorbell()?;
         }
         self.counters.submissions += 1;
         Ok(tag)
+    }
+
+    fn ring_doorbell(&mut self) -> Result<()> {
+        let lanes = self.lanes()?;
+        let (register, tail) = (registers::DOORBELLS + 4 * lanes.index, lanes.tail);
+        self.device.backing().write32(register, tail)?;
+        self.counters.doorbells += 1;
+        Ok(())
+    }
+
+    /// After a sleep: if the device was looked at meanwhile and is well, but has not taken what lies there since the look before, the doorbell is
+    /// rung again. Nothing else would ever wake either side.
+    fn ring_again_if_unheard(&mut self) -> Result<()> {
+        let looked_at = self.device.healthy_at();
+        if looked_at > self.looked_at {
+            self.looked_at = looked_at;
+            if self.lanes()?.is_unheard()? {
+                self.ring_doorbell()?;
+                self.counters.doorbells_again += 1;
+            }
+        }
+        Ok(())
     }
 
     /// Takes the next completion, own ones included.
@@ -403,6 +429,7 @@ impl Channel for Ring {
             }
             self.counters.sleeps += 1;
             let woken = self.device.sleep(vector, deadline)?;
+            self.ring_again_if_unheard()?;
             self.counters.interrupts += u64::from(woken == Woken::Interrupt);
             if self.lanes()?.has_completion()? {
                 let interrupts = self.device.backing().interrupt_descriptor(vector).is_some();

@@ -275,6 +275,46 @@ fn bus_mastering_that_somebody_turned_off_is_turned_on_again() {
 }
 
 #[test]
+fn a_doorbell_that_got_lost_is_rung_again() {
+    let fake = Fake::new(false);
+    let (_device, mut client) = open(&fake, Mode::COMMON, Duration::ZERO);
+    fake.state().deaf_doorbells = 1;
+    client.start(Request::new(Opcode::NOOP)).unwrap();
+    assert_eq!(fake.state().deaf_doorbells, 0, "nobody rang");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    assert!(client.channel().wait(Some(deadline)).unwrap());
+    assert_eq!(client.channel().counters().doorbells_again, 1);
+}
+
+#[test]
+fn a_frozen_device_is_waited_for() {
+    let fake = Fake::new(false);
+    let device = Device::open(Arc::clone(&fake) as Arc<dyn vmgmt_driver::backing::Backing>).unwrap();
+    fake.state().frozen = true;
+    let (said, notices) = std::sync::mpsc::channel();
+    device.set_notice(move |text| said.send(text.to_owned()).unwrap());
+    std::thread::scope(|scope| {
+        let opened = scope.spawn(|| Ring::open(&device, RingOptions::new(Mode::COMMON)));
+        let notice = notices.recv_timeout(Duration::from_secs(60));
+        fake.thaw();
+        Client::new(opened.join().unwrap().unwrap()).noop().unwrap();
+        assert!(notice.unwrap().contains("frozen"));
+    });
+}
+
+#[test]
+fn who_waits_for_a_frozen_device_can_be_interrupted() {
+    let fake = Fake::new(false);
+    let device = Device::open(Arc::clone(&fake) as Arc<dyn vmgmt_driver::backing::Backing>).unwrap();
+    fake.state().frozen = true;
+    let (read, write) = std::io::pipe().unwrap();
+    device.set_cancel(Some(Arc::new(read.into())));
+    drop(write);
+    let error = Ring::open(&device, RingOptions::new(Mode::COMMON)).unwrap_err();
+    assert!(matches!(error, DriverError::Interrupted), "{error}");
+}
+
+#[test]
 fn a_ring_whose_registers_are_not_decoded_is_not_taken_for_closed() {
     for undecoded in [0, u32::MAX] {
         let fake = Fake::new(false);

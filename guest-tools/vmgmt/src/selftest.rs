@@ -232,9 +232,14 @@ fn interrupts(session: &Session, device: &Arc<Device>) -> Result<String> {
         unannounced <= 1,
         "{sleeps} sleeps, {woken} of them ended by an interrupt; {unannounced} answers came without one"
     );
+    let again = after.doorbells_again - before.doorbells_again;
+    ensure!(
+        again == 0,
+        "{again} doorbells had to be rung twice: they got lost, or the device was frozen"
+    );
     let kind = device.interrupts();
     Ok(format!(
-        "{:?} with {} vectors: {woken} interrupts for {ROUNDS} no-ops",
+        "{:?} with {} vectors: {woken} interrupts for {ROUNDS} no-ops, {again} doorbells rung twice",
         kind.kind, kind.vectors
     ))
 }

@@ -67,6 +67,7 @@ impl Session {
         let device = if backing.has_registers() {
             let device = Device::open(Arc::clone(&backing))?;
             device.set_cancel(Some(Arc::clone(&cancel)));
+            device.set_notice(|text| eprintln!("vmgmt: {text}"));
             Some(device)
         } else {
             None

@@ -4,6 +4,7 @@
 //! Never trusted: an index of the device's. It is checked against the one kept here.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use vmgmt_abi::registers::{self as registers, RING_STRIDE, RINGS, RingState};
 use vmgmt_abi::ring::{COMPLETION_BYTES, RING_EVENTS_BYTES, SUBMISSION_BYTES, event_offset};
@@ -11,9 +12,11 @@ use vmgmt_abi::{Completion, Status};
 
 use super::RingOptions;
 use crate::channel::{Request, Tag};
-use crate::device::{Device, settle};
+use crate::device::{Device, pause, read_patiently};
 use crate::error::{DriverError, Result};
-use crate::limits::{LOOKS_BEFORE_COMMAND, PAGE_BYTES};
+use crate::limits::{
+    LOOKS_BEFORE_COMMAND, PAGE_BYTES, SETTLE_PAUSE_FIRST, SETTLE_PAUSE_LAST, SETTLE_TIMEOUT,
+};
 use crate::memory::DmaMemory;
 use crate::order;
 use crate::tags::TagTable;
@@ -39,6 +42,8 @@ pub(super) struct Lanes {
     pub(super) submission_head: u32,
     /// Index after the last completion taken.
     pub(super) completion_head: u32,
+    /// `tail` at the last look at the device's health.
+    pub(super) tail_at_look: Option<u32>,
     pub(super) pending: TagTable<Pending>,
 }
 
@@ -77,27 +82,10 @@ impl Lanes {
             tail: 0,
             submission_head: 0,
             completion_head: 0,
+            tail_at_look: None,
             pending: TagTable::new(capacity),
         };
-        let mut looks = 0;
-        let opened = settle("opening a ring", || {
-            let status = backing.read32(block + registers::RING_STATUS)?;
-            match RingState(status & 0xff) {
-                _ if status == u32::MAX => Err(DriverError::DeviceAbsent),
-                RingState::OPEN => Ok(Some(())),
-                RingState::REFUSED => Err(DriverError::RingRefused(Status((status >> 16) as u16))),
-                RingState::OPENING => {
-                    looks += 1;
-                    if looks >= LOOKS_BEFORE_COMMAND {
-                        device.check_health()?;
-                    }
-                    Ok(None)
-                }
-                // Not latched: the device is being reset or has failed.
-                RingState::CLOSED => device.check_health().map(|()| None),
-                other => Err(DriverError::contract(format!("unknown ring state {}", other.0))),
-            }
-        });
+        let opened = await_open(device, block);
         if let Err(mut error) = opened {
             // Whatever was read: of a device that was reset meanwhile it means nothing.
             if let Err(replaced @ DriverError::DeviceReplaced) = device.check_health() {
@@ -131,6 +119,16 @@ impl Lanes {
             && self.pending.len() < self.pending.capacity())
     }
 
+    /// Asked at each look at the device's health: whether a submission that was there at the look before is there still.
+    pub(super) fn is_unheard(&mut self) -> Result<bool> {
+        let before = self.tail_at_look.replace(self.tail);
+        // Checks the head, too.
+        self.has_room()?;
+        Ok(before.is_some_and(|tail| {
+            (1..=self.submission_entries).contains(&tail.wrapping_sub(self.submission_head))
+        }))
+    }
+
     pub(super) fn has_completion(&self) -> Result<bool> {
         let word = order::published(&self.completions, self.completion_entries, self.completion_head)?;
         Ok(word.is_some())
@@ -155,6 +153,46 @@ impl Lanes {
         self.submissions.leak();
         self.completions.leak();
         self.events.leak();
+    }
+}
+
+/// Waits until a ring is open: as long as the device is well, for a frozen one opens none until it is thawed.
+fn await_open(device: &Device, block: u32) -> Result<()> {
+    let backing = &**device.backing();
+    let cancel = device.cancel_descriptor();
+    let started = Instant::now();
+    let (mut looks, mut noticed) = (0, false);
+    let mut length = SETTLE_PAUSE_FIRST;
+    loop {
+        let status = read_patiently(backing, block + registers::RING_STATUS)?;
+        let late = started.elapsed() > SETTLE_TIMEOUT;
+        match RingState(status & 0xff) {
+            RingState::OPEN => return Ok(()),
+            RingState::REFUSED => return Err(DriverError::RingRefused(Status((status >> 16) as u16))),
+            RingState::OPENING => {
+                looks += 1;
+                if looks >= LOOKS_BEFORE_COMMAND {
+                    device.check_health()?;
+                }
+                if late && !noticed {
+                    noticed = true;
+                    device.notice_waiting();
+                }
+            }
+            // Not latched: the device is being reset or has failed.
+            RingState::CLOSED => {
+                device.check_health()?;
+                if late {
+                    return Err(DriverError::DeviceTimeout {
+                        what: "opening a ring",
+                        waited: SETTLE_TIMEOUT,
+                    });
+                }
+            }
+            other => return Err(DriverError::contract(format!("unknown ring state {}", other.0))),
+        }
+        pause(length, cancel.as_deref())?;
+        length = (length * 2).min(SETTLE_PAUSE_LAST);
     }
 }
 

@@ -86,6 +86,10 @@ pub struct State {
     /// So often STATE is still RESETTING.
     pub resetting_reads: u32,
     replace_at_enable: bool,
+    /// So many doorbells are not heard.
+    pub deaf_doorbells: u64,
+    /// Rings stay OPENING.
+    pub frozen: bool,
     /// What a register reads as that is not decoded.
     pub undecoded: u32,
     /// No register is reached, whatever COMMAND says.
@@ -138,6 +142,8 @@ impl Fake {
             absent_reads: 0,
             resetting_reads: 0,
             replace_at_enable: false,
+            deaf_doorbells: 0,
+            frozen: false,
             undecoded: u32::MAX,
             deaf: false,
             unplugged: false,
@@ -203,6 +209,20 @@ impl Fake {
             ..answer(&submission, Status::OK)
         };
         self.shared.publish(&mut state, ring, &completion);
+    }
+
+    /// Rings that were enabled meanwhile open.
+    pub fn thaw(&self) {
+        let mut state = self.state();
+        state.frozen = false;
+        for index in 0..RINGS_MAX {
+            let status = RINGS + index as u32 * RING_STRIDE + registers::RING_STATUS;
+            if state.registers.get(&status) == Some(&RingState::OPENING.0) {
+                self.shared.enable(&mut state, index, true);
+            }
+        }
+        state.kicks += 1;
+        self.shared.kick.notify_all();
     }
 
     pub fn open_rings(&self) -> usize {
@@ -414,6 +434,11 @@ impl Shared {
 
     fn enable(&self, state: &mut State, index: usize, on: bool) {
         let block = RINGS + index as u32 * RING_STRIDE;
+        if on && state.frozen {
+            let opening = RingState::OPENING.0;
+            state.registers.insert(block + registers::RING_STATUS, opening);
+            return;
+        }
         let read = |offset: u32| state.registers.get(&(block + offset)).copied().unwrap_or(0);
         let wide = |offset: u32| u64::from(read(offset + 4)) << 32 | u64::from(read(offset));
         let ring = FakeRing {
