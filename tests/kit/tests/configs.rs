@@ -88,6 +88,7 @@ fn frozen(fails: &str, command: &[&str]) -> Result<(i32, String)> {
     let folder = tempfile::tempdir()?;
     let output = Command::new(configs().join("frozen.sh"))
         .env("VMGMTCTL", recorder(folder.path(), fails)?)
+        .env("VMGMT_LOCKS", folder.path())
         .args(["--timeout", "60", "web", "--"])
         .args(command)
         .current_dir(folder.path())
@@ -133,6 +134,7 @@ fn frozen_thaws_what_it_only_asked_for() -> Result<()> {
     fs::write(&control, text)?;
     let output = Command::new(configs().join("frozen.sh"))
         .env("VMGMTCTL", control)
+        .env("VMGMT_LOCKS", folder.path())
         .args(["web", "--", "sh", "-c", "echo run >> asked"])
         .current_dir(folder.path())
         .output()?;
@@ -177,6 +179,7 @@ fn virsh_frozen_freezes_around_what_copies_memory() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let mut child = Command::new(configs().join("virsh-frozen"))
             .env("VMGMTCTL", recorder(folder.path(), "")?)
+            .env("VMGMT_LOCKS", folder.path())
             .env("VIRSH", virsh(folder.path(), device)?)
             .args(words.split(' '))
             .stdin(Stdio::piped())
@@ -202,6 +205,14 @@ fn virsh_frozen_freezes_around_what_copies_memory() -> Result<()> {
         "snapshot-create-as --domain=web s1",
         "snapshot-create 7",
         "--log /dev/null dump web /f",
+        // The value of an option is no domain.
+        "migrate --live --timeout 60 web qemu+ssh://other/system",
+        "snapshot-create-as --name s1 --domain web",
+        "snapshot-create-as s1 --new-switch --domain=web",
+        "dump --memory-only --format kdump-zlib web /f",
+        "save --xml new.xml web /f",
+        "-qcqemu:///system save web /f",
+        "--conn qemu:///system -- save -- web /f",
     ] {
         ensure!(
             freezes("{&quot;driver&quot;:&quot;vfio-user-pci&quot;}", words)?,
@@ -216,10 +227,47 @@ fn virsh_frozen_freezes_around_what_copies_memory() -> Result<()> {
         "list --all",
         "start web",
         "snapshot-revert web s1",
-        "save gone /f",
+        "managedsave-remove web",
+        "save --help",
         "version",
     ] {
         ensure!(!freezes("vfio-user-pci", words)?, "{words}");
+    }
+    Ok(())
+}
+
+/// What would be copied without a freeze, or with another VM frozen, is not run.
+#[test]
+fn virsh_frozen_runs_nothing_whose_vm_it_cannot_tell() -> Result<()> {
+    for (words, why) in [
+        (&["save", "gone", "/f"][..], "no domain gone"),
+        (
+            &["save", "--new-option", "7", "web", "/f"],
+            "--new-option takes a value",
+        ),
+        (
+            &["save", "--domain", "web", "--domain", "7", "/f"],
+            "more than once",
+        ),
+        (&["managedsave", "--verbose"], "no domain"),
+        (&["save web /f"], "in one word"),
+        (&["-q", "list; save 'web' /f"], "in one word"),
+        (&["--new-option", "7", "save", "web", "/f"], "--new-option"),
+    ] {
+        let folder = tempfile::tempdir()?;
+        let output = Command::new(configs().join("virsh-frozen"))
+            .env("VMGMTCTL", recorder(folder.path(), "")?)
+            .env("VMGMT_LOCKS", folder.path())
+            .env("VIRSH", virsh(folder.path(), "vfio-user-pci")?)
+            .args(words)
+            .stdin(Stdio::null())
+            .output()?;
+        let asked = fs::read_to_string(folder.path().join("asked")).unwrap_or_default();
+        let text = said(&output);
+        ensure!(
+            output.status.code() == Some(75) && asked.is_empty() && text.contains(why),
+            "{words:?}: {asked}{text}"
+        );
     }
     Ok(())
 }
