@@ -272,6 +272,28 @@ fn virsh_frozen_runs_nothing_whose_vm_it_cannot_tell() -> Result<()> {
     Ok(())
 }
 
+/// virsh-frozen in the PATH as virsh, and frozen.sh by hand around it.
+#[test]
+fn virsh_frozen_freezes_nothing_that_is_frozen_around_it() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let output = Command::new(configs().join("frozen.sh"))
+        .env("VMGMTCTL", recorder(folder.path(), "")?)
+        .env("VMGMT_LOCKS", folder.path())
+        .env("VIRSH", virsh(folder.path(), "vfio-user-pci")?)
+        .args(["web", "--"])
+        .arg(configs().join("virsh-frozen"))
+        .args(["save", "web", "/f"])
+        .stdin(Stdio::null())
+        .output()?;
+    let asked = fs::read_to_string(folder.path().join("asked"))?;
+    ensure!(
+        output.status.success() && asked == "freeze web --timeout 3600\nvirsh save web /f\nthaw web\n",
+        "{asked}{}",
+        said(&output)
+    );
+    Ok(())
+}
+
 #[test]
 fn libvirts_hook_thaws_and_says_nothing() -> Result<()> {
     for (operation, expected) in [
