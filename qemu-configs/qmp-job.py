@@ -47,9 +47,12 @@ class Signals:
         self.number = self.number or number
 
 
-def end(status, *words):
-    if words:
-        print("qmp-job.py:", *words, file=sys.stderr)
+def end(status, words):
+    try:
+        print("qmp-job.py:", words, file=sys.stderr)
+    except OSError:
+        # Nobody reads any more; the status counts.
+        pass
     sys.exit(status)
 
 
@@ -200,7 +203,7 @@ def run(words, signals):
             try:
                 monitor = Monitor(path, GREETING_SECONDS)
             except (ConnectionRefusedError, FileNotFoundError):
-                return
+                end(0, f"no QEMU has its monitor at {path}: nothing to cancel")
             cancel(monitor)
         case _:
             sys.exit(__doc__)

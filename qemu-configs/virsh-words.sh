@@ -23,7 +23,10 @@ virsh_words() {
         case $word in
             --) shift && break ;;
             --*=*)
-                case $word in --c*=*) virsh_connect=(-c "${word#*=}") ;; esac
+                case $word in
+                    --c*=*) virsh_connect=(-c "${word#*=}") ;;
+                    --v*=*) virsh_reads='' ;;
+                esac
                 shift
                 ;;
             --c | --co | --con | --conn | --conne | --connec | --connect)

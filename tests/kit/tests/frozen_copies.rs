@@ -385,6 +385,31 @@ fn one_vm_is_frozen_by_one_at_a_time() -> Result<()> {
     Ok(())
 }
 
+/// Without the lock, or without knowing whose copy it is, another one could thaw in its middle, or its end could not be asked for.
+#[test]
+fn what_cannot_be_watched_is_not_run() -> Result<()> {
+    let folder = folder(0)?;
+    let virsh = libvirt(&folder, 1, "", "")?;
+    let output = frozen(&folder)
+        .env("VMGMT_LOCKS", folder.path().join("missing"))
+        .args(["sh", "-c", "echo run >> asked"])
+        .output()?;
+    ensure!(
+        output.status.code() == Some(75) && said(&output).contains("cannot open"),
+        "{output:?}"
+    );
+    let output = frozen(&folder)
+        .arg(virsh)
+        .args(["save", "--new-option", "7", "web"])
+        .output()?;
+    ensure!(
+        output.status.code() == Some(75) && said(&output).contains("--domain NAME"),
+        "{output:?}"
+    );
+    ensure!(!folder.path().join("asked").exists(), "{}", asked(&folder)?);
+    Ok(())
+}
+
 #[test]
 fn who_cannot_be_asked_is_not_who_thawed_too_early() -> Result<()> {
     for (thaw, expected, other) in [
