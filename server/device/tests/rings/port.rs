@@ -73,7 +73,7 @@ fn the_port_window_does_the_same_without_dma() {
         session: 7,
         channel: Channel::Port,
     };
-    assert_eq!(bed.outputs(), [closed.clone()]);
+    assert_eq!(bed.outputs(), std::slice::from_ref(&closed));
     // The hub has not journaled it: the next core says it again, and the shell comes again when it has.
     bed.replace_core(PlainWords::new).unwrap();
     assert!(bed.touch().more);
