@@ -1,4 +1,5 @@
-//! MEM: the one unsafe crate. Access to memory that another process owns: guest RAM, and the pages between front and core.
+//! MEM: the one unsafe crate. Access to memory that another process owns: guest RAM, and the pages between front and core; and signals
+//! through descriptors that it owns too.
 //!
 //! In: descriptors of memory, offsets and lengths that were checked. Out: copies, in both directions.
 //! What it must never give away: a Rust reference into that memory. Its owner changes it at any time, so everything here is
@@ -10,10 +11,12 @@ mod calls;
 mod copy;
 mod mapping;
 pub mod order;
+mod signals;
 mod words;
 
 pub use calls::{GuestSlice, SLICES_MAX, copy_guest, read_file, write_file};
 pub use mapping::{CopyFault, Fault, GuestMapping};
+pub use signals::Signals;
 pub use words::SharedWords;
 
 /// Why memory could not be mapped.
