@@ -12,8 +12,9 @@ const KEEPER_DAILY_MAX: usize = 1_690;
 /// What of it runs in an upgrade or a reload only; most of it packs and unpacks the keeper. (A reload is 160 of it: what a configuration means,
 /// and what differs in it, stands in `config`.)
 const KEEPER_UPGRADE_MAX: usize = 1_660;
-/// The front without its saved form. (A hundred of these only hold a fault of its own, or a core's death, to the one VM that it is about.)
-const FRONT_DAILY_MAX: usize = 2_320;
+/// The front without its saved form. (A hundred of these only hold a fault of its own, or a core's death, to the one VM that it is about;
+/// two hundred that clients' descriptors hold nobody up.)
+const FRONT_DAILY_MAX: usize = 2_510;
 /// What of it packs and unpacks it for a hand-over.
 const FRONT_SAVED_MAX: usize = 800;
 

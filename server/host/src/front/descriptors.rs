@@ -6,7 +6,9 @@
 //! once. Numbers are never used again.
 
 use rustix::fd::{AsFd, OwnedFd};
-use rustix::fs::{FileType, OFlags, fcntl_getfl, fcntl_setfl, fstat};
+use rustix::fs::{
+    AtFlags, FileType, OFlags, Statx, StatxFlags, fcntl_get_seals, fcntl_getfl, makedev, statx,
+};
 use slab::Slab;
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -21,8 +23,8 @@ pub struct Descriptors {
 }
 
 impl Descriptors {
-    pub fn insert(&mut self, fd: OwnedFd) -> FdSlot {
-        FdSlot(self.slots.insert(Rc::new(fd)) as u32)
+    pub fn insert(&mut self, fd: Rc<OwnedFd>) -> FdSlot {
+        FdSlot(self.slots.insert(fd) as u32)
     }
 
     pub fn get(&self, slot: FdSlot) -> Option<&Rc<OwnedFd>> {
@@ -39,15 +41,25 @@ impl Descriptors {
     }
 }
 
-/// Whether a descriptor may serve as an interrupt: an anonymous inode (as an eventfd is), made non-blocking. A pipe or socket that
-/// nobody reads would otherwise make the whole front wait. (Its owner can make it block again; an eventfd then blocks
-/// only at 2^64-2 unread signals, which takes that owner's own malice against the host that it runs on.)
-pub fn accept_eventfd(fd: &OwnedFd) -> bool {
-    let anonymous = fstat(fd).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Unknown);
-    anonymous
-        && fcntl_getfl(fd).is_ok_and(|flags| {
-            flags.contains(OFlags::NONBLOCK) || fcntl_setfl(fd, flags | OFlags::NONBLOCK).is_ok()
-        })
+/// Whether a descriptor is the kernel's own memory (memfd, tmpfs, huge pages): only such has seals, and nobody else is asked to tell.
+pub fn is_memory(fd: impl AsFd) -> bool {
+    fcntl_get_seals(fd).is_ok()
+}
+
+/// Whether a file lies neither in memory nor on a device of this host, but where a server may have whoever touches it wait for ever, past any
+/// signal: a file system of a user's own, of the network, or on top of another. The core must not map it; its client reads and writes it.
+pub fn is_served_elsewhere(fd: impl AsFd) -> bool {
+    !is_memory(&fd) && look_at(&fd).is_ok_and(|stat| is_file(&stat) && stat.stx_dev_major == 0)
+}
+
+/// What the kernel knows of a file. `fstat` would ask a file's server, and wait for it.
+fn look_at(fd: impl AsFd) -> Result<Statx, Errno> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    statx(fd, c"", flags, StatxFlags::BASIC_STATS).map_err(|_| Errno::EINVAL)
+}
+
+fn is_file(stat: &Statx) -> bool {
+    FileType::from_raw_mode(stat.stx_mode.into()) == FileType::RegularFile
 }
 
 /// What makes two descriptors the same memory in the same way.
@@ -172,8 +184,8 @@ impl Objects {
 
 /// What memory a descriptor is, how it is open, and its bytes.
 fn key_of(fd: impl AsFd) -> Result<(Key, u64), Errno> {
-    let stat = fstat(&fd).map_err(|_| Errno::EINVAL)?;
-    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+    let stat = look_at(&fd)?;
+    if !is_file(&stat) {
         return Err(Errno::EINVAL);
     }
     let flags = fcntl_getfl(&fd).map_err(|_| Errno::EINVAL)?;
@@ -182,6 +194,6 @@ fn key_of(fd: impl AsFd) -> Result<(Key, u64), Errno> {
         OFlags::RDONLY => rights::READ,
         _ => return Err(Errno::EACCES),
     };
-    let bytes = u64::try_from(stat.st_size).unwrap_or(0);
-    Ok(((stat.st_dev, stat.st_ino, rights), bytes))
+    let device = makedev(stat.stx_dev_major, stat.stx_dev_minor);
+    Ok(((device, stat.stx_ino, rights), stat.stx_size))
 }

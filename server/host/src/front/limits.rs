@@ -40,7 +40,17 @@ pub const HELD_BACK_NS_MAX: u64 = 30_000_000_000;
 /// The core's beat may stand still so long while it owes something.
 pub const BEAT_NS_MAX: u64 = 2_000_000_000;
 
-/// When no descriptors are left to accept with: try again after this time.
+/// Threads that close what clients sent: so many listeners' clients must be hostile before others' descriptors have to wait.
+pub const CLOSERS: usize = 8;
+
+/// The stack of one: it only closes.
+pub const CLOSER_STACK_BYTES: usize = 64 * 1024;
+
+/// Descriptors of one listener's clients that wait to be closed, before it is not accepted from and may send no more that need it: more than any
+/// honest client's, whose sockets alone are closed so.
+pub const CLOSES_WAITING_MAX: usize = 256;
+
+/// When no descriptors are left to accept with, or too many wait to be closed: try again after this time.
 pub const ACCEPT_RETRY_NS: u64 = 100_000_000;
 
 /// While packets wait for the core: try again after this time. (The kernel could say when, but it would say so of each packet that the core

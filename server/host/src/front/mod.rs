@@ -4,8 +4,9 @@
 //! and words for the core. It answers every register access by itself, so that a VM does not notice that the core is
 //! replaced. It maps no guest memory, opens no file, starts nothing.
 //!
-//! One thread, one event loop ([`server`]); each client is a [`session`].
+//! One event loop ([`server`]); each client is a [`session`]. No other thread knows anything but descriptors to close ([`closer`]).
 
+mod closer;
 mod core_link;
 mod descriptors;
 pub mod frozen;
@@ -32,7 +33,7 @@ use rustix::fd::OwnedFd;
 ///
 /// `keeper`: the SEQPACKET channel on which [`crate::messages::KeeperToFront`] comes and [`crate::messages::FrontToKeeper`] goes.
 ///
-/// It has no thread but this one and the log's, and has entered its sandbox, which is sealed here.
+/// It has no thread but this one and the log's, and has entered its sandbox; it starts those that close ([`closer`]), and seals it.
 ///
 /// # Errors
 /// The event loop cannot be set up or breaks. Nothing that a client or the core does leads to an error here.

@@ -4,6 +4,7 @@
 //!
 //! mio reports each readiness once: what was not used up is remembered in the session (`readable`, `writable`) and in `ready`.
 
+use super::closer::Closer;
 use super::core_link::CoreLink;
 use super::frozen::Frozen;
 use super::limits;
@@ -18,7 +19,7 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::io::Errno;
-use rustix::net::{SocketFlags, accept_with};
+use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown};
 use rustix::time::{ClockId, clock_gettime};
 use slab::Slab;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -27,6 +28,7 @@ use std::rc::Rc;
 use std::time::Duration;
 use vmgmt_ctl::protocol::SandboxedRole;
 use vmgmt_device::Tick;
+use vmgmt_mem::Signals;
 
 const KEEPER: Token = Token(0);
 pub(super) const CORE: Token = Token(1);
@@ -65,6 +67,8 @@ pub struct Front {
     pub(super) next_session: u64,
     pub(super) accept_again: Tick,
     pub(super) buffer: Vec<u8>,
+    pub(super) signals: Signals,
+    pub(super) closer: Closer,
     pub(super) keeper_ready: bool,
     pub(super) core_ready: bool,
     pub(super) stopping: Option<Tick>,
@@ -97,6 +101,9 @@ impl Front {
             next_session: first_session()?,
             accept_again: Tick::NEVER,
             buffer: vec![0; limits::READ_BYTES],
+            signals: Signals::new()
+                .context("no asynchronous I/O to signal interrupts with (is fs.aio-max-nr used up?)")?,
+            closer: Closer::new().context("no threads to close clients' descriptors in")?,
             keeper_ready: true,
             core_ready: false,
             stopping: None,
@@ -142,6 +149,7 @@ impl Front {
         self.timeouts();
         self.freezes();
         self.beat();
+        self.closer.sweep();
         self.keeper.flush();
         Ok(())
     }
@@ -242,6 +250,10 @@ impl Front {
             .map(|(n, _)| *n)
             .collect();
         for number in numbers {
+            if self.closer.is_behind(number) {
+                self.accept_again = self.now.after_ns(limits::ACCEPT_RETRY_NS);
+                continue;
+            }
             for _ in 0..limits::ACCEPTS_PER_TURN_MAX {
                 let Some(listener) = self.listeners.get_mut(&number) else {
                     break;
@@ -267,6 +279,7 @@ impl Front {
 
     fn accepted(&mut self, listener: u32, socket: OwnedFd) {
         let Ok(peer) = rustix::net::sockopt::socket_peercred(&socket) else {
+            self.closer.close(listener, socket);
             return;
         };
         let (pid, uid) = (peer.pid.as_raw_nonzero().get(), peer.uid.as_raw());
@@ -276,6 +289,7 @@ impl Front {
             if !quiet {
                 tracing::warn!(client = %name, "{} sessions are connected: no room for one more", limits::SESSIONS_MAX);
             }
+            self.closer.close(listener, socket);
             return;
         }
         let entry = self.sessions.vacant_entry();
@@ -293,7 +307,10 @@ impl Front {
             Interest::READABLE | Interest::WRITABLE,
         ) {
             tracing::error!(%error, "cannot watch a connection");
-            self.sessions.remove(slot);
+            let socket = self.sessions.remove(slot).socket;
+            socket
+                .into_iter()
+                .for_each(|socket| self.closer.close(listener, socket));
             self.numbers.remove(&session);
             return;
         }
@@ -392,17 +409,15 @@ impl Front {
         let Some(session) = self.sessions.get_mut(slot) else {
             return;
         };
-        let socket_before = session.socket.is_some();
         let mut outside = Outside {
             now: self.now,
             core: self.core.as_mut(),
             buffer: &mut self.buffer,
+            signals: &self.signals,
+            closer: &mut self.closer,
         };
         call(session, &mut outside);
-        // A closed descriptor has left the event loop by itself, unless somebody else holds it too.
-        if session.socket.is_none() && socket_before {
-            self.watch_unmask(slot, None);
-        }
+        self.close_socket(slot);
         let Some(session) = self.sessions.get_mut(slot) else {
             return;
         };
@@ -412,6 +427,20 @@ impl Front {
         self.book(slot);
     }
 
+    /// Closes the socket of a session that has ended: for the client at once; what it has sent unread, descriptors too, by the closer.
+    fn close_socket(&mut self, slot: usize) {
+        let Some(session) = self.sessions.get_mut(slot) else {
+            return;
+        };
+        let (listener, socket) = (session.listener, session.ended_socket.take());
+        let Some(socket) = socket else { return };
+        self.watch_unmask(slot, None);
+        self.deregister(socket.as_raw_fd());
+        // It may be broken already.
+        let _ = shutdown(&socket, Shutdown::Both);
+        self.closer.close(listener, socket);
+    }
+
     /// The end of a session that cannot even be ended in order: nothing can be asked of its device any more, its fence least of all. So the
     /// core life that has its memory is given up (its death is the fence, and no VM sees it), and the session is gone with it.
     fn lose(&mut self, slot: usize) {
@@ -419,6 +448,7 @@ impl Front {
         if let Some(session) = self.sessions.get_mut(slot) {
             session.abandon();
         }
+        self.close_socket(slot);
         self.give_up_lost();
         self.enqueue(slot);
     }

@@ -3,8 +3,9 @@
 //! In: readiness of the socket, the keeper's verdict, kicks, core lives, answers of time. Out: bytes on the socket, packets for the core,
 //! signals. Must never know: another session.
 
+use super::closer::Closer;
 use super::core_link::CoreLink;
-use super::descriptors::{Descriptors, Interned, Objects, accept_eventfd};
+use super::descriptors::{Descriptors, Interned, Objects, is_served_elsewhere};
 use super::limits;
 use super::log_budget::LogBudget;
 use super::message_dma::{Answer, Ask, MessageDma};
@@ -13,10 +14,13 @@ use crate::fault;
 use crate::messages::{FrontToCore, SessionFault};
 use crate::words::MappedWords;
 use rustix::fd::OwnedFd;
+use rustix::io::ReadWriteFlags;
 use std::collections::BTreeMap;
+use std::io::IoSliceMut;
 use std::rc::Rc;
 use vmgmt_device::Tick;
 use vmgmt_device::registers::{Function, Input, MapObject};
+use vmgmt_mem::Signals;
 use vmgmt_wire::{
     Command, Connection, DmaMap, Errno, Event, IrqOperation, Phase, Reply, ReplyHandle, Request, ServerOffer,
 };
@@ -50,6 +54,8 @@ pub struct Outside<'a> {
     pub now: Tick,
     pub core: Option<&'a mut CoreLink>,
     pub buffer: &'a mut [u8],
+    pub signals: &'a Signals,
+    pub closer: &'a mut Closer,
 }
 
 /// A client.
@@ -65,6 +71,8 @@ pub struct Session {
     pub name: String,
     /// Until the session ends.
     pub socket: Option<OwnedFd>,
+    /// The socket of a session that has just ended: to be closed. Taken by the front.
+    pub ended_socket: Option<OwnedFd>,
     pub readable: bool,
     pub writable: bool,
     /// So many connections come and go that this one is not worth a line.
@@ -106,6 +114,7 @@ impl Session {
             admission: Admission::Asked,
             name,
             socket: Some(socket),
+            ended_socket: None,
             readable: true,
             writable: true,
             quiet: false,
@@ -181,7 +190,9 @@ impl Session {
     /// The eventfd that unmasks INTx was signalled.
     pub fn unmask_signalled(&mut self, outside: &mut Outside<'_>, fd: &OwnedFd) {
         let mut count = [0; 8];
-        if rustix::io::read(fd, &mut count).is_ok() {
+        // The client may have read it first, and whether a plain read waits is up to the client as well. (An eventfd has no offset: `MAX`.)
+        let mut count = [IoSliceMut::new(&mut count)];
+        if rustix::io::preadv2(fd, &mut count, u64::MAX, ReadWriteFlags::NOWAIT).is_ok() {
             self.input(outside, Input::UnmaskSignalled);
         }
     }
@@ -206,6 +217,12 @@ impl Session {
         }
         self.tell_answers(outside, answers);
         self.flush(outside);
+    }
+
+    /// All that it holds of the client's but the socket.
+    pub fn client_descriptors(&self) -> impl Iterator<Item = &Rc<OwnedFd>> {
+        let objects = self.objects.iter().map(|(_, object)| &object.fd);
+        self.descriptors.slots.iter().map(|(_, fd)| fd).chain(objects)
     }
 
     /// Serves the client: at most [`limits::REQUESTS_PER_TURN_MAX`] requests. True: there is more to do at once.
@@ -301,11 +318,10 @@ impl Session {
         served && self.readable && self.connection.can_go_on()
     }
 
-    /// Ends the session: the socket is closed now, the rest is let go when its fence has passed.
+    /// Ends the session: the client sees it at once, the rest is let go when its fence has passed.
     pub fn end(&mut self, outside: &mut Outside<'_>, reason: &str) {
-        if self.socket.take().is_none() {
-            return;
-        }
+        let Some(socket) = self.socket.take() else { return };
+        self.ended_socket = Some(socket);
         if !self.quiet {
             tracing::info!(session = self.number, vm = self.vm, client = %self.name, reason, "session ends");
         }
@@ -336,7 +352,7 @@ impl Session {
     /// After a panic of ours in its end: nothing of it is trusted, so nothing of it is kept but its name.
     pub fn abandon(&mut self) {
         self.fault = SessionFault::Lost;
-        self.socket = None;
+        self.ended_socket = self.socket.take().or(self.ended_socket.take());
         self.device = None;
         self.connection = Connection::new();
         self.descriptors.clear();
@@ -355,7 +371,14 @@ impl Session {
             Read::Nothing => self.readable = false,
             Read::Closed => self.end(outside, "the client closed the connection"),
             Read::Bytes { bytes, fds, fds_lost } => {
-                let slots = fds.into_iter().map(|fd| self.descriptors.insert(fd)).collect();
+                let strangers = outside.closer.strangers();
+                let fds = fds
+                    .into_iter()
+                    .map(|fd| outside.closer.received(self.listener, fd, outside.signals));
+                let slots = fds.map(|fd| self.descriptors.insert(fd)).collect();
+                if outside.closer.strangers() > strangers && outside.closer.is_behind(self.listener) {
+                    return self.end(outside, "descriptors that it or its like sent cannot be closed");
+                }
                 let bytes = outside.buffer.get(..bytes).unwrap_or_default();
                 self.connection.handle_read(bytes, slots, fds_lost);
             }
@@ -427,9 +450,11 @@ impl Session {
         }
         if let Command::DeviceSetIrqs(request) = &command
             && let IrqOperation::Assign { eventfds, .. } = &request.operation
-            && !eventfds
-                .iter()
-                .all(|slot| self.descriptors.get(*slot).is_some_and(|fd| accept_eventfd(fd)))
+            && !eventfds.iter().all(|slot| {
+                self.descriptors
+                    .get(*slot)
+                    .is_some_and(|fd| outside.signals.is_eventfd(fd))
+            })
         {
             for slot in eventfds {
                 self.descriptors.remove(*slot);
@@ -443,7 +468,11 @@ impl Session {
 
     /// DMA_MAP: its descriptor becomes an object that the core knows before the map is seen.
     fn map(&mut self, outside: &mut Outside<'_>, handle: ReplyHandle, map: DmaMap) {
-        let fd = map.descriptor.and_then(|slot| self.descriptors.remove(slot));
+        let mut fd = map.descriptor.and_then(|slot| self.descriptors.remove(slot));
+        if fd.as_ref().is_some_and(is_served_elsewhere) {
+            self.complain(outside.now, "its memory is a file that is not on this host's own disks: it is reached by messages, slowly (a memfd, tmpfs or huge pages are not)");
+            fd = None;
+        }
         let Some(fd) = fd else {
             self.input(
                 outside,

@@ -123,7 +123,7 @@ impl Session {
                     core.touch(outside.now, self.slot);
                 }
             }
-            Output::Signal(slot) => self.signal(slot),
+            Output::Signal(slot) => self.signal(outside, slot),
             Output::Close(slot) => {
                 self.descriptors.remove(slot);
             }
@@ -162,10 +162,13 @@ impl Session {
         }
     }
 
-    fn signal(&self, slot: FdSlot) {
-        if let Some(fd) = self.descriptors.get(slot) {
-            // A full counter is as good as a signal; a closed reader hears nothing either way.
-            let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
+    fn signal(&mut self, outside: &Outside<'_>, slot: FdSlot) {
+        let Some(fd) = self.descriptors.get(slot) else {
+            return;
+        };
+        // Not written: the client, whose it is too, can make that wait at any time.
+        if let Err(error) = outside.signals.signal(fd) {
+            self.complain(outside.now, &format!("an interrupt is lost: {error}"));
         }
     }
 

@@ -88,7 +88,7 @@ const BOTH: &[Rule] = &[
     rule!(
         SYS_write,
         Always,
-        "signals eventfds (the other role, interrupts), writes the log"
+        "signals eventfds (the other role; the core: interrupts), writes the log"
     ),
     rule!(SYS_close, Always, "descriptors come and go with sessions"),
     rule!(
@@ -202,9 +202,30 @@ pub const REFUSED_NAMES: &[&str] = &["openat"];
 
 const FRONT: &[Rule] = &[
     rule!(
-        SYS_read,
+        SYS_preadv2[Only::OneOf(5, &[number(libc::RWF_NOWAIT)])],
         Always,
-        "empties the eventfd by which a client unmasks INTx (QEMU's does not use one)"
+        "empties the eventfd by which a client unmasks INTx (QEMU's does not use one), without waiting for it"
+    ),
+    rule!(
+        SYS_io_submit,
+        Always,
+        "signals clients' eventfds, where a write would wait if they liked; whether a descriptor is one"
+    ),
+    rule!(
+        SYS_io_getevents,
+        Varies,
+        "the same: takes the outcomes away, once for 64 signals"
+    ),
+    rule!(SYS_io_destroy, Always, "the same: the end"),
+    rule!(
+        SYS_statx,
+        Always,
+        "size and kind of clients' memory, without asking whoever serves the file"
+    ),
+    rule!(
+        SYS_shutdown,
+        Always,
+        "a session ends for its client at once; its socket is closed by a thread that may wait"
     ),
     rule!(SYS_getsockopt[PEER[0], PEER[1]], Always, "which process has connected"),
     rule!(
@@ -220,7 +241,7 @@ const FRONT: &[Rule] = &[
             ]
         )],
         Always,
-        "clients' descriptors: how they were opened, that they never block; seals of pages"
+        "clients' descriptors: how they were opened, whether they are memory; listeners never block; seals of pages"
     ),
     rule!(SYS_memfd_create, Always, "a page for each session and core life"),
     rule!(SYS_ftruncate, Always, "its size"),

@@ -98,6 +98,9 @@ impl Front {
             // This process's own.
             sandbox: _,
             now: _,
+            signals: _,
+            // What waits to be closed is closed by this front, or by its end.
+            closer: _,
         } = self;
         if stopping.is_some() {
             return Err("the daemon is being ended".into());
@@ -198,6 +201,9 @@ impl Front {
             if let Some(fd) = unmask {
                 self.register(fd.as_raw_fd(), Token(SESSIONS + 2 * slot + 1), Interest::READABLE)?;
                 self.unmask.insert(slot, fd);
+            }
+            for fd in session.client_descriptors() {
+                self.closer.watch(session.listener, fd, &self.signals);
             }
             sessions.push((slot, session));
         }

@@ -115,6 +115,8 @@ impl SavedSession {
             admission,
             name,
             socket,
+            // Closed before the call that ended it is over.
+            ended_socket: _,
             // What is ready is looked at anew.
             readable: _,
             writable: _,
@@ -262,6 +264,7 @@ impl SavedSession {
             admission,
             name,
             socket: socket.map(|socket| unpacker.alone(socket)).transpose()?,
+            ended_socket: None,
             readable: true,
             writable: true,
             quiet,

@@ -2,7 +2,9 @@
 
 use super::*;
 use crate::messages::{FrontToKeeper, KeeperToFront};
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::net::Shutdown;
+use std::io::Write;
 use std::time::{Duration, Instant};
 use vmgmt_abi::registers as abi;
 use vmgmt_testkit::client::command;
@@ -214,5 +216,56 @@ fn unlisten_and_stop_close_everything() {
     client.wait_closed().unwrap();
     assert!(matches!(bench.next(), FrontToKeeper::SessionGone { .. }));
     assert!(Client::connect(&bench.path).is_err());
+    bench.stop();
+}
+
+/// A socket whose close waits for a peer that does not read, for hours.
+struct Lingering {
+    socket: OwnedFd,
+    peer: std::net::TcpStream,
+}
+
+fn lingering() -> Lingering {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let socket = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (peer, _) = listener.accept().unwrap();
+    socket.set_nonblocking(true).unwrap();
+    while (&socket).write(&[0; 1 << 16]).is_ok() {}
+    rustix::net::sockopt::set_socket_linger(&socket, Some(Duration::from_secs(3600))).unwrap();
+    Lingering {
+        socket: socket.into(),
+        peer,
+    }
+}
+
+/// Sends a descriptor that no message needs, and keeps none: whoever has it in hand closes it last.
+fn leave_with(client: &mut Client, lingering: Lingering) -> std::net::TcpStream {
+    let half_a_header = &[0; 8];
+    client
+        .send_raw(half_a_header, &[lingering.socket.as_fd()])
+        .unwrap();
+    drop(lingering.socket);
+    lingering.peer
+}
+
+#[test]
+fn a_descriptor_whose_close_waits_holds_nobody_up() {
+    let mut bench = Bench::new();
+    let (mut other, _) = bench.client();
+    // Of a client that was let in: it was read, and is closed with the session.
+    let (mut client, admitted) = bench.client();
+    let _peer = leave_with(&mut client, lingering());
+    drop(client);
+    assert!(
+        matches!(bench.next(), FrontToKeeper::SessionGone { session, .. } if session == admitted.session)
+    );
+    other.get_info().unwrap();
+    // Of one that was not: it lies unread in the session's own socket.
+    let mut early = Client::connect(&bench.path).unwrap();
+    let session = bench.asked();
+    let _second_peer = leave_with(&mut early, lingering());
+    drop(early);
+    assert!(matches!(bench.next(), FrontToKeeper::SessionGone { session: gone, .. } if gone == session));
+    other.get_info().unwrap();
     bench.stop();
 }

@@ -136,6 +136,17 @@ fn maps_that_cannot_be_are_refused_and_their_descriptors_closed() {
         Some(Errno::EEXIST.0)
     );
     assert_eq!(holders(&ram), 1);
+    // A file that somebody else serves, here the kernel: reached by messages too, for whoever mapped it would wait for them.
+    let served = std::fs::File::open("/proc/self/cmdline").unwrap();
+    client
+        .dma_map(Mapping {
+            iova: 0x4000,
+            bytes: 4096,
+            flags: 1,
+            memory: Some((served.as_fd(), 0)),
+        })
+        .unwrap();
+    assert_eq!(admitted.page.map(1).unwrap().object, 0);
     client.dma_unmap(0x10_0000, 0x1000).unwrap();
     bench.stop();
 }

@@ -1,9 +1,12 @@
 //! Interrupts: INTx by the front, message vectors handed on.
 
 use super::*;
+use crate::front::closer::Closer;
+use crate::front::session::{Outside, Session};
 use crate::messages::FrontToCore;
 use rustix::fd::AsFd;
 use vmgmt_abi::registers as abi;
+use vmgmt_testkit::client::command;
 use vmgmt_wire::Errno;
 
 #[test]
@@ -97,4 +100,58 @@ fn what_is_no_eventfd_is_refused() {
     let mut byte = [0];
     assert_eq!(rustix::io::read(&pipe.0, &mut byte), Ok(0));
     bench.stop();
+}
+
+/// Has an eventfd block, as whoever shares it can at any time.
+fn make_blocking(fd: &rustix::fd::OwnedFd) {
+    let flags = rustix::fs::fcntl_getfl(fd).unwrap();
+    rustix::fs::fcntl_setfl(fd, flags - rustix::fs::OFlags::NONBLOCK).unwrap();
+}
+
+#[test]
+fn a_full_eventfd_that_its_client_made_block_holds_nobody_up() {
+    let mut bench = Bench::new();
+    let (mut client, _) = bench.client();
+    let (mut other, _) = bench.client();
+    let (line, message) = (eventfd().unwrap(), eventfd().unwrap());
+    client.assign_irqs(irq::INTX, 0, &[line.as_fd()]).unwrap();
+    client.assign_irqs(irq::MSI, 0, &[message.as_fd()]).unwrap();
+    for (index, fd) in [(irq::INTX, &line), (irq::MSI, &message)] {
+        rustix::io::write(fd, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        make_blocking(fd);
+        let trigger = irq::DATA_NONE | irq::TRIGGER;
+        let body: Vec<u8> = [20, trigger, index, 0, 1]
+            .iter()
+            .flat_map(|word: &u32| word.to_le_bytes())
+            .collect();
+        client.start(command::DEVICE_SET_IRQS, &body, &[]).unwrap();
+    }
+    other.get_info().unwrap();
+    client.get_info().unwrap();
+    bench.stop();
+}
+
+#[test]
+fn an_unmask_eventfd_that_its_client_has_emptied_and_made_block_holds_nobody_up() {
+    let (socket, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
+    let now = vmgmt_device::Tick(1);
+    let mut session = Session::new(now, 1, 0, 1, "one".into(), socket.into());
+    let fd = eventfd().unwrap();
+    make_blocking(&fd);
+    let signals = vmgmt_mem::Signals::new().unwrap();
+    let mut outside = Outside {
+        now,
+        core: None,
+        buffer: &mut [],
+        signals: &signals,
+        closer: &mut Closer::new().unwrap(),
+    };
+    // Where the front waited, this would never end.
+    session.unmask_signalled(&mut outside, &fd);
+    rustix::io::write(&fd, &1u64.to_ne_bytes()).unwrap();
+    session.unmask_signalled(&mut outside, &fd);
+    let nowait = rustix::io::ReadWriteFlags::NOWAIT;
+    let mut count = [0; 8];
+    let left = rustix::io::preadv2(&fd, &mut [std::io::IoSliceMut::new(&mut count)], u64::MAX, nowait);
+    assert_eq!(left, Err(rustix::io::Errno::AGAIN), "it was emptied");
 }
