@@ -468,6 +468,10 @@ impl Hub {
                     self.office.end(token, failed(status));
                 }
             }
+            Wait::Reopening(handle) => {
+                self.files.forget_waiting(handle, token);
+                self.office.end(token, failed(status));
+            }
             Wait::Room => {
                 self.office.end(token, failed(status));
             }
@@ -520,6 +524,7 @@ impl Hub {
                     self.outcome(then, withdrawn(Status::CANCELLED.0));
                 }
             }
+            Wait::Reopening(handle) => self.files.forget_waiting(handle, token),
             Wait::Room => {}
         }
     }

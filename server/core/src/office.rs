@@ -43,6 +43,8 @@ pub enum Wait {
         id: EffectId,
         fills: bool,
     },
+    /// That the file of this handle, of an earlier core life, is open again.
+    Reopening(u64),
     /// A room that looks, at its next step, whether the submission is still open.
     Room,
 }

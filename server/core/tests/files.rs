@@ -577,3 +577,42 @@ fn modes_without_work_and_unknown_operations_are_answered_cleanly() {
     let token = house.ask(99, Ask::new(Opcode::IDENTITY));
     assert_eq!(house.status(token), Status::NOT_READY);
 }
+
+#[test]
+fn what_ended_does_not_gather_behind_a_handle_that_a_hung_disk_keeps_closed() {
+    let mut house = House::new();
+    let handle = house.ok(A, Ask::new(Opcode::OPEN).meta("rw/f").argument(0b111));
+    house.manual = true;
+    house.crash();
+    // Its file is being opened again, and the disk does not answer.
+    let saved = |house: &House| house.hub.save().to_bytes().len();
+    let mut before = 0;
+    for round in 0..50 {
+        let read = Ask::new(Opcode::READ)
+            .handle(handle)
+            .meta("x".repeat(2000))
+            .room(8);
+        let cancelled = house.ask(A, read.clone());
+        house.cancel(cancelled);
+        assert_eq!(house.status(cancelled), Status::CANCELLED);
+        let late = house.ask(A, read.clone().deadline_ns(1));
+        house.pass_ns(2);
+        assert_eq!(house.status(late), Status::TIMED_OUT);
+        let void = house.ask(A, read);
+        house.open.remove(&void);
+        house.input(Input::Void(void));
+        if round == 0 {
+            before = saved(&house);
+        }
+    }
+    assert!(
+        saved(&house) < before + 200,
+        "{} bytes, then {}",
+        before,
+        saved(&house)
+    );
+    // Who waits in earnest is served when the disk is.
+    let read = house.ask(A, Ask::new(Opcode::READ).handle(handle).room(8));
+    house.settle();
+    assert_eq!(house.status(read), Status::OK);
+}

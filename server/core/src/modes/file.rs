@@ -85,7 +85,7 @@ impl Files {
             && let Some(waiting) = self.reopening.get_mut(&fetched.handle)
         {
             waiting.push_back(Box::new(fetched.clone()));
-            office.park(fetched, Wait::Room);
+            office.park(fetched, Wait::Reopening(fetched.handle));
             return Ok(Verdict::Open);
         }
         match fetched.opcode {
@@ -107,6 +107,14 @@ impl Files {
             Opcode::COMMIT => self.puts.commit(office, fetched),
             _ if self.puts.has(fetched.handle) => self.puts.submit(office, fetched),
             _ => self.on_handle(office, fetched),
+        }
+    }
+
+    /// A submission that waits for its handle to be open again is given up or void: a disk that hangs may keep that handle closed for ever, and
+    /// nothing may gather behind it.
+    pub fn forget_waiting(&mut self, handle: u64, token: Token) {
+        if let Some(waiting) = self.reopening.get_mut(&handle) {
+            waiting.retain(|fetched| fetched.token != token);
         }
     }
 
