@@ -6,6 +6,7 @@ use crate::effect::Effect;
 use crate::effects::Continuation;
 use crate::hub::Hub;
 use crate::interface::{ControlReply, ControlRequest, VmStatus};
+use crate::ledger::books::ahead;
 use crate::limits::HOST_MESSAGE_BYTES_MAX;
 use crate::modes::chat::{Listener, host_refusal};
 use crate::modes::names;
@@ -13,7 +14,7 @@ use crate::modes::offers::{HostFile, OfferSource, reply, reply_failed};
 use crate::modes::streams::Party;
 use crate::refusal::Refusal;
 use vmgmt_abi::Status;
-use vmgmt_abi::chat::HOST_NAME;
+use vmgmt_abi::chat::{HOST_NAME, PEER_HOST};
 use vmgmt_abi::file::SIZE_UNKNOWN;
 use vmgmt_device::Tick;
 
@@ -109,12 +110,15 @@ impl Hub {
         {
             return;
         }
+        let room = ahead::host_transfer(name.len());
+        let room = self.office.has_room(PEER_HOST, room, true);
         let found = match number {
             _ if names::offered(name.as_bytes()).is_err() => Err(Refusal::Name),
             _ if matches!(source, OfferSource::Push(_)) && size > crate::limits::FILE_OFFSET_MAX => {
                 Err(Refusal::Field)
             }
             None => Err(Refusal::PeerAbsent),
+            Some(_) if room.is_err() => Err(Refusal::StateBytes),
             Some(vm) => match self.office.vms.get(&vm) {
                 Some(entry) if entry.offers_in.len() < entry.limits.offers_max as usize => Ok(vm),
                 _ => Err(Refusal::Offers),

@@ -7,6 +7,7 @@ use crate::deadlines::Timer;
 use crate::effect::Outcome;
 use crate::effects::Continuation;
 use crate::interface::{Input, Output};
+use crate::ledger::books::ahead;
 use crate::modes::chat::Chat;
 use crate::modes::delivery;
 use crate::modes::file::{self, Files};
@@ -82,7 +83,7 @@ impl Hub {
                 self.office.effects.bury();
                 self.transfers.pump_all(&mut self.office);
             }
-            Input::StateFull(full) => self.office.state_full = full,
+            Input::StateRoom(bytes) => self.office.state_room = Some(bytes),
             Input::WallClock { now_ns } => {
                 let floor_ns = if self.office.wall.known {
                     0
@@ -242,7 +243,7 @@ impl Hub {
     /// Whether a VM's budgets let a submission in; when, if not now.
     fn admit(&mut self, vm: u64, fetched: &Fetched) -> Result<Option<Tick>, Refusal> {
         let now = self.office.now;
-        let full = self.office.state_full;
+        let room = self.room_ahead(vm, fetched);
         let Some(entry) = self.office.vm_mut(vm) else {
             return Err(Refusal::NoSession);
         };
@@ -252,15 +253,7 @@ impl Hub {
         } else {
             fetched.data_bytes
         };
-        // (A message is refused when its room in a mailbox is looked for.)
-        if full
-            && matches!(
-                fetched.opcode,
-                Opcode::OPEN | Opcode::PUT | Opcode::OFFER | Opcode::PUBLISH
-            )
-        {
-            return Err(Refusal::StateBytes);
-        }
+        room?;
         if entry.flights >= entry.limits.submissions_in_flight_max {
             return Err(Refusal::SubmissionsInFlight);
         }
@@ -289,6 +282,23 @@ impl Hub {
         // Nobody overtakes within a VM.
         let at = entry.delayed.back().map_or(at, |(last, _)| at.max(*last));
         Ok((at > now || !entry.delayed.is_empty()).then_some(at))
+    }
+
+    /// Whether there is room for what survives of a submission. (A message has none before it is looked for in its receiver's mailbox.)
+    fn room_ahead(&self, vm: u64, fetched: &Fetched) -> Result<(), Refusal> {
+        let lasting = match fetched.opcode {
+            Opcode::OPEN | Opcode::PUT | Opcode::OFFER => true,
+            // (What it is about to make is known as long as a disk is slow, by two long names.)
+            Opcode::MAKE_DIRECTORY => true,
+            // (Argument 0: what was published goes.)
+            Opcode::PUBLISH if fetched.argument == 0 => return Ok(()),
+            Opcode::PUBLISH => true,
+            _ => false,
+        };
+        match ahead::submission(fetched.opcode, fetched.meta.len()) {
+            0 => Ok(()),
+            bytes => self.office.has_room(vm, bytes, lasting),
+        }
     }
 
     /// Lets go what a VM's rate held back until now.

@@ -45,8 +45,8 @@ pub enum Input {
     Adopted,
     /// After [`crate::Hub::replay_beside`]: no worker of an earlier core life can do anything any more.
     Buried,
-    /// The memory for what survives is nearly full, or not any more: what would make it fuller is refused.
-    StateFull(bool),
+    /// Bytes that a snapshot may have: what would make the state larger is refused. (Without it nothing is.)
+    StateRoom(u64),
     /// Wall time, nanoseconds since 1970, told at start and when asked for with every submission batch (messages carry it).
     WallClock { now_ns: u64 },
 }

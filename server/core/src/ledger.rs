@@ -3,12 +3,14 @@
 //! In: [`Record`]s, live from the hub and again in replay: this is the only way it changes. Out: look-ups.
 //! It never knows submissions, budgets or effects.
 
+pub(crate) mod books;
 mod keys;
 
+use self::books::{Books, NOBODY};
 use self::keys::KeyWindow;
 use crate::journal::{Message, Presence, Record};
 use crate::kept::{Kept, SavedKept, Settled};
-use crate::modes::mailbox::{Mailbox, SavedMailbox};
+use crate::modes::mailbox::{Held, Mailbox, SavedMailbox};
 use crate::policy::VmConfig;
 use crate::table::Table;
 use serde::{Deserialize, Serialize};
@@ -54,6 +56,8 @@ pub struct Ledger {
     bound: BTreeMap<(u64, Channel), (u64, u64)>,
     /// Derived: channels to which a part, but not the end, of a message is on its way.
     parts: BTreeSet<(u64, Channel)>,
+    /// Derived: what all that takes at most when it is saved.
+    pub(crate) books: Books,
 }
 
 /// One VM as it is saved.
@@ -211,7 +215,9 @@ impl Ledger {
             Record::VmGone { vm } => self.apply_vm_gone(*vm),
             Record::Presence { vm, presence } => {
                 if let Some(account) = self.vms.get_mut(vm) {
+                    self.books.remove(NOBODY, books::account(account));
                     account.presence.clone_from(presence);
+                    self.books.add(NOBODY, books::account(account));
                 }
             }
             Record::Accepted {
@@ -224,11 +230,12 @@ impl Ledger {
             } => {
                 self.apply_source(message, *asked, *key, *result);
                 if let Some((token, tag)) = origin {
-                    self.kept.settle_send(*token, *tag, *result);
+                    self.settle_send(*token, *tag, *result);
                 }
                 for &target in targets.numbers() {
                     if let Some(mailbox) = self.mailbox_mut(target) {
                         mailbox.push(Arc::clone(message));
+                        self.books.add(message.source, books::message(message));
                     }
                 }
             }
@@ -243,40 +250,44 @@ impl Ledger {
                 if !last {
                     self.parts.insert((token.session, token.channel));
                 }
-                self.delivering.insert(
-                    *token,
-                    Delivering {
-                        target: *target,
-                        position: *position,
-                        end,
-                        last,
-                    },
-                );
+                let delivering = Delivering {
+                    target: *target,
+                    position: *position,
+                    end,
+                    last,
+                };
+                self.delivering.insert(*token, delivering);
                 if let Some(mailbox) = self.mailbox_mut(*target) {
                     mailbox.update(*position, |held| held.delivering = true);
                 }
             }
             Record::Published { token, published } => self.apply_published(*token, *published),
-            Record::Kept { settled, change } => self.kept.apply(settled, change),
+            Record::Kept { settled, change } => {
+                let books = &mut self.books;
+                books::about(&self.kept, settled, change, |owner, bytes| {
+                    books.remove(owner, bytes);
+                });
+                self.kept.apply(settled, change);
+                books::about(&self.kept, settled, change, |owner, bytes| {
+                    books.add(owner, bytes)
+                });
+            }
             Record::Readdressed { from, to } => {
                 if let Some(settled) = self.kept.settled.remove(from) {
-                    self.kept.settled.insert(
-                        *to,
-                        Settled {
-                            token: *to,
-                            ..settled
-                        },
-                    );
+                    let settled = Settled {
+                        token: *to,
+                        ..settled
+                    };
+                    if let Some(before) = self.kept.settled.insert(*to, settled) {
+                        self.books.remove(NOBODY, books::settled(&before));
+                    }
                 }
             }
             Record::Taken { position } => {
-                self.host.remove(*position);
+                let taken = self.host.remove(*position);
+                self.book_out(taken.as_ref());
             }
-            Record::Dropped { target, position } => {
-                if let Some(mailbox) = self.mailbox_mut(*target) {
-                    mailbox.remove(*position);
-                }
-            }
+            Record::Dropped { target, position } => self.take_out(*target, *position),
             Record::Unbound { session, channel } => {
                 if let Some((target, position)) = self.bound.remove(&(*session, *channel))
                     && let Some(mailbox) = self.mailbox_mut(target)
@@ -290,14 +301,43 @@ impl Ledger {
         }
     }
 
+    /// A message leaves a mailbox for good.
+    fn take_out(&mut self, target: u64, position: u64) {
+        let taken = self
+            .mailbox_mut(target)
+            .and_then(|mailbox| mailbox.remove(position));
+        self.book_out(taken.as_ref());
+    }
+
+    fn book_out(&mut self, held: Option<&Held>) {
+        if let Some(Held { message, .. }) = held {
+            self.books.remove(message.source, books::message(message));
+        }
+    }
+
+    fn settle_send(&mut self, token: Token, tag: u32, result: u64) {
+        self.unsettle(token);
+        self.kept.settle_send(token, tag, result);
+        self.books.add(NOBODY, books::ANSWER_BYTES);
+    }
+
+    /// An answer is known to be published.
+    fn unsettle(&mut self, token: Token) {
+        if let Some(settled) = self.kept.settled.remove(&token) {
+            self.books.remove(NOBODY, books::settled(&settled));
+        }
+    }
+
     fn apply_vm(&mut self, config: &VmConfig) {
         let name: Arc<str> = Arc::from(config.name.as_str());
         if let Some(account) = self.vms.get_mut(&config.vm) {
             if account.name != name && self.names.get(&account.name) == Some(&config.vm) {
                 self.names.remove(&account.name);
             }
+            self.books.remove(NOBODY, books::account(account));
             account.config = config.clone();
             account.name = Arc::clone(&name);
+            self.books.add(NOBODY, books::account(account));
         } else {
             let account = Account {
                 config: config.clone(),
@@ -307,20 +347,27 @@ impl Ledger {
                 mailbox: Mailbox::default(),
                 keys: KeyWindow::default(),
             };
+            self.books.add(NOBODY, books::account(&account));
             self.vms.insert(config.vm, account);
         }
         self.names.insert(name, config.vm);
     }
 
     fn apply_vm_gone(&mut self, vm: u64) {
-        if let Some(account) = self.vms.remove(&vm)
-            && self.names.get(&account.name) == Some(&vm)
-        {
-            self.names.remove(&account.name);
+        if let Some(account) = self.vms.remove(&vm) {
+            if self.names.get(&account.name) == Some(&vm) {
+                self.names.remove(&account.name);
+            }
+            self.books.remove(NOBODY, books::account(&account));
+            self.books.remove(NOBODY, account.keys.bytes());
+            for (_, held) in account.mailbox.iter() {
+                self.book_out(Some(held));
+            }
         }
         let parts = &mut self.parts;
         self.delivering.retain(|token, delivering| {
             let stays = delivering.target != vm;
+
             if !stays && !delivering.last {
                 parts.remove(&(token.session, token.channel));
             }
@@ -330,21 +377,24 @@ impl Ledger {
     }
 
     fn apply_source(&mut self, message: &Message, asked: u64, key: u64, result: u64) {
-        if message.source == PEER_HOST {
+        let keys = if message.source == PEER_HOST {
             self.host_sequence = message.sequence;
-            if key != 0 {
-                self.host_keys.insert(asked, key, result);
-            }
+            &mut self.host_keys
         } else if let Some(source) = self.vms.get_mut(&message.source) {
             source.sequence = message.sequence;
-            if key != 0 {
-                source.keys.insert(asked, key, result);
-            }
+            &mut source.keys
+        } else {
+            return;
+        };
+        if key != 0 {
+            self.books.remove(NOBODY, keys.bytes());
+            keys.insert(asked, key, result);
+            self.books.add(NOBODY, keys.bytes());
         }
     }
 
     fn apply_published(&mut self, token: Token, published: bool) {
-        self.kept.settled.remove(&token);
+        self.unsettle(token);
         let Some(Delivering {
             target,
             position,
@@ -358,11 +408,13 @@ impl Ledger {
         if !last {
             self.parts.remove(&place);
         }
+        if published && last {
+            self.take_out(target, position);
+        }
         let Some(mailbox) = self.mailbox_mut(target) else {
             return;
         };
         if published && last {
-            mailbox.remove(position);
             // The channel may meanwhile have a part of another message.
             if self.bound.get(&place) == Some(&(target, position)) {
                 self.bound.remove(&place);
@@ -391,6 +443,7 @@ impl Ledger {
             names: _,
             bound: _,
             parts: _,
+            books: _,
         } = self;
         SavedLedger {
             accounts: vms.values().map(save_account).collect(),
@@ -453,7 +506,24 @@ impl Ledger {
         for (token, Origin { tag, result }) in origins {
             ledger.kept.settle_send(token, tag, result);
         }
+        ledger.books = ledger.book_anew();
         Ok(ledger)
+    }
+
+    /// The books of what is there.
+    fn book_anew(&self) -> Books {
+        let mut books = Books::default();
+        books.add(NOBODY, self.host_keys.bytes());
+        for account in self.vms.values() {
+            books.add(NOBODY, books::account(account));
+            books.add(NOBODY, account.keys.bytes());
+        }
+        let mailboxes = self.vms.values().map(|account| &account.mailbox);
+        for (_, held) in mailboxes.chain([&self.host]).flat_map(Mailbox::iter) {
+            books.add(held.message.source, books::message(&held.message));
+        }
+        books::everything(&self.kept, |owner, bytes| books.add(owner, bytes));
+        books
     }
 
     fn restore_deliveries(&mut self, delivering: Vec<(Token, Delivering)>) -> Result<(), &'static str> {

@@ -27,6 +27,7 @@ pub mod policy;
 pub mod refusal;
 mod saved;
 mod sessions;
+mod shed;
 mod state;
 mod table;
 

@@ -10,6 +10,7 @@ use crate::interface::Output;
 use crate::journal::Record;
 use crate::kept::{Change, Settled};
 use crate::ledger::Ledger;
+use crate::ledger::books::{self, ahead};
 use crate::limits::CLOCK_JUMP_NS_MAX;
 use crate::policy::VmLimits;
 use crate::refusal::Refusal;
@@ -64,6 +65,9 @@ pub struct Flight {
     pub wait: Wait,
     /// Its guest wants it ended so, as soon as its buffer is not written any more.
     pub ending: Option<u16>,
+    /// Bytes that are set aside for what survives of it.
+    #[serde(default)]
+    pub ahead_bytes: u64,
 }
 
 /// Counted since a VM exists.
@@ -90,6 +94,7 @@ pub struct Vm {
     /// Open submissions and their bytes. Derived.
     pub flights: u32,
     pub bytes_in_flight: u64,
+    pub ahead_bytes: u64,
     pub submission_rate: Bucket,
     pub byte_rate: Bucket,
     /// Submissions that its rates hold back, in order, with the time they may go.
@@ -163,8 +168,10 @@ pub struct Office {
     pub outputs: VecDeque<Output>,
     /// Numbers of handles, offers and streams; never used again, whichever core life.
     pub next_handle: u64,
-    /// The memory for what survives is nearly full. The shell tells it, in each life anew.
-    pub state_full: bool,
+    /// Bytes that a snapshot may have. The shell tells it, in each life anew.
+    pub state_room: Option<u64>,
+    /// Bytes that are set aside for what survives of open submissions. Derived.
+    pub ahead_bytes: u64,
     /// Mailboxes that got something in this turn; empty between turns.
     pub woken: Vec<u64>,
     /// After a crash: the sessions that are still there are being told; who is absent is known when all are.
@@ -202,6 +209,34 @@ impl Office {
     pub fn handle(&mut self) -> u64 {
         self.next_handle += 1;
         self.next_handle
+    }
+
+    /// Whether the state may grow by so many bytes on behalf of a VM (or of the host, as whose all counts that is nobody's in particular), and
+    /// still every snapshot fits, with what becomes of open submissions. `lasting`: something that stays as long as somebody likes. Of that
+    /// there is less, so that what makes the state smaller again finds room.
+    ///
+    /// A VM may have as much as is left when it has it, so that it never takes all: one that fills the room gets half, and who comes then half of
+    /// the rest. Of what lasts that is all that is its own; of the rest, its open submissions.
+    ///
+    /// # Errors
+    /// [`Refusal::StateBytes`].
+    pub fn has_room(&self, vm: u64, bytes: u64, lasting: bool) -> Result<(), Refusal> {
+        let Some(room) = self.state_room else {
+            return Ok(());
+        };
+        let most = if lasting { room / 4 * 3 } else { room / 16 * 15 };
+        let taken = self.ledger.books.total().saturating_add(self.ahead_bytes);
+        let left = most.saturating_sub(taken);
+        let lasts = if lasting { self.ledger.books.part(vm) } else { 0 };
+        // It has `own` and `bytes` then, and that much is to be left beside.
+        let own = self.vms.get(&vm).map_or(0, |entry| {
+            entry.ahead_bytes.saturating_add(lasts).saturating_add(bytes)
+        });
+        if own.saturating_add(bytes) <= left {
+            Ok(())
+        } else {
+            Err(Refusal::StateBytes)
+        }
     }
 
     /// A change of what survives: applied and journaled.
@@ -279,9 +314,12 @@ impl Office {
         } else {
             fetched.data_bytes
         };
+        let ahead_bytes = ahead::submission(fetched.opcode, fetched.meta.len());
+        self.ahead_bytes = self.ahead_bytes.saturating_add(ahead_bytes);
         if let Some(entry) = self.vms.get_mut(&vm) {
             entry.flights += 1;
             entry.bytes_in_flight = entry.bytes_in_flight.saturating_add(charged_bytes);
+            entry.ahead_bytes = entry.ahead_bytes.saturating_add(ahead_bytes);
         }
         self.timers.arm(fetched.deadline, Timer::Deadline(fetched.token));
         let flight = Flight {
@@ -293,6 +331,7 @@ impl Office {
             deadline: fetched.deadline,
             wait,
             ending: None,
+            ahead_bytes,
         };
         self.flights.insert(fetched.token, flight);
     }
@@ -301,9 +340,11 @@ impl Office {
     pub fn unpark(&mut self, token: Token) -> Option<Flight> {
         let flight = self.flights.remove(&token)?;
         self.timers.disarm(flight.deadline, Timer::Deadline(token));
+        self.ahead_bytes = self.ahead_bytes.saturating_sub(flight.ahead_bytes);
         if let Some(entry) = self.vms.get_mut(&flight.vm) {
             entry.flights = entry.flights.saturating_sub(1);
             entry.bytes_in_flight = entry.bytes_in_flight.saturating_sub(flight.charged_bytes);
+            entry.ahead_bytes = entry.ahead_bytes.saturating_sub(flight.ahead_bytes);
         }
         Some(flight)
     }
@@ -344,7 +385,8 @@ impl Office {
     /// A SEND that failed is not to succeed after a crash, behind those that came after it and did: its answer holds. (Where there is no room for
     /// that, no other succeeds either.)
     fn settle_send(&mut self, token: Token, tag: u32, answer: Answer) {
-        if !self.state_full && !self.ledger.kept.settled.contains_key(&token) {
+        let fits = self.has_room(PEER_HOST, books::ANSWER_BYTES, true).is_ok();
+        if fits && !self.ledger.kept.settled.contains_key(&token) {
             let settled = Settled {
                 token,
                 tag,

@@ -58,6 +58,7 @@ pub(crate) fn save_vm(vm: u64, entry: &Vm) -> SavedVm {
         log,
         counters,
         expiry,
+        ahead_bytes: _,
     } = entry;
     SavedVm {
         vm,
@@ -126,6 +127,8 @@ pub(crate) fn restore_flights(
         }
         let entry = office.vms.get_mut(&flight.vm).ok_or("a submission is of no VM")?;
         entry.flights += 1;
+        entry.ahead_bytes = entry.ahead_bytes.saturating_add(flight.ahead_bytes);
+        office.ahead_bytes = office.ahead_bytes.saturating_add(flight.ahead_bytes);
         entry.bytes_in_flight = entry.bytes_in_flight.saturating_add(flight.charged_bytes);
         if office.flights.insert(token, flight).is_some() {
             return Err("a submission is there twice".into());

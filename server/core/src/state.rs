@@ -225,7 +225,8 @@ impl Hub {
             effects,
             outputs,
             next_handle,
-            state_full: _,
+            state_room: _,
+            ahead_bytes: _,
             woken: _,
             adopting,
             awaited,
@@ -386,6 +387,12 @@ impl Hub {
         };
         hub.office.refresh_reach();
         Ok(hub)
+    }
+
+    /// Bytes that a snapshot has at most, as things are.
+    #[must_use]
+    pub fn state_bytes(&self) -> u64 {
+        self.office.ledger.books.total()
     }
 
     /// The part of the state that survives a crash, for comparison.

@@ -433,7 +433,9 @@ fn with_its_memory_nearly_full_nothing_is_taken_that_makes_it_fuller() {
     house.repack = false;
     let send = |key| Ask::new(Opcode::SEND).handle(2).argument(key).data("message");
     let sent = house.ok(A, send(1));
-    house.input(Input::StateFull(true));
+    // More than three quarters of it are taken.
+    let bytes = house.hub.state_bytes();
+    house.has_room(bytes / 4 * 5);
     for ask in [
         send(2),
         Ask::new(Opcode::PUT).meta("rw/f"),
@@ -449,7 +451,7 @@ fn with_its_memory_nearly_full_nothing_is_taken_that_makes_it_fuller() {
     }
     assert_eq!(house.ok(A, send(1)), sent, "what was accepted is said again");
     house.ok(B, Ask::new(Opcode::RECEIVE).room(4096));
-    house.input(Input::StateFull(false));
+    house.has_room(1 << 20);
     house.ok(A, send(2));
 }
 

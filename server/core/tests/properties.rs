@@ -454,6 +454,19 @@ proptest! {
     }
 
     #[test]
+    fn anything_in_any_order_fits_its_memory(
+        steps in proptest::collection::vec(any::<Step>(), 1..160),
+        room in 0..12_u64 << 10,
+    ) {
+        let mut world = World::new();
+        let begun = world.house.hub.state_bytes();
+        world.house.has_room(begun / 4 * 5 + room);
+        for step in steps {
+            world.step(step);
+        }
+    }
+
+    #[test]
     fn anything_in_any_order(steps in proptest::collection::vec(any::<Step>(), 1..160)) {
         let mut world = World::new();
         for step in steps {

@@ -110,8 +110,6 @@ pub struct Core {
     pub hub: Hub,
     journal: Journal<SimWords>,
     snapshot_bytes: usize,
-    /// The hub was told that its memory is nearly full.
-    state_full: bool,
     files: BTreeMap<u32, OpenFile>,
     next_file: u32,
     bulk: Bulk,
@@ -191,7 +189,10 @@ impl Core {
             Ok(journal) => journal,
             Err(error) => panic!("the hub's memory: {error}"),
         };
-        let hub = recover(&journal, outside.wires.life, undead);
+        let mut hub = recover(&journal, outside.wires.life, undead);
+        // As the real core does: the hub refuses what would make its state larger than its memory.
+        let room = interface::Input::StateRoom(journal.room_bytes() as u64);
+        hub.handle(outside.clock.now(), room);
         let mut core = Self {
             touched: TouchedPage::new(mortal(&outside.wires.touched)),
             life_page: LifePage::new(mortal(&outside.wires.life_page)),
@@ -202,7 +203,6 @@ impl Core {
             hub,
             journal,
             snapshot_bytes: 0,
-            state_full: false,
             files: BTreeMap::new(),
             next_file: 0,
             bulk: Bulk::default(),

@@ -163,4 +163,39 @@ impl Change {
             | Self::HostTold(_) => feature::OPERATOR_TRANSFERS,
         }
     }
+
+    /// Numbers of the handle, offer or stream that it is about.
+    pub(crate) fn numbers(&self) -> [Option<u64>; 2] {
+        match self {
+            Self::None | Self::Intends { .. } | Self::Forgone { .. } | Self::HostTold(_) => [None; 2],
+            Self::FileOpened { handle, .. }
+            | Self::PutOpened { handle, .. }
+            | Self::Wrote { handle, .. }
+            | Self::Cut { handle, .. }
+            | Self::Closed { handle } => [Some(*handle), None],
+            Self::Offered { offer, .. }
+            | Self::OfferMoved { offer, .. }
+            | Self::OfferGone { offer }
+            | Self::HostOffered { offer, .. } => [Some(*offer), None],
+            Self::Began { offer, stream, .. } | Self::HostBegan { offer, stream, .. } => {
+                [Some(*offer), Some(*stream).filter(|stream| stream != offer)]
+            }
+            Self::Sent { stream, .. }
+            | Self::Received { stream, .. }
+            | Self::EndRead { stream, .. }
+            | Self::StreamFailed { stream, .. }
+            | Self::EndClosed { stream, .. }
+            | Self::StreamGone { stream }
+            | Self::HostSum { stream, .. }
+            | Self::HostMoved { stream, .. } => [Some(*stream), None],
+        }
+    }
+
+    /// The submission whose intent it is about.
+    pub(crate) const fn token(&self) -> Option<Token> {
+        match self {
+            Self::Intends { token, .. } | Self::Forgone { token } => Some(*token),
+            _ => None,
+        }
+    }
 }

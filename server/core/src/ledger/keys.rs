@@ -68,6 +68,11 @@ impl KeyWindow {
         self.entries.iter_mut().find(same)
     }
 
+    /// What they take at most when they are saved.
+    pub(super) fn bytes(&self) -> u64 {
+        self.entries.len() as u64 * super::books::KEY_BYTES
+    }
+
     /// As it is saved.
     pub(super) fn save(&self) -> Vec<Entry> {
         self.entries.iter().copied().collect()

@@ -13,6 +13,7 @@ use crate::effect::{Effect, Outcome};
 use crate::effects::{Continuation, whole};
 use crate::interface::ControlReply;
 use crate::journal::{Message, Presence, Record, Targets};
+use crate::ledger::books;
 use crate::limits::{HOST_GIVEN_MAX, HOST_MAILBOX_BYTES_MAX, RECEIVE_BYTES_MIN};
 use crate::modes::file::failure;
 use crate::modes::listing::listing_answer;
@@ -192,7 +193,7 @@ impl Chat {
             all_targets(office, vm, body.len() as u64)?
         } else {
             office.reach(vm, asked)?;
-            has_room(office, asked, body.len() as u64)?;
+            has_room(office, vm, asked, body.len() as u64, 0)?;
             Targets::One(asked)
         };
         let source = office
@@ -257,21 +258,10 @@ impl Chat {
             return Ok(result);
         }
         let targets = if target == ALL_NAME {
-            let published = office
-                .ledger
-                .vms
-                .iter()
-                .filter(|(_, account)| account.presence.is_some());
-            let numbers: Vec<u64> = published.map(|(vm, _)| vm).collect();
-            Targets::Many(
-                numbers
-                    .into_iter()
-                    .filter(|vm| has_room(office, *vm, body.len() as u64).is_ok())
-                    .collect(),
-            )
+            published(office, PEER_HOST, body.len() as u64, |_| true)?
         } else {
             // To the host itself: the operators who wait for messages.
-            has_room(office, asked, body.len() as u64)?;
+            has_room(office, PEER_HOST, asked, body.len() as u64, 0)?;
             Targets::One(asked)
         };
         let sequence = office.ledger.host_sequence + 1;
@@ -542,14 +532,18 @@ fn receive(office: &mut Office, vm: u64, fetched: &Fetched) -> Submitted {
     Ok(Verdict::Open)
 }
 
-/// Whether a message may come into a mailbox: there is room, or nothing waits before it and somebody takes it at once.
-fn has_room(office: &Office, target: u64, bytes: u64) -> Result<(), Refusal> {
+/// Whether a message may come into a mailbox: there is room, or nothing waits before it and somebody takes it at once. And there is room in
+/// the state for it and `copies` of it in other mailboxes: each is saved for itself.
+fn has_room(office: &Office, source: u64, target: u64, bytes: u64, copies: u64) -> Result<(), Refusal> {
     let Some(mailbox) = office.ledger.mailbox(target) else {
         return Err(Refusal::PeerAbsent);
     };
-    if office.state_full {
-        return Err(Refusal::StateBytes);
-    }
+    let account = office.ledger.vms.get(&source);
+    let name = account.map_or(HOST_NAME, |account| &*account.name);
+    let growth = books::message_of(name.len(), bytes)
+        .saturating_mul(copies.saturating_add(1))
+        .saturating_add(books::KEY_BYTES + books::ANSWER_BYTES);
+    office.has_room(source, growth, true)?;
     if target == PEER_HOST {
         return if mailbox.has_room(bytes, HOST_MAILBOX_BYTES_MAX) {
             Ok(())
@@ -578,15 +572,29 @@ fn all_targets(office: &Office, vm: u64, bytes: u64) -> Result<Targets, Refusal>
     {
         return Err(Refusal::SendToAll);
     }
-    let published = office
-        .ledger
-        .vms
-        .iter()
-        .filter(|(_, account)| account.presence.is_some());
-    let numbers = published.map(|(number, _)| number).filter(|number| {
-        *number != vm && office.reach(vm, *number).is_ok() && has_room(office, *number, bytes).is_ok()
-    });
-    Ok(Targets::Many(numbers.collect()))
+    let reached = |number| number != vm && office.reach(vm, number).is_ok();
+    published(office, vm, bytes, reached)
+}
+
+/// All that publish themselves, of those, with room.
+fn published(
+    office: &Office,
+    source: u64,
+    bytes: u64,
+    among: impl Fn(u64) -> bool,
+) -> Result<Targets, Refusal> {
+    // Its key and its answer are kept though nobody takes it.
+    office.has_room(source, books::KEY_BYTES + books::ANSWER_BYTES, true)?;
+    let mut targets = Vec::new();
+    for (number, account) in office.ledger.vms.iter() {
+        if account.presence.is_some()
+            && among(number)
+            && has_room(office, source, number, bytes, targets.len() as u64).is_ok()
+        {
+            targets.push(number);
+        }
+    }
+    Ok(Targets::Many(targets))
 }
 
 /// The status of a refused host message, with a sentence.

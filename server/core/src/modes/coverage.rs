@@ -36,6 +36,12 @@ impl Coverage {
             })
     }
 
+    /// Ranges that are remembered.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.ranges.len()
+    }
+
     /// Whether something is known of these bytes.
     #[must_use]
     pub fn knows(&self, start: u64, bytes: u64) -> bool {

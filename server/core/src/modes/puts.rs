@@ -10,6 +10,7 @@ use super::{Submitted, Uses, Verdict};
 use crate::effect::{Effect, FailedAt, FileSlot, Outcome};
 use crate::effects::{Continuation, range_in_file, whole};
 use crate::kept::{Change, KeptPut};
+use crate::ledger::books::RANGE_BYTES;
 use crate::limits::FILE_OFFSET_MAX;
 use crate::office::{Office, Wait, failed, input_bytes};
 use crate::refusal::Refusal;
@@ -329,11 +330,14 @@ impl Puts {
         if let Some((offset, bytes)) = write
             && self.puts.contains_key(&handle)
         {
+            // Where there is no room for one more range, it is read back at COMMIT.
+            let vm = self.puts.get(&handle).map_or(0, |put| put.what.vm);
+            let fits = office.has_room(vm, RANGE_BYTES, true).is_ok();
             match &outcome {
                 Outcome::Written {
                     bytes: written,
                     crc32: Some(crc32),
-                } if *written == bytes => office.change(Change::Wrote {
+                } if *written == bytes && fits => office.change(Change::Wrote {
                     handle,
                     offset,
                     bytes,
@@ -342,7 +346,7 @@ impl Puts {
                 }),
                 Outcome::Written {
                     bytes: written,
-                    crc32: None,
+                    crc32: _,
                 } if *written == bytes => grown(office, handle, offset, bytes),
                 _ => forget(office, handle, offset, bytes),
             }

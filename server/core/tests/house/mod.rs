@@ -86,6 +86,8 @@ pub struct House {
     pub replay: bool,
     /// VMs for which a worker of a core that crashed still sleeps in a disk.
     pub undead: BTreeSet<u64>,
+    /// What a snapshot may have: see [`House::has_room`].
+    room: Option<u64>,
     /// A snapshot of a while ago, with the records there were then.
     snapshot: Option<(Saved, usize)>,
     inputs: u64,
@@ -135,6 +137,7 @@ impl House {
             repack: true,
             replay: true,
             undead: BTreeSet::new(),
+            room: None,
             snapshot: None,
             inputs: 0,
         };
@@ -147,6 +150,12 @@ impl House {
             house.input(Input::SessionOpened { session: 10 + vm, vm });
         }
         house
+    }
+
+    /// The hub's memory has so many bytes for a snapshot: from now on every one must fit, also that of a later core.
+    pub fn has_room(&mut self, bytes: u64) {
+        self.room = Some(bytes);
+        self.input(Input::StateRoom(bytes));
     }
 
     pub fn input(&mut self, input: Input) {
@@ -191,6 +200,9 @@ impl House {
         let records = self.journal[since..].iter().cloned();
         let saved = saved.map(|saved| Saved::from_bytes(&saved.to_bytes()).unwrap());
         self.hub = Hub::replay_beside(self.life, self.undead.clone(), saved, records).unwrap();
+        if let Some(room) = self.room {
+            self.hub.handle(self.now, Input::StateRoom(room));
+        }
     }
 
     /// The workers that slept are gone.
@@ -259,7 +271,10 @@ impl House {
     fn outputs(&mut self) {
         if self.repack {
             let saved = Saved::from_bytes(&self.hub.save().to_bytes()).unwrap();
-            let restored = Hub::restore(saved).unwrap();
+            let mut restored = Hub::restore(saved).unwrap();
+            if let Some(room) = self.room {
+                restored.handle(self.now, Input::StateRoom(room));
+            }
             assert!(
                 restored == self.hub,
                 "a saved and restored hub differs: {}",
@@ -322,6 +337,19 @@ impl House {
             );
         }
         self.inputs += 1;
+        if self.replay || self.room.is_some() {
+            let snapshot = self.hub.snapshot().to_bytes().len() as u64;
+            let bound = self.hub.state_bytes();
+            assert!(
+                snapshot <= bound,
+                "a snapshot of {snapshot} bytes, and {bound} in the books"
+            );
+            assert!(
+                self.room.is_none_or(|room| bound <= room),
+                "{bound} bytes and room for {:?}",
+                self.room
+            );
+        }
         if self.replay {
             if let Some((snapshot, records)) = &self.snapshot {
                 let since = self.journal[*records..].iter().cloned();

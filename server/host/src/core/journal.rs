@@ -52,8 +52,6 @@ pub struct Fill {
     pub compact: bool,
     /// It pays where nobody waits for anything else.
     pub compact_idle: bool,
-    /// Nearly full: nothing that makes the state larger should be taken. A quarter is left for what was taken already, and for what makes it smaller.
-    pub full: bool,
 }
 
 impl Fill {
@@ -70,7 +68,6 @@ impl Fill {
         Self {
             compact,
             compact_idle: journal_bytes > JOURNAL_BYTES_IDLE && journal_bytes > snapshot_bytes,
-            full: much && !compact,
         }
     }
 }
@@ -321,20 +318,16 @@ mod tests {
     }
 
     #[test]
-    fn a_memory_that_fills_is_compacted_first_and_full_then() {
+    fn a_memory_that_fills_is_compacted() {
         const ROOM: usize = 128 << 20;
-        let of = |snapshot: usize, journal: usize| {
-            let Fill { compact, full, .. } = Fill::of(ROOM, snapshot << 20, journal << 20);
-            (compact, full)
-        };
-        assert_eq!(of(0, 1), (false, false));
-        assert_eq!(of(0, 2), (true, false), "more than a little");
-        assert_eq!(of(30, 60), (false, false));
-        assert_eq!(of(10, 60), (true, false), "four times the snapshot");
-        assert_eq!(of(60, 40), (true, false), "room is needed");
-        assert_eq!(of(92, 3), (false, false));
-        assert_eq!(of(92, 5), (false, true));
-        assert_eq!(of(100, 0), (false, true));
+        let of = |snapshot: usize, journal: usize| Fill::of(ROOM, snapshot << 20, journal << 20).compact;
+        assert!(!of(0, 1) && of(0, 2), "more than a little");
+        assert!(!of(30, 60) && of(10, 60), "four times the snapshot");
+        assert!(of(60, 40), "room is needed");
+        assert!(
+            !of(92, 3) && !of(92, 5) && !of(100, 0),
+            "it would free too little"
+        );
         let idle =
             |snapshot: usize, journal: usize| Fill::of(ROOM, snapshot << 10, journal << 10).compact_idle;
         assert!(!idle(0, 256) && idle(0, 257) && idle(256, 257), "a little");

@@ -14,6 +14,7 @@ pub mod journal;
 pub mod lines;
 pub mod memory;
 pub mod operators;
+pub mod saving;
 pub mod sessions;
 mod trial;
 pub mod wake;

@@ -11,7 +11,7 @@ impl Core {
         let fill = self.fill();
         let long = fill.compact || self.journal.journal_bytes() > JOURNAL_BYTES_MAX;
         match self.journal.append(&bytes) {
-            Ok(()) if !long => self.tell_fill(fill),
+            Ok(()) if !long => {}
             Ok(()) | Err(JournalError::Full { .. }) => self.take_snapshot(),
             Err(error) => panic!("the journal: {error}"),
         }
@@ -20,15 +20,6 @@ impl Core {
     fn fill(&self) -> Fill {
         let journal = &self.journal;
         Fill::of(journal.room_bytes(), self.snapshot_bytes, journal.journal_bytes())
-    }
-
-    /// As the real core does: the hub refuses what would make its state larger than its memory.
-    fn tell_fill(&mut self, fill: Fill) {
-        if fill.full != self.state_full {
-            self.state_full = fill.full;
-            let now = self.outside.clock.now();
-            self.hub.handle(now, interface::Input::StateFull(fill.full));
-        }
     }
 
     pub(super) fn take_snapshot(&mut self) {
@@ -42,6 +33,5 @@ impl Core {
             panic!("the hub's state ({} bytes): {error}", snapshot.len());
         }
         self.snapshot_bytes = snapshot.len();
-        self.tell_fill(self.fill());
     }
 }

@@ -6,7 +6,6 @@ use super::*;
 use crate::store::OpenFile;
 use vmgmt_core::doors::{self, EffectShell, RingShell};
 use vmgmt_core::effect::{BufferRange, FileSlot};
-use vmgmt_core::feature;
 use vmgmt_device::rings::Channel as RingChannel;
 use vmgmt_device::rings::Token as Submission;
 
@@ -305,82 +304,22 @@ impl EventLoop {
         if FORGETFUL {
             return Ok(());
         }
-        if let Some(name) = record.feature().filter(|name| !self.named.contains(name)) {
-            // A program of before is to find the name of what it does not know before it finds a record that it cannot read.
-            self.named.insert(name);
-            return self.take_snapshot();
-        }
-        self.record.clear();
-        self.record.shrink_to(RECORD_BYTES_KEPT_MAX);
-        record.write(&mut self.record);
-        let appended = self.journal.append(&self.record);
-        let fill = self.fill();
-        match appended {
-            Ok(()) if !fill.compact => {
-                self.tell_fill(fill);
-                Ok(())
-            }
-            // The hub's state has the change already: the snapshot stands for the record.
-            Ok(()) | Err(JournalError::Full { .. }) => self.take_snapshot(),
-            Err(error) => Err(error.into()),
+        self.saving.write(&mut self.hub, record)?;
+        self.tell_saving();
+        Ok(())
+    }
+
+    /// Says what there is to say of the hub's memory.
+    pub(super) fn tell_saving(&mut self) {
+        while let Some(text) = self.saving.poll_line() {
+            self.log(None, text);
         }
     }
 
-    pub(super) fn fill(&self) -> Fill {
-        let journal = &self.journal;
-        Fill::of(journal.room_bytes(), self.snapshot_bytes, journal.journal_bytes())
-    }
-
-    /// The hub refuses what would make its state larger than its memory, long before it is.
-    fn tell_fill(&mut self, fill: Fill) {
-        if fill.full == self.state_full {
-            return;
-        }
-        self.state_full = fill.full;
-        self.hub.handle(now(), interface::Input::StateFull(fill.full));
-        let text = if fill.full {
-            "the memory for what survives a crash is nearly full: messages, puts, opens and offers are refused until what waits in mailboxes is read, or lower limits.mailbox-bytes-max"
-        } else {
-            "there is room again in the memory for what survives a crash"
-        };
-        self.log(None, text.to_owned());
-    }
-
-    pub(super) fn take_snapshot(&mut self) -> anyhow::Result<()> {
-        let snapshot = self.pack_snapshot()?;
-        self.put_snapshot(&snapshot)
-    }
-
-    /// A snapshot that names only what is in use now, however much was: what a program of before looks at.
+    /// A snapshot that names only what is in use now.
     pub(super) fn tidy_up(&mut self) -> anyhow::Result<()> {
-        self.named.clear();
-        self.take_snapshot()
-    }
-
-    /// A snapshot that stands for all records so far, and fits.
-    pub(super) fn pack_snapshot(&mut self) -> anyhow::Result<Vec<u8>> {
-        let mut snapshot = self.hub.snapshot();
-        snapshot.name(self.named.iter().copied());
-        let known = feature::ALL.into_iter();
-        self.named = known
-            .filter(|name| snapshot.features().any(|named| named == *name))
-            .collect();
-        let snapshot = snapshot.to_bytes();
-        anyhow::ensure!(
-            snapshot.len() <= self.journal.room_bytes(),
-            "the hub's state ({} bytes) does not fit its memory: lower the mailbox limits",
-            snapshot.len()
-        );
-        Ok(snapshot)
-    }
-
-    /// Puts it in force. Nothing may have happened to the hub meanwhile.
-    pub(super) fn put_snapshot(&mut self, snapshot: &[u8]) -> anyhow::Result<()> {
-        self.snapshot_bytes = snapshot.len();
-        self.journal
-            .snapshot(fault::replaced("snapshot").unwrap_or(snapshot))
-            .context("the hub's state does not fit its memory: lower the mailbox limits")?;
-        self.tell_fill(self.fill());
+        self.saving.tidy_up(&mut self.hub)?;
+        self.tell_saving();
         Ok(())
     }
 }

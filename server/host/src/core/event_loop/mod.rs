@@ -19,11 +19,12 @@ use crate::control::limits::TOKENS as CONTROL_TOKENS;
 use crate::control::protocol::UpgradeReport;
 use crate::core::bulk::Bulk;
 use crate::core::freezes::Freezes;
-use crate::core::journal::{Fill, Journal, JournalError};
+use crate::core::journal::Journal;
 use crate::core::lines::{Line, Lines};
 use crate::core::memory::MemoryLimits;
 use crate::core::memory::limits::MESSAGE_WAIT_NS;
 use crate::core::operators::{Ask, Books, Operators, Transfer};
+use crate::core::saving::Saving;
 use crate::core::sessions::{Session, Sessions};
 use crate::core::trial::Held;
 use crate::core::wake::Wake;
@@ -75,8 +76,6 @@ const LOOK_IDLE_NS: u64 = 5_000;
 const WALL_CLOCK_NS: u64 = 1_000_000;
 /// Descriptors of the keeper's Start, without those of the shares.
 pub(super) const START_FDS: usize = 7;
-/// A long record's memory is not kept.
-const RECORD_BYTES_KEPT_MAX: usize = 64 << 10;
 /// Packets taken from a channel in one turn, so that nobody's flood holds up the rings.
 const PACKETS_MAX: usize = 64;
 
@@ -103,14 +102,7 @@ pub struct EventLoop {
     adding: BTreeMap<u64, (Option<String>, std::path::PathBuf)>,
     sessions: Sessions,
     hub: Hub,
-    journal: Journal<MappedWords>,
-    snapshot_bytes: usize,
-    /// Features that it names, or that were in use in this life: see [`vmgmt_core::feature`].
-    named: BTreeSet<&'static str>,
-    /// The record that is being written; between two it only keeps its memory.
-    record: Vec<u8>,
-    /// The hub was told that its state's memory is nearly full.
-    state_full: bool,
+    saving: Saving<MappedWords>,
     store: Store,
     bulk: Bulk,
     operators: Operators,
@@ -168,7 +160,9 @@ impl EventLoop {
         } = hands;
         let sandbox = vec![sandbox];
         let journal = Journal::open(MappedWords::writable(&hub_state).context("the hub's state")?)?;
-        let hub = recover(&journal, life, undead)?;
+        let mut hub = recover(&journal, life, undead)?;
+        let saving = Saving::new(journal);
+        hub.handle(now(), interface::Input::StateRoom(saving.room_bytes()));
         Ok(Self {
             poll,
             keeper,
@@ -184,11 +178,7 @@ impl EventLoop {
             adding: BTreeMap::new(),
             sessions: Sessions::default(),
             hub,
-            journal,
-            snapshot_bytes: 0,
-            named: BTreeSet::new(),
-            record: Vec::new(),
-            state_full: false,
+            saving,
             store,
             bulk: Bulk::default(),
             operators,
@@ -228,7 +218,11 @@ impl EventLoop {
                 }
                 self.take_over(held)?;
             }
-            None => self.take_snapshot()?,
+            None => {
+                let snapshot = self.saving.pack(&mut self.hub);
+                self.saving.begin(&self.hub, snapshot)?;
+                self.tell_saving();
+            }
         }
         ahead.take_if(|ahead| ahead.is_over(false));
         self.take_in_everything()?;
@@ -246,8 +240,8 @@ impl EventLoop {
             } else {
                 self.sleep_time(now)
             };
-            if timeout != Some(Duration::ZERO) && self.fill().compact_idle {
-                self.take_snapshot()?;
+            if timeout != Some(Duration::ZERO) && self.saving.idle(&mut self.hub)? {
+                self.tell_saving();
                 // The hub may have more to say now.
                 timeout = Some(Duration::ZERO);
             }

@@ -19,15 +19,15 @@ impl EventLoop {
             self.take_in_everything()?;
             self.serve_fences();
         }
-        // Too much for the memory: that is to be found out now.
-        let snapshot = self.pack_snapshot()?;
+        let snapshot = self.saving.pack(&mut self.hub);
         fault::at("ready");
         self.ready = true;
         self.tell_keeper(&CoreToKeeper::Ready {
             life: self.life,
             channel: self.channel,
         })?;
-        self.put_snapshot(&snapshot)?;
+        self.saving.begin(&self.hub, snapshot)?;
+        self.tell_saving();
         self.take_operators();
         Ok(())
     }
