@@ -212,13 +212,13 @@ impl Front {
             .core
             .as_ref()
             .is_some_and(|core| core.wake_front.get() || !core.to_front.borrow().is_empty());
-        let waiting = self.clients.values().any(|client| {
+        let waiting = self.clients.iter().any(|(session, client)| {
             let stalled = client.stalled.is_some();
             let readable = !client.inbox.is_empty() && !stalled && !client.closed;
             let ends = client.hung_up && !client.closed && !stalled;
             readable
                 || ends
-                || stalled && (self.queue.is_empty() || self.core.is_none())
+                || stalled && !self.has_object_waiting(*session)
                 || client.function.poll_timeout() <= now
         });
         let flows = !self.queue.is_empty() && self.core.as_ref().is_some_and(|core| core.has_room());
@@ -455,12 +455,19 @@ impl Front {
         );
     }
 
+    /// An object of this session is still to be sent.
+    fn has_object_waiting(&self, session: u64) -> bool {
+        let of_session =
+            |packet: &ToCore| matches!(packet, ToCore::Object { session: of, .. } if *of == session);
+        self.core.is_some() && self.queue.iter().any(of_session)
+    }
+
     fn finish_stalled(&mut self, session: u64) -> bool {
-        let queued = !self.queue.is_empty();
+        let behind = self.has_object_waiting(session);
         let Some(client) = self.clients.get_mut(&session) else {
             return false;
         };
-        if client.stalled.is_some() && queued && self.core.is_some() {
+        if client.stalled.is_some() && behind {
             return false;
         }
         if let Some((handle, map, object)) = client.stalled.take() {

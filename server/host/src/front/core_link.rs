@@ -128,6 +128,14 @@ impl CoreLink {
         false
     }
 
+    /// The sessions of which an object is still to be sent.
+    pub fn objects_waiting(&self) -> impl Iterator<Item = u64> {
+        self.outbox.waiting().filter_map(|header| match header {
+            FrontToCore::Object { session, .. } => Some(*session),
+            _ => None,
+        })
+    }
+
     /// When the beat is to be looked at again.
     pub fn deadline(&self) -> Tick {
         match self.watch {

@@ -57,6 +57,11 @@ impl<T: Serialize> Outbox<T> {
         self.queue.is_empty()
     }
 
+    /// What waits, in order.
+    pub fn waiting(&self) -> impl Iterator<Item = &T> {
+        self.queue.iter().map(|packet| &packet.header)
+    }
+
     /// Sends a packet, or queues it behind those that wait.
     pub fn send(&mut self, header: T, payload: Vec<u8>, fds: Vec<Rc<OwnedFd>>) {
         if self.broken {

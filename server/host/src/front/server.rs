@@ -60,6 +60,8 @@ pub struct Front {
     pub(super) deadlines: BTreeSet<(Tick, usize)>,
     /// Slots that wait for the core.
     pub(super) waiting: BTreeSet<usize>,
+    /// Slots with a map whose object waits for the core's channel.
+    pub(super) stalled: BTreeSet<usize>,
     /// Eventfds that unmask INTx, by slot.
     pub(super) unmask: BTreeMap<usize, Rc<OwnedFd>>,
     /// VMs without DMA.
@@ -96,6 +98,7 @@ impl Front {
             ready: VecDeque::new(),
             deadlines: BTreeSet::new(),
             waiting: BTreeSet::new(),
+            stalled: BTreeSet::new(),
             unmask: BTreeMap::new(),
             frozen: Frozen::default(),
             next_session: first_session()?,
@@ -150,6 +153,7 @@ impl Front {
         self.freezes();
         self.beat();
         self.closer.sweep();
+        self.resume_maps();
         self.keeper.flush();
         Ok(())
     }
@@ -485,6 +489,11 @@ impl Front {
             self.waiting.insert(slot);
         } else {
             self.waiting.remove(&slot);
+        }
+        if session.stalled_map.is_some() {
+            self.stalled.insert(slot);
+        } else {
+            self.stalled.remove(&slot);
         }
         if session.done {
             self.deadlines.remove(&(session.deadline, slot));

@@ -11,7 +11,7 @@ use crate::channel::Packet;
 use crate::messages::{CoreToFront, FrontToCore, FrontToKeeper};
 use mio::Interest;
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use vmgmt_device::Tick;
 
 impl Front {
@@ -224,13 +224,22 @@ impl Front {
         }
     }
 
-    /// Sends what waited for the core; whoever waited for that goes on.
+    /// Sends what waited for the core.
     pub(super) fn flush_core(&mut self) {
-        let Some(core) = &mut self.core else { return };
-        let before = core.outbox.len();
-        core.outbox.flush();
-        if before > 0 && core.outbox.len() < before {
-            for slot in self.slots() {
+        if let Some(core) = &mut self.core {
+            core.outbox.flush();
+        }
+    }
+
+    /// Maps whose objects are with the core go on. It is asked anew in each turn: whoever sends anything sends what waits before it, too.
+    pub(super) fn resume_maps(&mut self) {
+        if self.stalled.is_empty() {
+            return;
+        }
+        let behind: BTreeSet<u64> = self.core.iter().flat_map(CoreLink::objects_waiting).collect();
+        for slot in self.stalled.clone() {
+            let number = self.sessions.get(slot).map(|session| session.number);
+            if number.is_some_and(|number| !behind.contains(&number)) {
                 self.enqueue(slot);
             }
         }

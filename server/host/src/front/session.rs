@@ -532,12 +532,8 @@ impl Session {
 
     /// Goes on with a map whose object waited. False: it still does.
     fn finish_stalled_map(&mut self, outside: &mut Outside<'_>) -> bool {
-        if self.stalled_map.is_some()
-            && outside
-                .core
-                .as_deref()
-                .is_some_and(|core| !core.outbox.is_empty())
-        {
+        let behind = |core: &CoreLink| core.objects_waiting().any(|session| session == self.number);
+        if self.stalled_map.is_some() && outside.core.as_deref().is_some_and(behind) {
             return false;
         }
         if let Some((handle, map, object)) = self.stalled_map.take() {

@@ -85,6 +85,7 @@ impl Front {
             ready: _,
             deadlines: _,
             waiting: _,
+            stalled: _,
             unmask,
             next_session,
             accept_again,

@@ -6,6 +6,7 @@ mod core_lives;
 mod dma;
 mod hand_over;
 mod interrupts;
+mod queues;
 
 use bench::Bench;
 use vmgmt_testkit::client::{Client, ClientError, GuestRam, Mapping, Seal, eventfd, irq};

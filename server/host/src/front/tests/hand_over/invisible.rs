@@ -1,20 +1,12 @@
 //! The same story with and without hand-overs, compared.
 
-use super::stage::Stage;
+use super::stage::{Stage, map_body};
 use crate::messages::KeeperToFront;
 use proptest::prelude::*;
 use vmgmt_testkit::client::access_body;
 
 fn words(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
-}
-
-fn map_body(iova: u64) -> Vec<u8> {
-    let mut body = words(&[32, 3]);
-    for value in [0, iova, 0x1000] {
-        body.extend_from_slice(&u64::to_le_bytes(value));
-    }
-    body
 }
 
 fn unmap_body(iova: u64) -> Vec<u8> {

@@ -4,4 +4,4 @@ mod faults;
 mod golden;
 mod invisible;
 mod refusals;
-mod stage;
+pub(super) mod stage;

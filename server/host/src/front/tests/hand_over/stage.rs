@@ -66,6 +66,15 @@ pub struct Stage {
     next_request: u64,
 }
 
+/// A DMA_MAP of a page, for reading and writing.
+pub fn map_body(iova: u64) -> Vec<u8> {
+    let mut body: Vec<u8> = [32u32, 3].iter().flat_map(|word| word.to_le_bytes()).collect();
+    for value in [0, iova, 0x1000] {
+        body.extend_from_slice(&u64::to_le_bytes(value));
+    }
+    body
+}
+
 fn memfd(bytes: u64) -> OwnedFd {
     let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&fd, bytes).unwrap();
@@ -193,6 +202,12 @@ impl Stage {
             }
         }
         any
+    }
+
+    /// The core takes one packet, which nobody looks at; whether there was one.
+    pub fn take_one(&self) -> bool {
+        let life = self.life.as_ref().unwrap();
+        life.channel.receive::<FrontToCore>().unwrap().is_some()
     }
 
     // ---- clients

@@ -1,0 +1,87 @@
+//! What waits between front, core and keeper: who waits for it goes on, and nobody makes it grow without bound.
+
+use super::hand_over::stage::{Stage, map_body};
+use crate::front::server::Front;
+use crate::messages::CoreToFront;
+use vmgmt_testkit::client::access_body;
+
+fn front(stage: &Stage) -> &Front {
+    stage.front.as_ref().unwrap()
+}
+
+/// SET_IRQS of four vectors of MSI: the core is told of it each time.
+fn vectors_body() -> Vec<u8> {
+    let words = [20u32, 4 | 0x20, 1, 0, 4];
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+/// A request that is answered by an error at once.
+const fn nobody_is_asked() -> CoreToFront {
+    CoreToFront::DmaRead {
+        session: 7,
+        request: 1,
+        fence: 0,
+        iova: 0,
+        bytes: 4,
+    }
+}
+
+fn is_stalled(stage: &Stage, peer: usize) -> bool {
+    let slot = front(stage).numbers[&Stage::session(peer)];
+    front(stage).sessions[slot].stalled_map.is_some()
+}
+
+/// Two clients, and a core that takes nothing any more; what the first told it has filled its channel, and more waits.
+fn full_channel() -> Stage {
+    let mut stage = Stage::new();
+    for peer in [stage.connect(), stage.connect()] {
+        stage.admit(peer);
+        stage.negotiate(peer);
+        stage.request(peer, 10, &access_body(7, 4, 2, &[6, 0]));
+    }
+    stage.core_begins();
+    stage.life.as_mut().unwrap().takes = false;
+    while front(&stage).core.as_ref().unwrap().outbox.len() < 10 {
+        stage.begin(0, 8, &vectors_body(), &[0, 1, 2, 3], false, usize::MAX);
+    }
+    stage
+}
+
+#[test]
+fn a_map_that_waits_for_the_channel_goes_on_whoever_sends_what_waits() {
+    let mut stage = full_channel();
+    stage.begin(0, 2, &map_body(0x2000), &[2], true, usize::MAX);
+    assert!(is_stalled(&stage, 0));
+    while stage.take_one() {}
+    // Somebody else's answer goes first, and takes all that waits along.
+    let message = nobody_is_asked();
+    stage
+        .life
+        .as_ref()
+        .unwrap()
+        .channel
+        .send(&message, b"", &[])
+        .unwrap();
+    stage.settle();
+    assert!(front(&stage).core.as_ref().unwrap().outbox.is_empty());
+    assert!(!is_stalled(&stage, 0), "it is never asked again");
+}
+
+#[test]
+fn a_map_waits_for_its_own_object_alone() {
+    let mut stage = full_channel();
+    stage.begin(0, 2, &map_body(0x2000), &[2], true, usize::MAX);
+    let before = front(&stage).core.as_ref().unwrap().outbox.len();
+    // The other client says more than the core takes, all the time.
+    for _ in 0..2 * before {
+        stage.begin(1, 8, &vectors_body(), &[0, 1, 2, 3], false, usize::MAX);
+    }
+    assert!(is_stalled(&stage, 0));
+    let mut taken = 0;
+    while is_stalled(&stage, 0) {
+        assert!(taken < 2_000, "it waits until there is nothing to send");
+        taken += usize::from(stage.take_one());
+        stage.begin(1, 8, &vectors_body(), &[0, 1, 2, 3], false, usize::MAX);
+    }
+    assert!(!front(&stage).core.as_ref().unwrap().outbox.is_empty());
+}
