@@ -29,6 +29,8 @@ pub struct CoreLink {
     pub(super) kicks_seen: u64,
     /// The core owes something: its beat then, and since when it has stood still.
     pub(super) watch: Option<(u64, Tick)>,
+    /// The same of the packets that it has taken, while some wait: one that beats and takes none holds up everybody as well.
+    pub(super) queue_watch: Option<(u64, Tick)>,
     pub(super) told_stuck: bool,
 }
 
@@ -56,6 +58,7 @@ impl CoreLink {
             touched,
             page,
             watch: None,
+            queue_watch: None,
             told_stuck: false,
         })
     }
@@ -105,27 +108,22 @@ impl CoreLink {
         self.touched.set_front_asleep(false);
     }
 
-    /// Looks at the beat. `owes`: something else than a touch is outstanding. True, once per life: it stands still for too long.
+    /// Looks at the beat, and at what waits. `owes`: something else than a touch is outstanding. True, once per life: one of them stands still
+    /// for too long.
     ///
     /// A core that is awake owes a beat: what it has in hand may have come without a touch, as a ring's next submission does.
     pub fn is_stuck(&mut self, now: Tick, owes: bool) -> bool {
         // In this order: a core that is seen awake now beats once more when it falls asleep.
         let beat = self.page.beat();
         let owes = owes || !self.outbox.is_empty() || !self.page.core_asleep();
-        match self.watch {
-            None if owes => self.watch = Some((beat, now)),
-            None => {}
-            Some((seen, _)) if seen != beat => self.watch = owes.then_some((beat, now)),
-            // A core that has not beaten yet is being started; that is for the keeper to watch.
-            Some(_) if beat == 0 => self.watch = Some((beat, now)),
-            // We did not look in time ourselves: the host was suspended, and the core with it.
-            Some((_, since)) if now.since_ns(since) >= 2 * BEAT_NS_MAX => self.watch = Some((beat, now)),
-            Some((_, since)) if now.since_ns(since) >= BEAT_NS_MAX => {
-                return !std::mem::replace(&mut self.told_stuck, true);
-            }
-            Some(_) => {}
-        }
-        false
+        // A core that has not beaten yet is being started; that is for the keeper to watch.
+        let starts = beat == 0;
+        let (gone, waits) = (self.outbox.gone(), !self.outbox.is_empty());
+        let still = [
+            stands_still(&mut self.watch, now, beat, owes, starts),
+            stands_still(&mut self.queue_watch, now, gone, waits, starts),
+        ];
+        still.contains(&true) && !std::mem::replace(&mut self.told_stuck, true)
     }
 
     /// The sessions of which an object is still to be sent.
@@ -149,6 +147,20 @@ impl CoreLink {
         self.outbox.set_broken();
         !std::mem::replace(&mut self.told_stuck, true)
     }
+}
+
+/// Whether a count has stood still for too long. `owed`: it is to move; `excused`: but not yet.
+fn stands_still(watch: &mut Option<(u64, Tick)>, now: Tick, count: u64, owed: bool, excused: bool) -> bool {
+    match *watch {
+        None if owed => *watch = Some((count, now)),
+        None => {}
+        Some((seen, _)) if seen != count => *watch = owed.then_some((count, now)),
+        Some(_) if excused => *watch = Some((count, now)),
+        // We did not look in time ourselves: the host was suspended, and the core with it.
+        Some((_, since)) if now.since_ns(since) >= 2 * BEAT_NS_MAX => *watch = Some((count, now)),
+        Some((_, since)) => return now.since_ns(since) >= BEAT_NS_MAX,
+    }
+    false
 }
 
 #[cfg(test)]
@@ -242,6 +254,30 @@ mod tests {
             rustix::io::write(&link.wake_core, &1u64.to_ne_bytes()).unwrap();
             assert_eq!(stuck, None, "at this touch the beat stands still for ever");
         });
+    }
+
+    #[test]
+    fn a_core_that_beats_and_takes_no_packets_is_stuck() {
+        let (channel, taken) = Channel::pair().unwrap();
+        let (mut link, core) = link();
+        link.outbox = Outbox::new(channel);
+        while link.outbox.len() < 2 {
+            link.outbox.send(FrontToCore::Adopted, vec![0; 4096], Vec::new());
+        }
+        let mut time = Tick(1);
+        let mut look = |link: &mut CoreLink| {
+            core.move_beat();
+            time = time.after_ns(BEAT_NS_MAX / 2);
+            link.is_stuck(time, false)
+        };
+        for _ in 0..5 {
+            // However slowly it takes them, it takes them.
+            assert!(!look(&mut link));
+            link.outbox.send(FrontToCore::Adopted, vec![0; 4096], Vec::new());
+            taken.receive::<FrontToCore>().unwrap().unwrap();
+            link.outbox.flush();
+        }
+        assert_eq!([(); 3].map(|()| look(&mut link)), [false, false, true]);
     }
 
     #[test]

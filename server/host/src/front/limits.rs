@@ -27,8 +27,8 @@ pub const PACKETS_PER_TURN_MAX: usize = 64;
 /// Sessions told to a new core in one turn: making and mapping a page takes about 50 µs, and the others' register accesses wait.
 pub const ADOPTIONS_PER_TURN_MAX: usize = 64;
 
-/// Packets that may wait for the core. While there are more no session is served: QEMU waits 5 s, a core that does not
-/// take packets is killed after 2.
+/// Packets that may wait for the core. While there are more no session is served, and nothing is taken of the core: QEMU waits 5 s, a core that
+/// does not take packets is killed after 2.
 pub const CORE_QUEUE_MAX: usize = 4096;
 
 /// Between connect and an accepted VERSION. QEMU sends it at once.
@@ -37,7 +37,7 @@ pub const VERSION_NS_MAX: u64 = 10_000_000_000;
 /// A client that asks on but does not read its answers (so that the hall holds it back) is closed after this time.
 pub const HELD_BACK_NS_MAX: u64 = 30_000_000_000;
 
-/// The core's beat may stand still so long while it owes something.
+/// The core's beat may stand still so long while it owes something; and the queue of packets for it, while some wait.
 pub const BEAT_NS_MAX: u64 = 2_000_000_000;
 
 /// Threads that close what clients sent: so many listeners' clients must be hostile before others' descriptors have to wait.

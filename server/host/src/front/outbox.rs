@@ -22,6 +22,8 @@ pub struct Waiting<T> {
 pub struct Outbox<T> {
     channel: Channel,
     pub(super) queue: VecDeque<Waiting<T>>,
+    /// Packets that the channel has taken.
+    gone: u64,
     /// The other role is gone, or does not speak our language: packets go nowhere.
     pub(super) broken: bool,
 }
@@ -31,6 +33,7 @@ impl<T: Serialize> Outbox<T> {
         Self {
             channel,
             queue: VecDeque::new(),
+            gone: 0,
             broken: false,
         }
     }
@@ -57,6 +60,11 @@ impl<T: Serialize> Outbox<T> {
         self.queue.is_empty()
     }
 
+    /// Packets that the channel has taken so far.
+    pub const fn gone(&self) -> u64 {
+        self.gone
+    }
+
     /// What waits, in order.
     pub fn waiting(&self) -> impl Iterator<Item = &T> {
         self.queue.iter().map(|packet| &packet.header)
@@ -78,6 +86,7 @@ impl<T: Serialize> Outbox<T> {
             match self.channel.send(&packet.header, &packet.payload, &fds) {
                 Ok(()) => {
                     self.queue.pop_front();
+                    self.gone += 1;
                 }
                 // Too many descriptors under way is the kernel's word for the same: the other must take some first.
                 Err(ChannelError::Full | ChannelError::Io(Errno::TOOMANYREFS)) => return,

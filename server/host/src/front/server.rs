@@ -160,9 +160,8 @@ impl Front {
 
     /// Sleeps until something is due; by the scheme of the shared pages, so that no kick is lost.
     fn wait(&mut self, events: &mut Events) -> anyhow::Result<()> {
-        let busy = !self.ready.is_empty() && !self.is_held_up();
-        let adopting = self.adopting.is_some() && !self.is_held_up();
-        let mut awake = busy || adopting || self.keeper_ready || self.core_ready;
+        let core = !self.ready.is_empty() || self.adopting.is_some() || self.core_ready;
+        let mut awake = self.keeper_ready || core && !self.is_held_up();
         awake |= self.listeners.values().any(|listener| listener.ready) && self.accept_again == Tick::NEVER;
         let mut timeout = Duration::ZERO;
         if !awake && self.core.as_ref().is_none_or(CoreLink::fall_asleep) {

@@ -89,6 +89,10 @@ impl Front {
 
     pub(super) fn core_packets(&mut self) {
         for _ in 0..limits::PACKETS_PER_TURN_MAX {
+            // Most are answered: a core that asks on, and does not take what waits, is not listened to.
+            if self.is_held_up() {
+                return;
+            }
             let Some(core) = self
                 .core
                 .as_ref()

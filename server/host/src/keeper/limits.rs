@@ -45,6 +45,10 @@ pub(super) const SERVE_DEADLINE: Duration = Duration::from_secs(5);
 pub(super) const LEAVE_DEADLINE: Duration = Duration::from_secs(1);
 /// How long front and core may take to end in order.
 pub(super) const STOP_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a core in service may take none of the messages that wait for it: the front is told nothing meanwhile, and a QEMU that connects waits 5 s.
+pub(super) const UNREAD_DEADLINE: Duration = Duration::from_secs(2);
+/// Messages for a core in service from which on it is not listened to, since what it asks is answered.
+pub(super) const UNREAD_MAX: usize = 1024;
 /// Between two looks at what tells nothing by itself: a process that dies slowly, a full channel.
 pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(10);
 /// Packets taken from one child before the others have their turn.

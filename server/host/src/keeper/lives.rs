@@ -2,7 +2,7 @@
 
 use super::binary::Binary;
 use super::child::{Child, KILLED};
-use super::limits::{END_DEADLINE, FIRST_DEATHS_MAX, START_AGAIN, START_DEADLINE};
+use super::limits::{END_DEADLINE, FIRST_DEATHS_MAX, START_AGAIN, START_DEADLINE, UNREAD_DEADLINE};
 use super::restart::Death;
 use super::upgrade::Step;
 use super::{Keeper, watch};
@@ -28,6 +28,8 @@ pub(super) struct CoreLife {
     pub(super) ready: Option<Instant>,
     /// It has closed its channel or was killed, then.
     pub(super) dying: Option<Instant>,
+    /// Messages wait for it, and it has taken none since then.
+    pub(super) unread: Option<Instant>,
     pub(super) standing: Standing,
     /// Why it says that it cannot be the core.
     pub(super) refusal: Option<String>,
@@ -44,6 +46,28 @@ pub(super) enum Standing {
     Able,
     /// Another is to take over.
     Leaving,
+}
+
+impl CoreLife {
+    /// Sends what waits. One in service that takes none of it is killed: the front is told nothing while something waits.
+    pub(super) fn flush(&mut self) {
+        let before = self.child.waiting.len();
+        self.child.flush();
+        let left = self.child.waiting.len();
+        if left == 0 || left < before || self.ready.is_none() || self.standing != Standing::Usual {
+            self.unread = None;
+            return;
+        }
+        let waited = self.unread.get_or_insert_with(Instant::now).elapsed();
+        if waited >= 2 * UNREAD_DEADLINE {
+            // This process did not look in time itself: both were stopped.
+            self.unread = None;
+        } else if waited >= UNREAD_DEADLINE && self.dying.is_none() {
+            let fault = "killed: it took none of the keeper's messages";
+            self.child.kill((!self.child.is_frozen()).then_some(fault));
+            self.dying = Some(Instant::now());
+        }
+    }
 }
 
 impl Keeper {
@@ -242,6 +266,7 @@ impl Keeper {
             started: Instant::now(),
             ready: None,
             dying: None,
+            unread: None,
             standing: if trial.is_some() {
                 Standing::Trial
             } else {
@@ -250,5 +275,55 @@ impl Keeper {
             refusal: None,
         });
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::limits::UNREAD_MAX;
+    use super::super::saved_tests::scene;
+    use super::*;
+    use crate::messages::CoreToKeeper;
+
+    #[test]
+    fn a_core_that_takes_nothing_of_what_waits_is_killed_and_not_listened_to() {
+        let mut keeper = scene();
+        let (ours, theirs) = Channel::pair().unwrap();
+        let core = keeper.core.as_mut().unwrap();
+        core.dying = None;
+        core.child.channel = ours;
+        while core.child.waiting.len() < UNREAD_MAX {
+            core.child.queue(KeeperToCore::Go, Vec::new());
+            core.flush();
+        }
+        let since = |ago: Duration| Instant::now().checked_sub(ago);
+        // It asks on: nothing of it is taken.
+        let asked = CoreToKeeper::Release {
+            request: 1,
+            vm: "?".into(),
+        };
+        theirs.send(&asked, &[], &[]).unwrap();
+        assert!(!keeper.take_from_core());
+        let core = keeper.core.as_mut().unwrap();
+        assert_eq!(core.child.waiting.len(), UNREAD_MAX);
+        // As long as it takes something now and then, it lives; and when this process stood still itself.
+        core.unread = since(UNREAD_DEADLINE);
+        while theirs.receive::<KeeperToCore>().unwrap().is_some() {}
+        core.flush();
+        assert!(!core.child.killed && core.unread.is_none());
+        core.flush();
+        core.unread = since(3 * UNREAD_DEADLINE);
+        core.flush();
+        assert!(!core.child.killed);
+        core.flush();
+        core.unread = since(UNREAD_DEADLINE);
+        core.flush();
+        assert!(core.child.killed && core.dying.is_some());
+        assert!(
+            core.child
+                .fault()
+                .unwrap()
+                .contains("none of the keeper's messages")
+        );
     }
 }

@@ -47,6 +47,7 @@ use binary::Binary;
 use child::Child;
 use limits::{
     HUB_STATE_BYTES, IMPATIENCE, LOOK_AGAIN, NOTICES_MAX, PACKETS_PER_TURN, START_DEADLINE, STOP_DEADLINE,
+    UNREAD_MAX,
 };
 use lives::{CoreLife, Standing};
 use mio::unix::SourceFd;
@@ -405,6 +406,9 @@ impl Keeper {
     fn take_from_core(&mut self) -> bool {
         for _ in 0..PACKETS_PER_TURN {
             let Some(core) = &mut self.core else { return false };
+            if core.ready.is_some() && core.child.waiting.len() >= UNREAD_MAX {
+                return false;
+            }
             match core.child.receive() {
                 Ok(Some(packet)) => match packet.header {
                     CoreToKeeper::Ready { life, channel } if life == core.life => {
@@ -503,7 +507,7 @@ impl Keeper {
     /// Sends what waits: to the front only what the core needs not know before, so that no session names a VM that it does not know.
     fn flush(&mut self) {
         if let Some(core) = &mut self.core {
-            core.child.flush();
+            core.flush();
         }
         if self.core.as_ref().is_none_or(|core| !core.child.is_waiting()) {
             self.front.flush();

@@ -184,6 +184,7 @@ impl Keeper {
                     started,
                     ready,
                     dying,
+                    unread: _,
                     standing,
                     refusal: _,
                 } = core;
@@ -292,6 +293,7 @@ impl Keeper {
                 started: before(core.started_ago),
                 ready: core.ready_ago.map(before),
                 dying: core.dying_ago.map(before),
+                unread: None,
                 standing: Standing::Usual,
                 refusal: None,
             }),

@@ -213,6 +213,7 @@ pub(super) fn scene() -> Keeper {
             started: now,
             ready: Some(now),
             dying: Some(now),
+            unread: None,
             standing: Standing::Usual,
             refusal: None,
         }),

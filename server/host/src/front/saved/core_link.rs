@@ -46,6 +46,8 @@ impl SavedCoreLink {
             page: _,
             kicks_seen,
             watch,
+            // The next front looks for itself how long nothing is taken.
+            queue_watch: _,
             told_stuck,
         } = core;
         let queue = outbox.queue.iter().map(|packet| {

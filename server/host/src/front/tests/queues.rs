@@ -1,6 +1,8 @@
 //! What waits between front, core and keeper: who waits for it goes on, and nobody makes it grow without bound.
 
 use super::hand_over::stage::{Stage, map_body};
+use crate::channel::ChannelError;
+use crate::front::limits::CORE_QUEUE_MAX;
 use crate::front::server::Front;
 use crate::messages::CoreToFront;
 use vmgmt_testkit::client::access_body;
@@ -84,4 +86,40 @@ fn a_map_waits_for_its_own_object_alone() {
         stage.begin(1, 8, &vectors_body(), &[0, 1, 2, 3], false, usize::MAX);
     }
     assert!(!front(&stage).core.as_ref().unwrap().outbox.is_empty());
+}
+
+#[test]
+fn a_core_that_asks_on_and_takes_no_answers_is_not_listened_to() {
+    let mut stage = full_channel();
+    let message = nobody_is_asked();
+    let mut sent = 0;
+    let mut refused = 0;
+    // Until its own channel is full, and stays so.
+    while refused < 100 {
+        assert!(
+            sent < 2 * CORE_QUEUE_MAX,
+            "the front takes and answers without end"
+        );
+        match stage.life.as_ref().unwrap().channel.send(&message, b"", &[]) {
+            Ok(()) => (sent, refused) = (sent + 1, 0),
+            Err(ChannelError::Full) => {
+                refused += 1;
+                stage.settle();
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert_eq!(front(&stage).core.as_ref().unwrap().outbox.len(), CORE_QUEUE_MAX);
+    // All of it is answered when it takes what waits.
+    let told = stage.story.len();
+    stage.life.as_mut().unwrap().takes = true;
+    let answers = |stage: &Stage| {
+        let said = stage.story[told..].iter();
+        said.filter(|line| line.contains("DmaAnswer")).count()
+    };
+    let begun = std::time::Instant::now();
+    while answers(&stage) < sent {
+        assert!(begun.elapsed().as_secs() < 60, "{} of {sent}", answers(&stage));
+        stage.settle();
+    }
 }
