@@ -66,7 +66,12 @@ impl<T: Serialize> Child<T> {
             .env_remove("NOTIFY_SOCKET")
             .spawn()
             .map_err(|error| anyhow::anyhow!("the {role} does not start: {error}"))?;
-        let pidfd = pidfd_open(Pid::from_child(&process), PidfdFlags::empty())?;
+        Self::of(&process, channel)
+    }
+
+    /// A process that was started with the other end of this channel.
+    pub(super) fn of(process: &std::process::Child, channel: Channel) -> anyhow::Result<Self> {
+        let pidfd = pidfd_open(Pid::from_child(process), PidfdFlags::empty())?;
         Ok(Self {
             pid: process.id(),
             pidfd,

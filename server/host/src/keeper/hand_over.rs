@@ -200,7 +200,6 @@ impl Keeper {
         let mut old = std::mem::replace(&mut self.front, new);
         self.front.take_held(&mut old);
         self.front.go_on(KeeperToFront::Serve);
-        self.front.flush();
         old.go_on(KeeperToFront::Leave);
         old.flush();
         self.leaving.push((old, Instant::now() + LEAVE_DEADLINE));

@@ -13,6 +13,7 @@
 #![allow(unsafe_code)] // execv and the signal mask, which no safe crate here offers
 
 use super::binary::Binary;
+use super::child::Child;
 use super::limits::CHECK_DEADLINE;
 use super::saved::Packed;
 use super::upgrade::{Progress, Step};
@@ -20,6 +21,7 @@ use super::{Keeper, Signals};
 use crate::channel::{Channel, ChannelError, PACKET_FDS_MAX};
 use crate::control::protocol::UpgradeState;
 use crate::fault;
+use crate::messages::KeeperToCore;
 use crate::packed::Refusal;
 use anyhow::Context;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -28,14 +30,13 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant, SystemTime};
 
 /// The new program rehearses.
 pub(super) struct Check {
-    process: Child,
-    /// The other end of its standard input.
-    channel: Channel,
+    /// Its channel is the other end of its standard input.
+    process: Child<KeeperToCore>,
     said: File,
     since: Instant,
 }
@@ -53,23 +54,23 @@ impl Keeper {
                 Err(error) => return Progress::Denied(format!("{error:#}")),
             },
         };
-        let status = match check.process.try_wait() {
-            Ok(Some(status)) => status,
-            Ok(None) if check.since.elapsed() <= CHECK_DEADLINE => {
+        let exit = match check.process.ended() {
+            Some(exit) => exit,
+            None if check.since.elapsed() <= CHECK_DEADLINE => {
                 return Progress::Running(Step::Keeper(check));
             }
-            Ok(None) => {
-                let killed = check.process.kill().and_then(|()| check.process.wait());
-                tracing::debug!("the late rehearsal: {killed:?}");
+            None => {
+                // It may sleep in the kernel: nobody waits for its end.
+                check.process.kill(None);
+                self.dismissed.push(check.process);
                 return Progress::Denied(format!(
                     "the new program was not able to go on within {} s",
                     CHECK_DEADLINE.as_secs()
                 ));
             }
-            Err(error) => return Progress::Denied(error.to_string()),
         };
-        let able = matches!(check.channel.receive::<String>(), Ok(Some(word)) if word.header == ABLE);
-        if status.success() && able {
+        let able = matches!(check.process.receive::<String>(), Ok(Some(word)) if word.header == ABLE);
+        if exit.orderly && able {
             return Progress::Denied(format!("{:#}", self.become_another(binary)));
         }
         let mut said = String::new();
@@ -79,10 +80,10 @@ impl Keeper {
             .rewind()
             .and_then(|()| check.said.read_to_string(&mut said));
         let said: String = said.trim().chars().take(500).collect();
-        Progress::Denied(if status.success() {
+        Progress::Denied(if exit.orderly {
             format!("the new program ended without a word when it was asked: is it a vmgmtd? {said}")
         } else {
-            format!("the new program could not go on ({status}): {said}")
+            format!("the new program could not go on ({}): {said}", exit.text)
         })
     }
 
@@ -105,8 +106,7 @@ impl Keeper {
             .spawn()
             .context("the new program does not start")?;
         Ok(Check {
-            process,
-            channel,
+            process: Child::of(&process, channel)?,
             said,
             since: Instant::now(),
         })
@@ -351,4 +351,34 @@ fn set_signals_blocked(blocked: bool) {
 fn now() -> Result<Duration, Refusal> {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     since.map_err(|error| Refusal::Other(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::saved_tests::scene;
+    use super::*;
+
+    #[test]
+    fn a_rehearsal_that_does_not_end_is_not_waited_for() {
+        let mut keeper = scene();
+        let (channel, _theirs) = Channel::pair().unwrap();
+        let process = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let check = Check {
+            process: Child::of(&process, channel).unwrap(),
+            said: tempfile::tempfile().unwrap(),
+            since: Instant::now().checked_sub(2 * CHECK_DEADLINE).unwrap(),
+        };
+        let binary = Binary::own().unwrap();
+        let Progress::Denied(reason) = keeper.upgrade_keeper(&binary, Step::Keeper(check)) else {
+            panic!("it goes on");
+        };
+        assert!(reason.contains("was not able"), "{reason}");
+        assert_eq!(keeper.dismissed.len(), 1, "it is buried when it has ended");
+        assert!(keeper.dismissed[0].killed);
+        let begun = Instant::now();
+        while !keeper.dismissed.is_empty() {
+            assert!(begun.elapsed().as_secs() < 60, "it lives");
+            keeper.bury_undead();
+        }
+    }
 }
