@@ -147,6 +147,14 @@ impl Vms {
                 entry.config.name
             ));
         }
+        // Whoever has a child connect and end would have as many as it likes.
+        if entry.sessions.len() >= 2 * devices_max as usize {
+            return Admission::Refused(format!(
+                "VM {:?} has {} connections of processes that have ended: they are not closed yet",
+                entry.config.name,
+                entry.sessions.len()
+            ));
+        }
         entry.sessions.insert(guest.session);
         self.sessions.insert(
             guest.session,
@@ -324,6 +332,36 @@ mod tests {
         // The end of the first, when it comes, is its own alone.
         assert!(vms.session_gone(1).is_none());
         assert!(refusal(vms.admit(guest(5, next), &socket)).contains("connected already"));
+    }
+
+    #[test]
+    fn connections_of_processes_that_have_ended_are_not_let_in_without_end() {
+        let mut vms = Vms::default();
+        let vm = vms.next_number();
+        vms.insert(vm_config(vm, "web", false), 1);
+        let socket = listener(1, Identity::Vm { vm }, 2);
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        child.wait().unwrap();
+        let guest = |session| Guest {
+            session,
+            pid: child.id() as i32,
+            uid: 107,
+        };
+        for session in 1..=4 {
+            assert_eq!(
+                vms.admit(guest(session), &socket),
+                Admission::Admitted { vm, new: false }
+            );
+        }
+        assert_eq!(
+            refusal(vms.admit(guest(5), &socket)),
+            "VM \"web\" has 4 connections of processes that have ended: they are not closed yet"
+        );
+        assert!(vms.session_gone(2).is_none());
+        assert_eq!(
+            vms.admit(guest(6), &socket),
+            Admission::Admitted { vm, new: false }
+        );
     }
 
     #[test]
