@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 
 /// What of the keeper runs every day: starts, deaths, admissions, ends. (80 more than before there was a reload, which is asked for by a
-/// signal, by the core and by operators.)
+/// signal, by the core and by operators; 40 for a core that takes no messages, and for connections of processes that have ended.)
 const KEEPER_DAILY_MAX: usize = 1_730;
 /// What of it runs in an upgrade or a reload only; most of it packs and unpacks the keeper. (A reload is 160 of it: what a configuration means,
 /// and what differs in it, stands in `config`.)

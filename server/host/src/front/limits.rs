@@ -10,6 +10,16 @@ pub const FEATURES: u64 =
 /// Sessions at once, those still being let go included: the pages shared with the core have room for no more.
 pub const SESSIONS_MAX: usize = SLOTS_MAX;
 
+/// Connections of one listener that have not negotiated yet; others wait in its socket. QEMU negotiates at once: all VMs of a host that start
+/// together are let in within seconds.
+pub const NEWCOMERS_MAX: usize = 128;
+
+/// A listener holds at most so many times the slots that are left to all: three quarters of them where it is the only one.
+pub const SLOTS_LEFT_FACTOR: usize = 3;
+
+/// A client that left before the keeper had decided on it keeps its slot until then, or for this time after it came.
+pub const ASKED_NS_MAX: u64 = 60_000_000_000;
+
 /// Requests handled of one session before another one's turn. A request takes 5 to 15 µs, so that the others wait about 1 ms for a
 /// session that floods.
 pub const REQUESTS_PER_TURN_MAX: usize = 64;
@@ -51,6 +61,7 @@ pub const CLOSER_STACK_BYTES: usize = 64 * 1024;
 pub const CLOSES_WAITING_MAX: usize = 256;
 
 /// When no descriptors are left to accept with, or too many wait to be closed: try again after this time.
+/// When no descriptors are left to accept with, or a listener has [`NEWCOMERS_MAX`]: try again after this time.
 pub const ACCEPT_RETRY_NS: u64 = 100_000_000;
 
 /// While packets wait for the core: try again after this time. (The kernel could say when, but it would say so of each packet that the core

@@ -14,6 +14,7 @@ use super::session::{Admission, Outside, Session};
 use crate::channel::Channel;
 use crate::config::DeviceConfig;
 use crate::messages::{FrontToKeeper, SessionFault};
+use crate::sandbox::peer_of;
 use anyhow::Context;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
@@ -68,6 +69,8 @@ pub struct Front {
     pub(super) frozen: Frozen,
     pub(super) next_session: u64,
     pub(super) accept_again: Tick,
+    /// Listeners with too many newcomers are looked at again then.
+    pub(super) newcomers_again: Tick,
     pub(super) buffer: Vec<u8>,
     pub(super) signals: Signals,
     pub(super) closer: Closer,
@@ -103,6 +106,7 @@ impl Front {
             frozen: Frozen::default(),
             next_session: first_session()?,
             accept_again: Tick::NEVER,
+            newcomers_again: Tick::NEVER,
             buffer: vec![0; limits::READ_BYTES],
             signals: Signals::new()
                 .context("no asynchronous I/O to signal interrupts with (is fs.aio-max-nr used up?)")?,
@@ -201,6 +205,7 @@ impl Front {
             .min(flush)
             .min(stop)
             .min(self.accept_again)
+            .min(self.newcomers_again)
             .min(self.frozen.deadline())
             .min(hour)
     }
@@ -246,6 +251,12 @@ impl Front {
             return;
         }
         self.accept_again = Tick::NEVER;
+        if self.newcomers_again <= self.now {
+            self.newcomers_again = Tick::NEVER;
+            self.listeners
+                .values_mut()
+                .for_each(|listener| listener.ready = true);
+        }
         let numbers: Vec<u32> = self
             .listeners
             .iter()
@@ -258,11 +269,24 @@ impl Front {
                 continue;
             }
             for _ in 0..limits::ACCEPTS_PER_TURN_MAX {
+            let of_it = self
+                .sessions
+                .iter()
+                .filter(|(_, session)| session.listener == number);
+            let newcomers: Vec<bool> = of_it.map(|(_, session)| session.is_newcomer()).collect();
+            let held = newcomers.len();
+            let room = limits::NEWCOMERS_MAX.saturating_sub(newcomers.iter().filter(|new| **new).count());
+            for accepted in 0..limits::ACCEPTS_PER_TURN_MAX {
                 let Some(listener) = self.listeners.get_mut(&number) else {
                     break;
                 };
+                if accepted == room {
+                    listener.ready = false;
+                    self.newcomers_again = self.now.after_ns(limits::ACCEPT_RETRY_NS);
+                    break;
+                }
                 match accept_with(&listener.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-                    Ok(socket) => self.accepted(number, socket),
+                    Ok(socket) => self.accepted(number, held + accepted, socket),
                     Err(Errno::AGAIN) => {
                         listener.ready = false;
                         break;
@@ -283,14 +307,17 @@ impl Front {
     fn accepted(&mut self, listener: u32, socket: OwnedFd) {
         let Ok(peer) = rustix::net::sockopt::socket_peercred(&socket) else {
             self.closer.close(listener, socket);
+    /// `held`: connections of that listener before.
+    fn accepted(&mut self, listener: u32, held: usize, socket: OwnedFd) {
+        let Ok((pid, uid)) = peer_of(&socket) else {
             return;
         };
-        let (pid, uid) = (peer.pid.as_raw_nonzero().get(), peer.uid.as_raw());
         let name = format!("process {pid} of uid {uid}");
         let quiet = self.log.take(self.now).is_none();
-        if self.sessions.len() >= limits::SESSIONS_MAX {
+        let all = self.sessions.len();
+        if !has_room(held, all) {
             if !quiet {
-                tracing::warn!(client = %name, "{} sessions are connected: no room for one more", limits::SESSIONS_MAX);
+                tracing::warn!(client = %name, "{all} sessions are connected, {held} of them by this socket: no room for one more");
             }
             self.closer.close(listener, socket);
             return;
@@ -533,6 +560,11 @@ impl Front {
         let Some(since) = self.stopping else { return false };
         self.sessions.is_empty() || self.now.since_ns(since) >= limits::STOP_NS_MAX
     }
+}
+
+/// Whether a listener with so many sessions may have one more, where there are `all`: always room is left for those that have few.
+pub(super) const fn has_room(held: usize, all: usize) -> bool {
+    held < limits::SLOTS_LEFT_FACTOR * limits::SESSIONS_MAX.saturating_sub(all)
 }
 
 /// The time as the rooms see it.

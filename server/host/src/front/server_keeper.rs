@@ -4,7 +4,7 @@
 
 use super::limits;
 use super::server::{Front, LISTENERS, Listener};
-use super::session::Device;
+use super::session::{Admission, Device};
 use crate::channel::{ChannelError, Packet};
 use crate::config::{DeviceConfig, ListenerConfig};
 use crate::messages::{FrontToKeeper, KeeperToFront};
@@ -81,6 +81,12 @@ impl Front {
                 self.stopping = Some(self.now);
                 self.listeners.clear();
                 self.end_all("the daemon ends", |_| true);
+                for slot in self.slots() {
+                    // An answer about it is not waited for any more.
+                    self.serve(slot, |session, _| {
+                        session.done |= session.admission == Admission::Asked
+                    });
+                }
             }
             KeeperToFront::HandOver => self.hand_over(fds)?,
             KeeperToFront::TakeOver => self.take_over(fds)?,

@@ -141,6 +141,10 @@ impl Session {
     /// The keeper let it in.
     pub fn admit(&mut self, outside: &mut Outside<'_>, vm: u64, name: String, device: Device) {
         self.admission = Admission::Admitted;
+        if self.socket.is_none() {
+            self.done = true;
+            return;
+        }
         self.vm = vm;
         self.name = name;
         self.device = Some(device);
@@ -153,6 +157,7 @@ impl Session {
             tracing::warn!(session = self.number, client = %self.name, reason, "connection refused");
         }
         self.admission = Admission::Refused;
+        self.done |= self.socket.is_none();
     }
 
     /// A core life is dead for guest memory.
@@ -277,6 +282,7 @@ impl Session {
             self.after_function(outside);
         }
         if self.socket.is_none() {
+            self.done |= self.asked_deadline() <= now;
             return;
         }
         if self.version_deadline() <= now {
@@ -296,7 +302,7 @@ impl Session {
             .as_ref()
             .map_or(Tick::NEVER, |device| device.function.poll_timeout());
         if self.socket.is_none() {
-            return function;
+            return function.min(self.asked_deadline());
         }
         let held_back = self
             .held_back_since
@@ -335,7 +341,8 @@ impl Session {
         self.tell_answers(outside, answers);
         self.objects.clear();
         if self.device.is_none() {
-            self.done = true;
+            // A slot for each that the keeper is asked about, until it has answered: clients that come and go pile nothing up.
+            self.done = self.admission != Admission::Asked;
             return;
         }
         self.input(outside, Input::Gone);
@@ -552,6 +559,19 @@ impl Session {
     pub(super) fn send_reply(&mut self, handle: &ReplyHandle, reply: &Reply) {
         // Not owed: the client wanted none. A mismatch would be our own bug; QEMU survives no reply.
         let _ = self.connection.reply(handle, reply);
+    }
+
+    /// It has not negotiated, or the keeper has not decided on it.
+    pub fn is_newcomer(&self) -> bool {
+        let asks = self.socket.is_some() && self.connection.phase() == Phase::AwaitingVersion;
+        asks || self.admission == Admission::Asked
+    }
+
+    fn asked_deadline(&self) -> Tick {
+        match self.admission {
+            Admission::Asked => self.accepted_at.after_ns(limits::ASKED_NS_MAX),
+            _ => Tick::NEVER,
+        }
     }
 
     fn version_deadline(&self) -> Tick {

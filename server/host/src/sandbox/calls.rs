@@ -97,6 +97,32 @@ pub(super) fn allow_beneath(ruleset: impl AsFd, directory: impl AsFd, rights: u6
     if result == 0 { Ok(()) } else { Err(last_error()) }
 }
 
+/// Process and user at the other end of a socket. The process is 0 where it has no number here, being of another PID namespace; `rustix` has no
+/// form for that.
+pub(crate) fn peer_of(socket: impl AsFd) -> Result<(i32, u32), Errno> {
+    let mut peer = libc::ucred {
+        pid: 0,
+        uid: 0,
+        gid: 0,
+    };
+    let mut bytes = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most so many bytes into a structure of that size, in which any bits are a value.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut peer).cast(),
+            &raw mut bytes,
+        )
+    };
+    if result == 0 {
+        Ok((peer.pid, peer.uid))
+    } else {
+        Err(last_error())
+    }
+}
+
 fn last_error() -> Errno {
     Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
 }

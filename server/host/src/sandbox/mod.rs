@@ -23,7 +23,7 @@ mod users;
 
 pub use account::{Account, SandboxConfig};
 pub(crate) use account::{Known, default_account, parse_account};
-pub(crate) use calls::has_ordinary_threads;
+pub(crate) use calls::{has_ordinary_threads, peer_of};
 pub use shares::{Shares, hold_namespace, open_directory};
 
 use anyhow::Context;

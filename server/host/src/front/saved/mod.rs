@@ -89,6 +89,7 @@ impl Front {
             unmask,
             next_session,
             accept_again,
+            newcomers_again: _,
             buffer: _,
             keeper_ready: _,
             core_ready: _,

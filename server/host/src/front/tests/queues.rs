@@ -2,9 +2,10 @@
 
 use super::hand_over::stage::{Stage, map_body};
 use crate::channel::ChannelError;
-use crate::front::limits::CORE_QUEUE_MAX;
+use crate::front::limits::{CORE_QUEUE_MAX, NEWCOMERS_MAX};
 use crate::front::server::Front;
-use crate::messages::CoreToFront;
+use crate::front::server::has_room;
+use crate::messages::{CoreToFront, KeeperToFront};
 use vmgmt_testkit::client::access_body;
 
 fn front(stage: &Stage) -> &Front {
@@ -122,4 +123,53 @@ fn a_core_that_asks_on_and_takes_no_answers_is_not_listened_to() {
         assert!(begun.elapsed().as_secs() < 60, "{} of {sent}", answers(&stage));
         stage.settle();
     }
+}
+
+/// Those of whom the keeper was asked.
+fn asked(stage: &Stage) -> usize {
+    let said = stage.story.iter();
+    said.filter(|line| line.starts_with("keeper: admit")).count()
+}
+
+#[test]
+fn newcomers_of_one_socket_wait_in_it_when_they_are_many_and_others_come_in() {
+    let mut stage = Stage::new();
+    for _ in 0..NEWCOMERS_MAX + 3 {
+        stage.connect();
+    }
+    assert_eq!(asked(&stage), NEWCOMERS_MAX);
+    let _other = stage.connect_to_another();
+    assert_eq!(asked(&stage), NEWCOMERS_MAX + 1);
+    // One that leaves unasked keeps its place until the keeper has answered: as much is under way as there are places.
+    let _ = stage.peers[0].socket.shutdown(std::net::Shutdown::Both);
+    for _ in 0..10 {
+        stage.settle();
+    }
+    assert_eq!(front(&stage).sessions.len(), NEWCOMERS_MAX + 1);
+    assert!(!stage.story.iter().any(|line| line.contains("SessionGone")));
+    stage.admit(0);
+    assert!(stage.story.iter().any(|line| line.contains("SessionGone")));
+    // Who has negotiated is none any more, nor is who was refused and has left.
+    stage.admit(1);
+    stage.negotiate(1);
+    let message = KeeperToFront::Refused {
+        session: Stage::session(2),
+        reason: "no".into(),
+    };
+    stage.tell(&message, &[]);
+    let _ = stage.peers[2].socket.shutdown(std::net::Shutdown::Both);
+    let begun = std::time::Instant::now();
+    while asked(&stage) < NEWCOMERS_MAX + 4 {
+        assert!(begun.elapsed().as_secs() < 60, "{} were asked for", asked(&stage));
+        stage.settle();
+    }
+}
+
+#[test]
+fn no_socket_takes_the_last_places() {
+    let all = crate::front::limits::SESSIONS_MAX;
+    let alone = (0..=all).find(|held| !has_room(*held, *held)).unwrap();
+    assert_eq!(alone, all / 4 * 3);
+    // However many another one has: who has few finds room, to the last place.
+    assert!(has_room(0, alone) && has_room(1, all - 1) && !has_room(0, all));
 }

@@ -59,6 +59,8 @@ fn a_session_that_panics_ends_in_order() {
     let third = stage.connect();
     panics(&mut stage, third, |_| {});
     assert!(has_seen_the_end(&stage, third));
+    // Its place is kept until the keeper has answered.
+    stage.admit(third);
     assert_eq!(
         times(&stage, "keeper: SessionGone { session: 1002, fault: Contained }"),
         1

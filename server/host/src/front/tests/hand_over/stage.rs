@@ -230,6 +230,23 @@ impl Stage {
         self.peers.len() - 1
     }
 
+    /// A client of a second listener.
+    pub fn connect_to_another(&mut self) -> UnixStream {
+        let path = self.path.with_extension("other");
+        let listener = UnixListener::bind(&path).unwrap();
+        let config = ListenerConfig {
+            listener: 2,
+            path: path.clone(),
+            mode: 0o600,
+            group: None,
+            identity: Identity::Vm { vm: 4 },
+            device: DeviceConfig::default(),
+        };
+        let client = UnixStream::connect(&path).unwrap();
+        self.tell(&KeeperToFront::Listen(config), &[listener.as_fd()]);
+        client
+    }
+
     pub fn session(peer: usize) -> u64 {
         FIRST_SESSION + peer as u64
     }
