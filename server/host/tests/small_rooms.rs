@@ -13,8 +13,8 @@ const KEEPER_DAILY_MAX: usize = 1_730;
 /// and what differs in it, stands in `config`.)
 const KEEPER_UPGRADE_MAX: usize = 1_660;
 /// The front without its saved form. (A hundred of these only hold a fault of its own, or a core's death, to the one VM that it is about;
-/// two hundred that clients' descriptors hold nobody up.)
-const FRONT_DAILY_MAX: usize = 2_510;
+/// two hundred that clients' descriptors hold nobody up; 80 hold a flood of connections to its socket, and bound what waits for core and keeper.)
+const FRONT_DAILY_MAX: usize = 2_600;
 /// What of it packs and unpacks it for a hand-over.
 const FRONT_SAVED_MAX: usize = 800;
 

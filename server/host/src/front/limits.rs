@@ -60,8 +60,7 @@ pub const CLOSER_STACK_BYTES: usize = 64 * 1024;
 /// honest client's, whose sockets alone are closed so.
 pub const CLOSES_WAITING_MAX: usize = 256;
 
-/// When no descriptors are left to accept with, or too many wait to be closed: try again after this time.
-/// When no descriptors are left to accept with, or a listener has [`NEWCOMERS_MAX`]: try again after this time.
+/// When no descriptors are left to accept with, or a listener has [`NEWCOMERS_MAX`] or too many wait to be closed: try again after this time.
 pub const ACCEPT_RETRY_NS: u64 = 100_000_000;
 
 /// While packets wait for the core: try again after this time. (The kernel could say when, but it would say so of each packet that the core

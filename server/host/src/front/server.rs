@@ -265,10 +265,12 @@ impl Front {
             .collect();
         for number in numbers {
             if self.closer.is_behind(number) {
-                self.accept_again = self.now.after_ns(limits::ACCEPT_RETRY_NS);
+                if let Some(listener) = self.listeners.get_mut(&number) {
+                    listener.ready = false;
+                }
+                self.newcomers_again = self.now.after_ns(limits::ACCEPT_RETRY_NS);
                 continue;
             }
-            for _ in 0..limits::ACCEPTS_PER_TURN_MAX {
             let of_it = self
                 .sessions
                 .iter()
@@ -304,12 +306,10 @@ impl Front {
         }
     }
 
-    fn accepted(&mut self, listener: u32, socket: OwnedFd) {
-        let Ok(peer) = rustix::net::sockopt::socket_peercred(&socket) else {
-            self.closer.close(listener, socket);
     /// `held`: connections of that listener before.
     fn accepted(&mut self, listener: u32, held: usize, socket: OwnedFd) {
         let Ok((pid, uid)) = peer_of(&socket) else {
+            self.closer.close(listener, socket);
             return;
         };
         let name = format!("process {pid} of uid {uid}");

@@ -359,6 +359,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[allow(clippy::zombie_processes, reason = "the keeper waits for it")]
     fn a_rehearsal_that_does_not_end_is_not_waited_for() {
         let mut keeper = scene();
         let (channel, _theirs) = Channel::pair().unwrap();
