@@ -418,7 +418,7 @@ fn a_keeper_that_cannot_take_over_changes_nothing() -> Result<()> {
         (script("small", &few)?, denied, "no descriptors left"),
         // It passes the rehearsal, and then there is nothing to execute.
         (script("gone", &gone)?, denied, "does not run"),
-        (program("k-exits")?, denied, "exit status: 1"),
+        (program("k-exits")?, denied, "exit code 1"),
         (program("k-aborts")?, denied, "SIGABRT"),
         (program("k-hangs")?, denied, "within 5 s"),
         // These pass it, and fail when they are the keeper: the old program is executed again.

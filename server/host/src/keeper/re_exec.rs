@@ -17,7 +17,7 @@ use super::child::Child;
 use super::limits::CHECK_DEADLINE;
 use super::saved::Packed;
 use super::upgrade::{Progress, Step};
-use super::{Keeper, Signals};
+use super::{Keeper, Signals, watch};
 use crate::channel::{Channel, ChannelError, PACKET_FDS_MAX};
 use crate::control::protocol::UpgradeState;
 use crate::fault;
@@ -105,8 +105,11 @@ impl Keeper {
             .env_remove("NOTIFY_SOCKET")
             .spawn()
             .context("the new program does not start")?;
+        let process = Child::of(&process, channel)?;
+        // Where it is late, nothing else tells of its end.
+        watch(&self.poll, &process.pidfd)?;
         Ok(Check {
-            process: Child::of(&process, channel)?,
+            process,
             said,
             since: Instant::now(),
         })
