@@ -55,6 +55,8 @@ pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(10);
 pub(super) const PACKETS_PER_TURN: usize = 64;
 /// Lines about deaths that are kept for the status.
 pub(super) const NOTICES_MAX: usize = 32;
+/// How long the sockets of a daemon that has died may stay open: its processes end one by one, each with all its threads.
+pub(super) const DYING_DEADLINE: Duration = Duration::from_secs(5);
 /// Connections that may wait on a socket before they are accepted.
 pub(super) const BACKLOG: i32 = 1024;
 /// How long a core that has closed its channel may take to end by itself, so that its exit code or signal is known.

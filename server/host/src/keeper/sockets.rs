@@ -1,7 +1,9 @@
 //! Listening sockets: bound, with mode and group, and removed at the end. In: paths. Out: descriptors. Never accepts.
 
-use super::limits::BACKLOG;
+use super::limits::{BACKLOG, DYING_DEADLINE, LOOK_AGAIN};
+use super::vms::is_there;
 use crate::config::Mistake;
+use crate::sandbox::peer_of;
 use rustix::fd::OwnedFd;
 use rustix::fs::{Gid, Mode, chmod, chown};
 use rustix::io::Errno;
@@ -11,6 +13,7 @@ use rustix::net::{
 use rustix::process::umask;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 /// A socket and its file, which is removed with it, if it is still the one that was made here.
 #[derive(Debug)]
@@ -65,7 +68,7 @@ pub(super) fn listen_on(path: &Path, mode: u32, group: Option<&str>) -> Result<S
                 "remove it or choose another path",
             ));
         }
-        match connect(new_socket().map_err(|errno| failed("socket", errno))?, &address) {
+        match knock(&address) {
             Err(Errno::CONNREFUSED) => {
                 std::fs::remove_file(path).map_err(|error| {
                     mistake(
@@ -129,6 +132,20 @@ pub(super) fn set_access(path: &Path, mode: u32, group: Option<&str>) -> Result<
             "let vmgmtd's user write in that directory, or choose another",
         )
     })
+}
+
+/// Tries whether somebody listens. The kernel may close what a daemon that has just died listened on a moment after that: it is waited for.
+fn knock(address: &SocketAddrUnix) -> Result<(), Errno> {
+    let until = Instant::now() + DYING_DEADLINE;
+    loop {
+        let socket = new_socket()?;
+        connect(&socket, address)?;
+        // Of a listening socket that is who began to listen: the keeper.
+        if peer_of(&socket).map_or(true, |(pid, _)| is_there(pid)) || Instant::now() >= until {
+            return Ok(());
+        }
+        std::thread::sleep(LOOK_AGAIN);
+    }
 }
 
 fn new_socket() -> Result<OwnedFd, Errno> {

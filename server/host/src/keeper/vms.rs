@@ -229,7 +229,7 @@ impl Vms {
 }
 
 /// Whether a process has not ended, as far as can be known (one of another PID namespace has no number here).
-fn is_there(pid: i32) -> bool {
+pub(super) fn is_there(pid: i32) -> bool {
     Pid::from_raw(pid).is_none_or(|pid| test_kill_process(pid) != Err(Errno::SRCH))
 }
 
