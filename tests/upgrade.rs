@@ -239,6 +239,13 @@ fn at_rest(site: &Site) -> Result<[Vec<String>; 3]> {
     })
 }
 
+/// A front of before leaves when the new one serves, and may take a moment to.
+fn wait_gone(pid: u32) -> Result<()> {
+    wait_until("the front of before to leave", PATIENCE, || {
+        Ok((!Path::new(&format!("/proc/{pid}")).exists()).then_some(()))
+    })
+}
+
 /// Register accesses until told to stop; the longest took so many milliseconds.
 fn look_at_registers(vm: &SimulatedVm, stop: &AtomicBool) -> Result<u64> {
     let mut longest = Duration::ZERO;
@@ -279,8 +286,10 @@ fn all_three_parts_old_new_old_new_under_load_and_nothing_is_lost_or_left_over()
         site.vm(1)?,
     );
     // Once without load: each later round begins and ends as this one ends.
+    let first = site.pids()?.front;
     let report = upgrade_parts(&site, Path::new(DAEMON), vec![])?;
     ensure!(report.state == UpgradeState::Done, "{report:?}");
+    wait_gone(first)?;
     source.ring(Mode::COMMON)?.noop()?;
     target.ring(Mode::COMMON)?.noop()?;
     let (keeper, at_rest) = (site.pids()?.keeper, at_rest(&site)?);
@@ -303,6 +312,7 @@ fn all_three_parts_old_new_old_new_under_load_and_nothing_is_lost_or_left_over()
                 ensure!(done && report.parts.len() == 3, "{report:?}");
                 let stalls: Vec<_> = report.parts.iter().map(|part| part.stall_ms).collect();
                 println!("core, front and keeper were out of service for {stalls:?} ms");
+                wait_gone(before.front)?;
                 let now = site.pids()?;
                 ensure!(now.keeper == keeper && now.front != before.front && now.core != before.core);
                 for pid in [now.keeper, now.front, now.core] {
