@@ -16,6 +16,7 @@ impl std::fmt::Display for Mistake {
         write!(f, "{}: {}\n    {}", self.place, self.what, self.remedy)
     }
 }
+impl std::error::Error for Mistake {}
 
 /// All that were found, in the order of the file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

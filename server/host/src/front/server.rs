@@ -263,6 +263,12 @@ impl Front {
             .filter(|(_, listener)| listener.ready)
             .map(|(n, _)| *n)
             .collect();
+        let mut counts: BTreeMap<u32, (usize, usize)> = BTreeMap::new();
+        for (_, session) in self.sessions.iter().filter(|_| !numbers.is_empty()) {
+            let (held, newcomers) = counts.entry(session.listener).or_default();
+            *held += 1;
+            *newcomers += usize::from(session.is_newcomer());
+        }
         for number in numbers {
             if self.closer.is_behind(number) {
                 if let Some(listener) = self.listeners.get_mut(&number) {
@@ -271,13 +277,8 @@ impl Front {
                 self.newcomers_again = self.now.after_ns(limits::ACCEPT_RETRY_NS);
                 continue;
             }
-            let of_it = self
-                .sessions
-                .iter()
-                .filter(|(_, session)| session.listener == number);
-            let newcomers: Vec<bool> = of_it.map(|(_, session)| session.is_newcomer()).collect();
-            let held = newcomers.len();
-            let room = limits::NEWCOMERS_MAX.saturating_sub(newcomers.iter().filter(|new| **new).count());
+            let (held, newcomers) = counts.get(&number).copied().unwrap_or_default();
+            let room = limits::NEWCOMERS_MAX.saturating_sub(newcomers);
             for accepted in 0..limits::ACCEPTS_PER_TURN_MAX {
                 let Some(listener) = self.listeners.get_mut(&number) else {
                     break;

@@ -118,13 +118,9 @@ impl Keeper {
         if self.vms.named(&vm.name).is_some() {
             bail!("there is a VM {:?} already", vm.name);
         }
-        let socket = listen_on(&listener.path, listener.mode, listener.group.as_deref());
+        let socket = listen_on(&listener.path, listener.mode, listener.group.as_deref())?;
         let named = (Some(vm.name.clone()), listener.path.clone());
-        self.add_listener(
-            listener,
-            Some(vm),
-            socket.map_err(|mistake| anyhow::anyhow!("{mistake}"))?,
-        )?;
+        self.add_listener(listener, Some(vm), socket)?;
         // For the cores to come; the one that asked knows it.
         self.core_config.sockets.push(named);
         Ok(())

@@ -56,7 +56,7 @@ use reload::Reload;
 use restart::Restarts;
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use signals::Signals;
-use sockets::{Socket, listen_on};
+use sockets::{Socket, listen_on, outlive_the_dead};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -195,6 +195,8 @@ impl Keeper {
         } = config;
         warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         let signals = Signals::catch()?;
+        let paths = listeners.iter().map(|(listener, _)| listener.path.as_path());
+        outlive_the_dead(paths.chain([server.control.as_path()]));
         let control = listen_on(
             &server.control,
             server.control_mode,
@@ -204,12 +206,8 @@ impl Keeper {
         let bound = listeners
             .into_iter()
             .map(|(listener, vm)| {
-                let socket = listen_on(&listener.path, listener.mode, listener.group.as_deref());
-                Ok((
-                    listener,
-                    vm,
-                    socket.map_err(|mistake| anyhow::anyhow!("{mistake}"))?,
-                ))
+                let socket = listen_on(&listener.path, listener.mode, listener.group.as_deref())?;
+                Ok((listener, vm, socket))
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
         let poll = Poll::new()?;

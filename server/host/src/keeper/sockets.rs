@@ -41,11 +41,7 @@ fn file_at(path: &Path) -> Option<(u64, u64)> {
 
 /// Makes a socket to listen on. A file that a dead daemon left is replaced, any other is not.
 pub(super) fn listen_on(path: &Path, mode: u32, group: Option<&str>) -> Result<Socket, Mistake> {
-    let mistake = |what: String, remedy: &str| Mistake {
-        place: format!("socket {}", path.display()),
-        what,
-        remedy: remedy.to_owned(),
-    };
+    let mistake = |what, remedy| mistake_at(path, what, remedy);
     let failed = |doing: &str, errno: Errno| {
         mistake(
             format!("{doing}: {errno}"),
@@ -68,7 +64,7 @@ pub(super) fn listen_on(path: &Path, mode: u32, group: Option<&str>) -> Result<S
                 "remove it or choose another path",
             ));
         }
-        match knock(&address) {
+        match new_socket().and_then(|socket| connect(&socket, &address)) {
             Err(Errno::CONNREFUSED) => {
                 std::fs::remove_file(path).map_err(|error| {
                     mistake(
@@ -105,13 +101,17 @@ pub(super) fn listen_on(path: &Path, mode: u32, group: Option<&str>) -> Result<S
     Ok(socket)
 }
 
-/// Who may connect to a socket.
-pub(super) fn set_access(path: &Path, mode: u32, group: Option<&str>) -> Result<(), Mistake> {
-    let mistake = |what: String, remedy: &str| Mistake {
+fn mistake_at(path: &Path, what: String, remedy: &str) -> Mistake {
+    Mistake {
         place: format!("socket {}", path.display()),
         what,
         remedy: remedy.to_owned(),
-    };
+    }
+}
+
+/// Who may connect to a socket.
+pub(super) fn set_access(path: &Path, mode: u32, group: Option<&str>) -> Result<(), Mistake> {
+    let mistake = |what, remedy| mistake_at(path, what, remedy);
     if let Some(group) = group {
         let Some(number) = crate::config::group_id(group) else {
             return Err(mistake(
@@ -134,18 +134,21 @@ pub(super) fn set_access(path: &Path, mode: u32, group: Option<&str>) -> Result<
     })
 }
 
-/// Tries whether somebody listens. The kernel may close what a daemon that has just died listened on a moment after that: it is waited for.
-fn knock(address: &SocketAddrUnix) -> Result<(), Errno> {
+/// For a daemon that starts: waits while a process that has ended still listens, since the kernel may close that a moment after its death.
+pub(super) fn outlive_the_dead<'a>(paths: impl Iterator<Item = &'a Path>) {
     let until = Instant::now() + DYING_DEADLINE;
-    loop {
-        let socket = new_socket()?;
-        connect(&socket, address)?;
-        // Of a listening socket that is who began to listen: the keeper.
-        if peer_of(&socket).map_or(true, |(pid, _)| is_there(pid)) || Instant::now() >= until {
-            return Ok(());
+    for path in paths {
+        while listener_of(path).is_ok_and(|pid| !is_there(pid)) && Instant::now() < until {
+            std::thread::sleep(LOOK_AGAIN);
         }
-        std::thread::sleep(LOOK_AGAIN);
     }
+}
+
+/// The process that began to listen there, if somebody listens.
+fn listener_of(path: &Path) -> Result<i32, Errno> {
+    let socket = new_socket()?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    peer_of(&socket).map(|(pid, _)| pid)
 }
 
 fn new_socket() -> Result<OwnedFd, Errno> {

@@ -265,6 +265,10 @@ fn a_descriptor_whose_close_waits_holds_nobody_up() {
     let session = bench.asked();
     let _second_peer = leave_with(&mut early, lingering());
     drop(early);
+    // Its slot is kept until the keeper has decided.
+    other.get_info().unwrap();
+    let reason = "nobody is let in".into();
+    bench.tell(&KeeperToFront::Refused { session, reason });
     assert!(matches!(bench.next(), FrontToKeeper::SessionGone { session: gone, .. } if gone == session));
     other.get_info().unwrap();
     bench.stop();
