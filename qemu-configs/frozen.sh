@@ -12,10 +12,14 @@
 # the copy, and whatever happened to virsh, libvirt is asked until it has no job for the domain; qmp-job.py does the same with QEMU itself.
 # A second signal changes nothing. Of any other COMMAND its end must be the copy's: it is sent TERM, and waited for (a script around virsh
 # is none; run virsh itself, also after sudo, env, nice or timeout). Where the end of the copy cannot be established, the VM stays frozen.
+# A command that has not ended when libvirt does not tell, or when the freeze is over, is left running, and keeps the lock.
+#
+# The VM must be this host's: a virsh that is connected to another host's libvirt is refused. Where virsh-frozen stands as virsh, sudo goes
+# before frozen.sh: `frozen.sh web -- sudo virsh …` would freeze a second time there, and be refused, for sudo does not hand VMGMT_FROZEN on.
 #
 # One frozen.sh for a VM at a time: another one is refused, or waits for it with --wait. (What vmgmtctl freezes and thaws by hand meanwhile
-# is not seen.) Ends with the command's status, or with 128 and the signal's number; 75: the VM does not become quiet (the command was not
-# run), was not frozen to the end of the copy, or stays frozen: what was made is not to be used.
+# is not seen.) Ends with the command's status, or with 128 and the signal's number; 75: the command was not run (the VM does not become
+# quiet, or the copy could not be watched), or the VM was not frozen to the end of the copy, or stays frozen: what was made is not to be used.
 #
 # VMGMTCTL names another vmgmtctl, VMGMT_CONTROL another control socket, VMGMT_LOCKS the folder that all who freeze share (the control
 # socket's), VMGMT_PATIENCE for how many seconds libvirt is asked again when it does not say whether it has a job (30). A command that ends
@@ -26,6 +30,7 @@ ctl=${VMGMTCTL:-vmgmtctl}
 # A frozen.sh that is killed outright leaves the VM frozen for no longer than this.
 timeout_seconds=3600
 wait_seconds=0
+patience=${VMGMT_PATIENCE:-30}
 while [ $# -gt 0 ]; do
     case $1 in
         --timeout) timeout_seconds=${2-} ;;
@@ -41,6 +46,9 @@ fi
 name=$1
 shift 2
 
+# Whoever reads what is said here may be gone: the thaw comes all the same. Not ignored, which the command would inherit.
+piped=
+trap 'piped=yes' PIPE
 say() {
     echo "frozen.sh: $*" >&2
 }
@@ -65,8 +73,10 @@ for place in "${!command[@]}"; do
         break
     fi
     # Only what runs another command can have one behind it.
-    case ${command[0]##*/} in
-        sudo | doas | env | nice | ionice | timeout | nohup | setsid | stdbuf | python3 | systemd-inhibit) ;;
+    case ${command[0]##*/}/${word##*/} in
+        # A signal ends it at once, while what it runs goes on.
+        */systemd-inhibit) refuse "systemd-inhibit does not wait for the end of what it runs: run systemd-inhibit frozen.sh … instead" ;;
+        sudo/* | doas/* | env/* | nice/* | ionice/* | timeout/* | nohup/* | setsid/* | stdbuf/* | python3/*) ;;
         *) break ;;
     esac
 done
@@ -81,6 +91,7 @@ case $copier in
             refuse "which domain virsh copies cannot be told: $virsh_unclear: $virsh_remedy"
         fi
         ask+=(${virsh_connect[@]+"${virsh_connect[@]}"})
+        virsh_is_here "${ask[@]}" || refuse "$virsh_unclear: $virsh_remedy"
         if [ -n "$virsh_copies" ]; then
             domain=$("${ask[@]}" domname "$virsh_domain" </dev/null) && domain=${domain%%$'\n'*} && [ -n "$domain" ] ||
                 refuse "virsh knows no domain $virsh_domain"
@@ -110,6 +121,28 @@ fi
 : >"$lock"
 echo "process $$ since $(date '+%F %T'): ${command[*]}" >&9
 
+# Waits for a child's end, and ends as it did. (A trapped signal ends bash's wait, SIGPIPE too.)
+await() {
+    local status
+    until
+        piped=
+        wait "$1"
+        status=$?
+        [ -z "$piped" ]
+    do :; done
+    return "$status"
+}
+
+# From a session of its own: sudo hands on no signal that comes from its own group of processes.
+signal() {
+    setsid --wait sh -c 'kill -"$1" "$2"' - "$1" "$2" 2>/dev/null
+}
+
+# Whether the freeze has timed out: nothing is held any more then.
+over() {
+    [ $((SECONDS - frozen_since)) -gt "$timeout_seconds" ]
+}
+
 # Whether libvirt copies: none, running, or unknown.
 job() {
     local said
@@ -129,7 +162,7 @@ job() {
 
 # Asks libvirt until it has no job; fails where it does not tell. What virsh asked for last may begin just after virsh's end, so once is not enough.
 no_job() {
-    local none=0 unknown_since=$SECONDS patience=${VMGMT_PATIENCE:-30} told=
+    local none=0 unknown_since=$SECONDS told=
     while [ "$none" -lt 2 ]; do
         case $(job) in
             none) none=$((none + 1)) unknown_since=$SECONDS ;;
@@ -144,34 +177,34 @@ no_job() {
                 [ $((SECONDS - unknown_since)) -lt "$patience" ] || return 1
                 ;;
         esac
-        # Nothing is held any more then.
-        [ $((SECONDS - frozen_since)) -le "$timeout_seconds" ] || return 1
+        ! over || return 1
         sleep 0.3
     done
 }
 
-# Has the command cancel its copy, and waits for its end.
+# Has the command cancel its copy, and waits for its end. 76: the command is still there and its copy may go on, but the freeze is over, or
+# libvirt does not tell. It is left alone then: it keeps the lock as long as it lives.
 cancel() {
-    local idle=0
-    case $copier in
-        libvirt)
-            # virsh itself asks libvirt to cancel; it may have begun nothing yet, or not hear this, so libvirt is asked too.
-            kill -INT "$1" 2>/dev/null
-            # (Not kill -0: it may be another user's.)
-            while [ -n "$(jobs -pr)" ]; do
-                if [ "$(job)" = none ]; then
-                    idle=$((idle + 1))
-                else
-                    timeout -s KILL 10 "${ask[@]}" domjobabort "$domain" </dev/null >/dev/null 2>&1
-                fi
-                # It waits for something else, a password or another host.
-                [ "$idle" -lt 10 ] || kill -TERM "$1" 2>/dev/null
-                sleep 0.2
-            done
-            ;;
-        *) kill -TERM "$1" 2>/dev/null ;;
-    esac
-    wait "$1" 2>/dev/null
+    local idle=0 unknown_since=$SECONDS state=
+    # virsh itself asks libvirt to cancel; it may have begun nothing yet, or not hear this, so libvirt is asked too.
+    if [ "$copier" = libvirt ]; then signal INT "$1"; else signal TERM "$1"; fi
+    # (Not kill -0: it may be another user's.)
+    while [ -n "$(jobs -pr)" ]; do
+        ! over || return 76
+        if [ "$copier" = libvirt ]; then
+            state=$(job)
+            case $state in
+                none) idle=$((idle + 1)) ;;
+                *) timeout -s KILL 10 "${ask[@]}" domjobabort "$domain" </dev/null >/dev/null 2>&1 ;;
+            esac
+            [ "$state" = unknown ] || unknown_since=$SECONDS
+            [ "$state" != unknown ] || [ $((SECONDS - unknown_since)) -lt "$patience" ] || return 76
+            # It waits for something else, a password or another host.
+            [ "$idle" -lt 10 ] || signal TERM "$1"
+        fi
+        sleep 0.2
+    done
+    await "$1" 2>/dev/null
 }
 
 # After the command's end, with that status: whether its copy has ended too.
@@ -179,9 +212,9 @@ ended() {
     case $copier/$1 in
         # It was not run.
         */126 | */127) ;;
+        */76) return 1 ;;
         libvirt/0) ;;
         libvirt/*) no_job ;;
-        */76) return 1 ;;
         # It says 128 + INT, TERM or HUP only when the copy has ended. Killed otherwise it could see to nothing (124: timeout's own).
         qemu/129 | qemu/130 | qemu/143) ;;
         qemu/124 | qemu/12[89] | qemu/1[3-9]? | qemu/2??) timeout -s KILL "$timeout_seconds" "${ask[@]}" cancel </dev/null ;;
@@ -213,6 +246,7 @@ stays() {
         qemu) say "when \`${ask[*]} cancel\` has succeeded (it cancels, and waits for the end): vmgmtctl thaw $name" ;;
         *) say "when it has: vmgmtctl thaw $name" ;;
     esac
+    [ -z "$(jobs -pr)" ] || say "process $! (${command[*]}) still runs, and is left alone: until its end no other frozen.sh freezes VM $name"
     exit 75
 }
 
@@ -227,8 +261,8 @@ stop() {
         before) exit "$1" ;;
         # What was asked for may be there before its answer.
         freezing)
-            kill -TERM "${!-}" 2>/dev/null
-            wait "${!-}" 2>/dev/null
+            signal TERM "${!-}"
+            await "${!-}" 2>/dev/null
             "$ctl" thaw "$name" >/dev/null 2>&1
             exit "$1"
             ;;
@@ -251,7 +285,7 @@ trap 'stop 129' HUP
 frozen_since=$SECONDS
 step=freezing
 "$ctl" freeze "$name" --timeout "$timeout_seconds" &
-wait "$!"
+await "$!"
 status=$?
 if [ "$status" != 0 ]; then
     say "VM $name cannot be frozen; not run: ${command[*]}"
@@ -262,7 +296,7 @@ step=copying
 export VMGMT_FROZEN="${VMGMT_FROZEN-} $name"
 # (Without this a command in the background has no standard input.)
 "${command[@]}" <&0 &
-wait "$!"
+await "$!"
 status=$?
 ended "$status" || stays
 finish "$status"

@@ -130,3 +130,21 @@ virsh_words() {
     fi
     [ -n "$virsh_copies" ] || virsh_unclear=''
 }
+
+# virsh_is_here WORD…: whether the virsh that these words run (with virsh_connect) speaks to this host's libvirt: vmgmtd freezes the VMs of
+# its own host alone. Where it does not, or does not tell, it fails: virsh_unclear says why, virsh_remedy what to do.
+virsh_is_here() {
+    local uri
+    uri=$("$@" uri </dev/null) || uri=
+    uri=${uri%%$'\n'*}
+    if [ -z "$uri" ]; then
+        virsh_unclear="virsh does not tell to which libvirt it speaks" virsh_remedy="see what \`virsh uri\` says"
+        return 1
+    fi
+    # qemu:///system and qemu+unix:///system name no host; +ext runs a program that leads anywhere.
+    if [[ $uri =~ ^[^:/]+://[^/?#] || $uri =~ ^[^:/]+\+ext: ]]; then
+        virsh_unclear="virsh speaks to another host's libvirt ($uri), and a VM can be frozen only on the host where it runs"
+        virsh_remedy="run this on that host, with a connection that names no host (qemu:///system)"
+        return 1
+    fi
+}

@@ -144,7 +144,8 @@ pub enum Command {
         local: PathBuf,
         /// VM:[name]
         target: String,
-        /// Give up when nobody accepts in so many seconds; until then wait for a VM that is away, too
+        /// Give up when nobody accepts in so many seconds; until then wait for a VM that is away, too. While the host has this VM
+        /// frozen the command does not begin, and the time not either
         #[arg(long, value_name = "SECONDS")]
         timeout: Option<f64>,
         #[arg(long)]
@@ -181,7 +182,8 @@ pub enum Command {
         /// End after so many
         #[arg(long, default_value_t = 1)]
         count: u64,
-        /// End after so many seconds without one (exit code 5 when none came)
+        /// End after so many seconds without one (exit code 5 when none came). While the host has this VM frozen the command does
+        /// not begin, and the time not either
         #[arg(long, value_name = "SECONDS")]
         timeout: Option<f64>,
         /// Go on for ever

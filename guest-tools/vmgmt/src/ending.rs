@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use vmgmt_driver::{DriverError, Status};
 
-use crate::output::{is_unread, line};
+use crate::output::{complain, is_unread, line};
 
 /// A plain reason to end with a certain code.
 #[derive(Debug)]
@@ -100,7 +100,7 @@ pub fn report(error: &anyhow::Error, json: bool) -> ExitCode {
             serde_json::json!({"error": format!("{error:#}"), "code": code, "status": status})
         ));
     } else {
-        eprintln!("vmgmt: {error:#}");
+        complain(format_args!("vmgmt: {error:#}"));
     }
     ExitCode::from(code)
 }

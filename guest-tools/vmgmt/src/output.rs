@@ -1,6 +1,6 @@
-//! Lines on standard output.
+//! Lines on standard output and standard error.
 //!
-//! Comes in: finished text. Goes out: the line, or the error of writing it. `println!` would panic when the reader has gone
+//! Comes in: finished text. Goes out: the line, or, on standard output, the error of writing it. `println!` would panic when the reader has gone
 //! (`vmgmt ls | head -1`); here that is an error like any other, and [`crate::ending`] ends the program without a word about it.
 
 use std::fmt::Arguments;
@@ -13,6 +13,12 @@ pub fn line(text: Arguments<'_>) -> std::io::Result<()> {
     let mut output = std::io::stdout().lock();
     output.write_fmt(text)?;
     output.write_all(b"\n")
+}
+
+/// Writes one line on standard error. Who reads it may have gone, in the middle of work that goes on: `eprintln!` would panic there, and
+/// nobody is left to be told.
+pub fn complain(text: Arguments<'_>) {
+    let _unread = writeln!(std::io::stderr(), "{text}");
 }
 
 /// Whether it failed because nobody reads what is written.

@@ -10,6 +10,7 @@ use vmgmt_driver::backing::{self, BackingKind};
 use vmgmt_driver::{Client, Device, DriverError, Mode, PortChannel, Ring, RingOptions, TransferOptions, abi};
 
 use crate::arguments::{Backing, General};
+use crate::output;
 
 /// The device, held by this program. The lock is let go last.
 pub struct Session {
@@ -67,7 +68,7 @@ impl Session {
         let device = if backing.has_registers() {
             let device = Device::open(Arc::clone(&backing))?;
             device.set_cancel(Some(Arc::clone(&cancel)));
-            device.set_notice(|text| eprintln!("vmgmt: {text}"));
+            device.set_notice(|text| output::complain(format_args!("vmgmt: {text}")));
             Some(device)
         } else {
             None

@@ -42,13 +42,18 @@ fn folder(thaw: u8) -> Result<TempDir> {
 
 /// frozen.sh in such a folder, around what is still to be said.
 fn frozen(folder: &TempDir) -> Command {
+    frozen_with(folder, ["--timeout", "60"])
+}
+
+fn frozen_with(folder: &TempDir, option: [&str; 2]) -> Command {
     let mut command = Command::new(configs().join("frozen.sh"));
     command
         .env("VMGMTCTL", folder.path().join("vmgmtctl"))
         .env("VMGMT_LOCKS", folder.path())
         .env("VMGMT_PATIENCE", "0")
         .current_dir(folder.path())
-        .args(["--timeout", "60", "web", "--"])
+        .args(option)
+        .args(["web", "--"])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
@@ -81,6 +86,7 @@ fn libvirt(folder: &TempDir, left: u32, begun: &str, aborts: &str) -> Result<Pat
     let text = format!(
         "#!/bin/sh
         case \"$1\" in
+        uri) echo qemu:///system; echo ;;
         domname) echo web; echo ;;
         save)
             echo {left} > left; echo $PPID > parent; echo 'copy begins' >> asked
@@ -91,7 +97,7 @@ fn libvirt(folder: &TempDir, left: u32, begun: &str, aborts: &str) -> Result<Pat
             [ -s left ] || {{ echo 'Job type:         None       '; echo; exit; }}
             echo 'Job type:         Unbounded  '
             left=$(($(cat left) - 1))
-            [ $left -gt 0 ] && echo $left > left && exit
+            [ $left -gt 0 ] && echo $left > less && mv less left && exit
             echo 'copy ends' >> asked; : > left ;;
         domjobabort) {aborts}
             echo 'copy cancelled' >> asked; : > left ;;
@@ -178,6 +184,156 @@ fn a_copy_whose_end_is_not_known_leaves_the_vm_frozen() -> Result<()> {
         "{text}"
     );
     Ok(())
+}
+
+/// A frozen.sh that is stopped while its virsh cannot be: what it said.
+fn left_alone(folder: &TempDir, mut command: Command, virsh: &Path) -> Result<String> {
+    // virsh goes on, and would hold a pipe open.
+    let path = folder.path().join("said");
+    let file = fs::File::create(&path)?;
+    let status = command
+        .arg(virsh)
+        .args(["save", "web", "/f"])
+        .stdout(file.try_clone()?)
+        .stderr(file)
+        .status()?;
+    let text = fs::read_to_string(path)?;
+    ensure!(status.code() == Some(75), "{status:?}: {text}");
+    // Its copy must see no thaw by another one either.
+    let output = frozen(folder).arg("true").output()?;
+    ensure!(
+        output.status.code() == Some(75) && said(&output).contains("another frozen.sh (process "),
+        "{output:?}"
+    );
+    let asked = asked(folder)?;
+    ensure!(!asked.contains("thaw"), "{asked}");
+    fs::write(folder.path().join("left"), "")?;
+    // With its end another one may.
+    let output = frozen_with(folder, ["--wait", "60"]).arg("true").output()?;
+    ensure!(output.status.success(), "{output:?}");
+    Ok(text)
+}
+
+/// libvirt does not answer, and virsh waits for it.
+#[test]
+fn a_libvirt_that_does_not_tell_is_not_waited_for_without_end() -> Result<()> {
+    let folder = folder(0)?;
+    let begun = "trap '' TERM; kill -TERM $PPID";
+    let virsh = libvirt(&folder, 1_000_000, begun, "exit 1")?;
+    let text = fs::read_to_string(&virsh)?.replace("domjobinfo)", "domjobinfo) exit 1 ;; nothing)");
+    program(&virsh, &text)?;
+    let text = left_alone(&folder, frozen(&folder), &virsh)?;
+    ensure!(
+        text.contains("virsh domjobinfo web") && text.contains("still runs"),
+        "{text}"
+    );
+    Ok(())
+}
+
+/// What is waited for is held no more.
+#[test]
+fn a_cancelled_copy_is_not_waited_for_after_the_freeze() -> Result<()> {
+    let folder = folder(0)?;
+    let begun = "trap '' TERM; kill -TERM $PPID";
+    let virsh = libvirt(&folder, 1_000_000, begun, "exit 1")?;
+    let text = left_alone(&folder, frozen_with(&folder, ["--timeout", "1"]), &virsh)?;
+    ensure!(text.contains("still runs"), "{text}");
+    Ok(())
+}
+
+/// A sudo, which hands on no signal that comes from its own group of processes: it writes that down, and ends what it runs.
+fn sudo(folder: &TempDir) -> Result<PathBuf> {
+    let path = folder.path().join("sudo");
+    let text = "#!/usr/bin/env python3
+import os, signal, subprocess, sys
+heard = {signal.SIGINT, signal.SIGTERM, signal.SIGCHLD}
+signal.pthread_sigmask(signal.SIG_BLOCK, heard)
+heed = lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
+child = subprocess.Popen(sys.argv[1:], preexec_fn=heed)
+while child.poll() is None:
+    signals = signal.sigwaitinfo(heard)
+    if signals.si_signo == signal.SIGCHLD:
+        continue
+    try:
+        own = os.getpgid(signals.si_pid) == os.getpgid(0)
+    except ProcessLookupError:
+        own = False
+    if own:
+        with open('asked', 'a') as asked:
+            print('kept back', signals.si_signo, file=asked)
+    child.send_signal(signal.SIGKILL if own else signals.si_signo)
+sys.exit(child.returncode if child.returncode >= 0 else 128 - child.returncode)
+";
+    program(&path, text)?;
+    Ok(path)
+}
+
+#[test]
+fn a_signal_passes_sudo() -> Result<()> {
+    // sudo's parent is frozen.sh.
+    let stop = "kill -TERM $(cut -d ' ' -f 4 /proc/$PPID/stat)";
+    let folder = folder(0)?;
+    let own =
+        format!("trap 'echo ended >> asked; exit 1' TERM; {stop}; while [ -e asked ]; do sleep 0.05; done");
+    let output = frozen(&folder)
+        .arg(sudo(&folder)?)
+        .args(["sh", "-c", &own])
+        .output()?;
+    check(&folder, &output, 143, &format!("{FREEZE}ended\n{THAW}"))?;
+
+    // virsh itself has libvirt cancel it; and one that has no copy yet is ended.
+    for (begun, expected) in [
+        (stop.to_owned(), "copy begins\ncopy cancelled\n"),
+        (
+            format!(": > left; {stop}; while [ -e asked ]; do sleep 0.05; done"),
+            "copy begins\n",
+        ),
+    ] {
+        let folder = self::folder(0)?;
+        let virsh = libvirt(&folder, 1_000_000, &begun, "")?;
+        let output = frozen(&folder)
+            .arg(sudo(&folder)?)
+            .arg(virsh)
+            .args(["save", "web", "/f"])
+            .output()?;
+        check(&folder, &output, 143, &format!("{FREEZE}{expected}{THAW}"))?;
+    }
+    Ok(())
+}
+
+/// `frozen.sh … 2>&1 | head -1`: what it says has no reader any more.
+#[test]
+fn the_thaw_needs_no_reader() -> Result<()> {
+    let unread = || -> Result<Stdio> {
+        let (reader, writer) = std::io::pipe()?;
+        drop(reader);
+        Ok(writer.into())
+    };
+    let folder = folder(0)?;
+    let stopped =
+        "trap 'echo ended >> asked; exit' TERM; kill -TERM $PPID; while [ -e asked ]; do sleep 0.05; done";
+    let output = frozen(&folder)
+        .args(["sh", "-c", stopped])
+        .stdout(unread()?)
+        .stderr(unread()?)
+        .output()?;
+    check(&folder, &output, 143, &format!("{FREEZE}ended\n{THAW}"))?;
+
+    let folder = self::folder(0)?;
+    let virsh = libvirt(&folder, 4, "exit 1", "")?;
+    let output = frozen(&folder)
+        .arg(virsh)
+        .args(["save", "web", "/f"])
+        .stderr(unread()?)
+        .output()?;
+    let expected = format!("{FREEZE}copy begins\ncopy ends\n{THAW}");
+    check(&folder, &output, 1, &expected)?;
+
+    // Such a signal from elsewhere is not the command's end, and the command does not ignore it.
+    let folder = self::folder(0)?;
+    let piped = "kill -PIPE $PPID; (kill -PIPE $(exec sh -c 'echo $PPID'); echo ignored >> asked); exit 9";
+    let output = frozen(&folder).args(["sh", "-c", piped]).output()?;
+    check(&folder, &output, 9, &format!("{FREEZE}{THAW}"))
 }
 
 /// What the played QEMU does when its copy has begun.
@@ -406,6 +562,17 @@ fn what_cannot_be_watched_is_not_run() -> Result<()> {
         output.status.code() == Some(75) && said(&output).contains("--domain NAME"),
         "{output:?}"
     );
+    // It would be gone at the first signal, and what it runs would go on.
+    for before in [&[][..], &["env"]] {
+        let output = frozen(&folder)
+            .args(before)
+            .args(["systemd-inhibit", "--what=sleep", "sh", "-c", "echo run >> asked"])
+            .output()?;
+        ensure!(
+            output.status.code() == Some(75) && said(&output).contains("systemd-inhibit frozen.sh"),
+            "{output:?}"
+        );
+    }
     ensure!(!folder.path().join("asked").exists(), "{}", asked(&folder)?);
     Ok(())
 }
