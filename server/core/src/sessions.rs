@@ -203,9 +203,10 @@ impl Hub {
         self.sweep_shares(true);
     }
 
-    /// Removes what broken puts left, in every share that some VM may write.
+    /// Removes what broken puts left, in every share that some VM may write, and what waits for the host too long.
     pub(crate) fn sweep(&mut self) {
         self.sweep_shares(false);
+        delivery::expire_host(&mut self.office);
         self.office
             .timers
             .arm(self.office.now.after_ns(SWEEP_INTERVAL_NS), Timer::Sweep);

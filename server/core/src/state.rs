@@ -184,15 +184,11 @@ impl From<SavedVersion1> for Saved {
 }
 
 impl Hub {
-    /// A snapshot that is to stand for all records so far: what [`Hub::replay`] uses of a hub, and nothing of what is under way. Records that
-    /// were not polled yet are among them and are dropped: a record that is written behind a snapshot that has its change already would be
-    /// applied to it a second time.
+    /// A snapshot that is to stand for all records so far: what [`Hub::replay`] uses of a hub, and nothing of what is under way. Before it comes
+    /// into force: [`Hub::drop_records`].
     #[must_use]
-    pub fn snapshot(&mut self) -> Saved {
-        let office = &mut self.office;
-        office
-            .outputs
-            .retain(|output| !matches!(output, Output::Journal(_)));
+    pub fn snapshot(&self) -> Saved {
+        let office = &self.office;
         let ledger = office.ledger.save();
         Saved {
             version: VERSION_OF_SNAPSHOTS,
@@ -203,6 +199,13 @@ impl Hub {
             next_handle: office.next_handle,
             ..Self::new(0).save()
         }
+    }
+
+    /// A snapshot of now comes into force: records that were not polled yet are among those that it stands for, and are dropped. One that is
+    /// written behind a snapshot that has its change already would be applied to it a second time.
+    pub fn drop_records(&mut self) {
+        let outputs = &mut self.office.outputs;
+        outputs.retain(|output| !matches!(output, Output::Journal(_)));
     }
 
     /// Packs everything.

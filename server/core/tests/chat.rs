@@ -200,6 +200,38 @@ fn old_messages_are_dropped_and_counted_whatever_the_wall_clock_does() {
 }
 
 #[test]
+fn a_message_that_came_back_grows_old_as_any_other() {
+    let mut receiver = config(2, "b");
+    receiver.limits.mailbox_seconds_max = 60;
+    for way in 0..3 {
+        let mut house = House::with(vec![config(1, "a"), receiver.clone()]);
+        house.manual = true;
+        let received = house.ask(B, Ask::new(Opcode::RECEIVE).room(512));
+        let sent = house.ask(A, send(2, "hello"));
+        let status = |house: &House| house.hub.vm_statuses()[1].clone();
+        assert_eq!(
+            house.answers.contains_key(&received),
+            house.answers.contains_key(&sent)
+        );
+        match way {
+            0 => house.close_session(B),
+            1 => house.reset_session(B),
+            _ => {
+                house.unpublished.insert(received);
+                house.settle();
+            }
+        }
+        assert_eq!(status(&house).mailbox_messages, 1, "{way}");
+        house.pass_ns(61 * SECOND_NS);
+        assert_eq!(
+            (status(&house).mailbox_messages, status(&house).messages_dropped),
+            (0, 1),
+            "{way}"
+        );
+    }
+}
+
+#[test]
 fn policy_decides_who_is_reached_and_seen() {
     let mut only_b = config(1, "a");
     only_b.reach = vec!["b".to_owned()];

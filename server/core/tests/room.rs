@@ -4,7 +4,7 @@
 mod house;
 
 use house::{Ask, House, config};
-use vmgmt_abi::chat::{ALL_NAME, PEER_ALL};
+use vmgmt_abi::chat::{ALL_NAME, PEER_ALL, PEER_HOST};
 use vmgmt_abi::file::{SIZE_UNKNOWN, put};
 use vmgmt_abi::ring::flag;
 use vmgmt_abi::{Budget, Opcode, Status};
@@ -108,6 +108,46 @@ fn ranges_of_a_put_that_have_no_room_are_read_back() {
     }
     house.fails(A, commit(last, crc32 ^ 1), Status::INTEGRITY);
     assert_eq!(house.file("rw", "f1"), Some(&contents));
+}
+
+#[test]
+fn a_write_that_has_no_room_for_its_range_leaves_no_other_writes_checksum() {
+    let mut house = House::new();
+    (house.repack, house.replay) = (false, false);
+    let put = house.ok(A, Ask::new(Opcode::PUT).meta("rw/f").offset(SIZE_UNKNOWN));
+    house.manual = true;
+    let write = |data: &str| Ask::new(Opcode::WRITE).handle(put).data(data);
+    // Both are under way; which is done last cannot be known.
+    house.ask(A, write("first"));
+    house.ask(A, write("other"));
+    house.step(0);
+    house.has_room(house.hub.state_bytes());
+    house.settle();
+    house.has_room(1 << 20);
+    house.manual = false;
+    let crc32 = u64::from(crc32fast::hash(b"other"));
+    let commit = Ask::new(Opcode::COMMIT).handle(put).offset(5);
+    house.ok(A, commit.argument(crc32).flags(flag::CHECK).room(64));
+    assert_eq!(house.file("rw", "f").map(Vec::as_slice), Some(&b"other"[..]));
+}
+
+#[test]
+fn mail_that_the_host_never_takes_makes_room_again_when_it_is_old() {
+    let mut house = published(3, 1 << 20);
+    let send = || Ask::new(Opcode::SEND).handle(PEER_HOST).data(vec![7; 60 << 10]);
+    let refused = loop {
+        let sent = house.ask(A, send());
+        if house.status(sent) != Status::OK {
+            break sent;
+        }
+    };
+    assert_eq!(outcome(&house, refused), NO_ROOM);
+    for _ in 0..26 {
+        let at = house.hub.poll_timeout().unwrap();
+        house.pass_ns(at.since_ns(house.now));
+    }
+    house.ok(A, send());
+    house.ok(A, Ask::new(Opcode::OPEN).meta("rw/g").argument(0b110));
 }
 
 #[test]

@@ -66,6 +66,7 @@ fn a_record_that_a_snapshot_has_is_not_written_behind_it() {
             }
             if outputs == at {
                 snapshot = Some(hub.snapshot());
+                hub.drop_records();
                 records.clear();
             }
             outputs += 1;

@@ -50,16 +50,6 @@ impl Puts {
         {
             return Err(Refusal::Field);
         }
-        // What was written behind the new end is cut off.
-        forget(office, fetched.handle, fetched.offset, u64::MAX);
-        let kept = office.ledger.kept.puts.get(&fetched.handle);
-        if kept.is_some_and(|kept| kept.extent > fetched.offset) {
-            // Known before it is done: a core that begins in between must not take it for somebody else's doing.
-            office.change(Change::Cut {
-                handle: fetched.handle,
-                bytes: fetched.offset,
-            });
-        }
         put.commit = Some(Commit {
             token: fetched.token,
             bytes: fetched.offset,

@@ -136,6 +136,10 @@ pub fn published(office: &mut Office, token: Token, published: bool) {
         entry.counters.messages_delivered += u64::from(delivering.last);
     }
     dispatch(office, delivering.target, false);
+    if !published {
+        // It waits again, and nothing else may ever look at how old it is.
+        arm_expiry(office, delivering.target);
+    }
 }
 
 /// Nobody will tell what became of these completions: deliveries go back into their mailboxes.
@@ -186,6 +190,7 @@ pub fn channel_gone(office: &mut Office, session: u64, vm: u64, channel: Channel
         office.record(Record::Unbound { session, channel });
         dispatch(office, target, false);
     }
+    arm_expiry(office, vm);
 }
 
 /// A session is gone: presence that it published ends, deliveries whose publication nobody will tell go back.
@@ -215,6 +220,7 @@ pub fn session_gone(office: &mut Office, session: u64, vm: u64) {
         office.record(Record::Presence { vm, presence: None });
     }
     dispatch(office, vm, false);
+    arm_expiry(office, vm);
 }
 
 /// Arms the timer for the oldest message of a mailbox, unless it is armed.
@@ -251,7 +257,7 @@ pub fn expire(office: &mut Office, vm: u64) {
     arm_expiry(office, vm);
 }
 
-/// The host's mailbox is looked at whenever something comes or goes.
+/// The host's mailbox is looked at whenever something comes or goes, and at each sweep: it may be full, so that nothing comes.
 pub fn expire_host(office: &mut Office) {
     let dropped = drop_older(office, PEER_HOST, HOST_MAILBOX_SECONDS_MAX * NS_PER_SECOND);
     if dropped > 0 {

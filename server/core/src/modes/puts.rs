@@ -347,7 +347,11 @@ impl Puts {
                 Outcome::Written {
                     bytes: written,
                     crc32: _,
-                } if *written == bytes => grown(office, handle, offset, bytes),
+                } if *written == bytes => {
+                    // Another write to these bytes, that was under way with this one, may have said what they are.
+                    forget(office, handle, offset, bytes);
+                    grown(office, handle, offset, bytes);
+                }
                 _ => forget(office, handle, offset, bytes),
             }
         }
@@ -378,6 +382,16 @@ impl Puts {
             return;
         }
         let (vm, slot) = (put.what.vm, put.slot);
+        // What was written behind the new end is cut off, also by writes that were under way when COMMIT came.
+        forget(office, handle, commit.bytes, u64::MAX);
+        let kept = office.ledger.kept.puts.get(&handle);
+        if kept.is_some_and(|kept| kept.extent > commit.bytes) {
+            // Known before it is done: a core that begins in between must not take it for somebody else's doing.
+            office.change(Change::Cut {
+                handle,
+                bytes: commit.bytes,
+            });
+        }
         let empty = Coverage::default();
         let kept = office.ledger.kept.puts.get(&handle);
         let (coverage, extent) = kept.map_or((&empty, 0), |kept| (&kept.coverage, kept.extent));

@@ -49,8 +49,13 @@ fn a_put_that_its_commit_has_cut_is_named_in_the_next_life() {
     let handle = house.ok(A, Ask::new(Opcode::PUT).meta("rw/f").offset(SIZE_UNKNOWN));
     house.ok(A, Ask::new(Opcode::WRITE).handle(handle).data("contents"));
     house.manual = true;
+    // One more was under way when it came.
+    house.ask(A, Ask::new(Opcode::WRITE).handle(handle).offset(6).data("more"));
     let commit = Ask::new(Opcode::COMMIT).handle(handle).offset(4).room(64);
     let committed = house.ask(A, commit);
+    while !matches!(house.pending.first(), Some((_, Effect::Commit { .. }))) {
+        assert!(house.step(0));
+    }
     let Some((_, Effect::Commit { share, temporary, .. })) = house.pending.first().cloned() else {
         panic!("{:?}", house.pending)
     };

@@ -230,8 +230,14 @@ fn create_temporary(
     } else {
         share.quota.give_back(0, 1);
     }
-    let (stat, identity) = resolve::stat_of(fd.as_fd()).map_err(refused)?;
     let file = Box::new(share.opened(fd).map_err(refused)?);
+    if !is_new {
+        // A sweep that is under way does not know that it is wanted again: it is as old as its last change, and this is one.
+        let bytes = charge::size_of(&fstat(file.fd()).map_err(refused)?);
+        file.resize(bytes, || ftruncate(file.fd(), bytes))?
+            .map_err(refused)?;
+    }
+    let (stat, identity) = resolve::stat_of(file.fd()).map_err(refused)?;
     Ok(Done::Opened { file, stat, identity })
 }
 

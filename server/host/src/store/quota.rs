@@ -224,6 +224,8 @@ impl Count {
             FileType::Directory => self.walk.enter(entry.file_name()),
             FileType::RegularFile => {
                 let directory = self.walk.directory()?;
+                // Who takes its name away in between would give its charge back before it is made.
+                let _names = self.share.quota.lock_names();
                 let stat = statat(directory, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW)?;
                 if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile {
                     self.share.quota.count(key_of(&stat), size_of(&stat));

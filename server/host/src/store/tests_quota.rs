@@ -265,6 +265,27 @@ fn a_tree_that_no_path_can_name_does_not_end_a_sweep() {
 }
 
 #[test]
+fn a_put_that_is_resumed_while_a_sweep_is_under_way_stays() {
+    for quota in [None, Some(1 << 20)] {
+        let mut bench = bench(quota, None);
+        write_old(&bench.path(".vmgmt-put-old"));
+        let before = std::fs::read(bench.path(".vmgmt-put-old")).unwrap();
+        // It was asked for before anybody wanted the put again.
+        let mut sweep = Sweep::new(bench.share(1, 1), 3600, Vec::new(), false);
+        let resumed = bench.run(Effect::CreateTemporary {
+            share: "data".into(),
+            target: "file".into(),
+            temporary: ".vmgmt-put-old".into(),
+            resume: true,
+            permissions: None,
+        });
+        assert!(matches!(resumed, Outcome::Opened { .. }), "{resumed:?}");
+        while sweep.turn().is_none() {}
+        assert_eq!(std::fs::read(bench.path(".vmgmt-put-old")).unwrap(), before);
+    }
+}
+
+#[test]
 fn a_sweep_of_a_large_tree_lets_others_have_their_turn() {
     let bench = bench(None, None);
     for number in 0..ENTRIES_PER_TURN + 100 {

@@ -26,7 +26,9 @@ impl Core {
         let snapshot = if self.outside.fault.get() == Fault::SnapshotsTwice {
             self.hub.save()
         } else {
-            self.hub.snapshot()
+            let snapshot = self.hub.snapshot();
+            self.hub.drop_records();
+            snapshot
         };
         let snapshot = snapshot.to_bytes();
         if let Err(error) = self.journal.snapshot(&snapshot) {
