@@ -145,3 +145,18 @@ fn flags_and_files_are_checked_before_anything_is_started() -> Result<()> {
     ensure!(code == Some(1) && text.contains("not by hand"), "{text}");
     Ok(())
 }
+
+/// A script that closed its end, or a full disk: the exit code still says what happened.
+#[test]
+fn vmgmtctl_needs_no_reader_of_its_errors() -> Result<()> {
+    for json in [&[][..], &["--json"]] {
+        let full = std::fs::File::options().write(true).open("/dev/full")?;
+        let status = Command::new(env!("CARGO_BIN_EXE_vmgmtctl"))
+            .args(["--control", "/nowhere/control.sock", "status"])
+            .args(json)
+            .stderr(full)
+            .status()?;
+        ensure!(status.code() == Some(7), "{status}");
+    }
+    Ok(())
+}

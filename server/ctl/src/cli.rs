@@ -402,14 +402,19 @@ impl Session {
             };
             let error =
                 serde_json::json!({"error": {"code": code, "message": error.to_string(), "remedy": remedy}});
-            eprintln!("{error}");
+            complain(&error.to_string());
             return;
         }
-        eprintln!("vmgmtctl: {}", printable(&error.to_string()));
+        complain(&format!("vmgmtctl: {}", printable(&error.to_string())));
         if !remedy.is_empty() {
-            eprintln!("    {}", printable(&remedy));
+            complain(&format!("    {}", printable(&remedy)));
         }
     }
+}
+
+/// A line on standard error. Its reader may be gone, where `eprintln!` would panic and the exit code be lost, which still says what happened.
+fn complain(text: &str) {
+    let _unread = writeln!(std::io::stderr(), "{text}");
 }
 
 pub(crate) fn parse<T: serde::de::DeserializeOwned>(value: Value) -> Result<T, ClientError> {
