@@ -180,6 +180,10 @@ fn the_newest_words_that_both_programs_speak_are_spoken_there_and_back() -> Resu
     site.daemon.wait_for_new("core", old, PATIENCE)?;
     spoken(&site, 3, 2)?;
     ring.noop()?;
+    // (Whom the keeper has answered until then it lets go when it hears that the core is ready.)
+    wait_until("the core to answer operators", PATIENCE, || {
+        Ok((status(&site)?.answered_by == "core").then_some(()))
+    })?;
     // What has left the old words behind cannot follow a keeper that speaks no others than the first two.
     let report = upgrade(&site, &far)?;
     let why = "the keeper speaks versions 1 to 2 of the roles' words, this program 3 to 4";

@@ -223,7 +223,7 @@ fn the_program_of_version_1_reads_what_is_written_while_nothing_newer_is_in_use(
         (messages.to_vec(), 0)
     );
     // A send whose answer is not known to be published, in a snapshot.
-    let mut hub = read(words_of_golden(NEWEST));
+    let hub = read(words_of_golden(NEWEST));
     let saved = version_1::snapshot(&hub.snapshot().to_bytes()).unwrap();
     let [(_, origin)] = &saved.ledger.origins[..] else {
         panic!("{:?}", saved.ledger.origins)

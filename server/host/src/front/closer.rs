@@ -2,26 +2,34 @@
 //!
 //! In: descriptors of clients, by listener. Out: nothing. Must never know: a session, a message.
 //!
-//! A socket that lingers waits for its peer, a file of a user's own file system for its server, for ever if they like. Memory and eventfds never
-//! do, and are closed wherever they are dropped. Everything else is a stranger: a reference to it is kept here until it is the last, and
-//! then a thread closes it. At most one thread is with each listener's strangers, so that one client's cost one thread at most; what waits
-//! behind is counted ([`Closer::is_behind`]), so that a client cannot have the front's descriptors pile up. A thread that hangs
-//! harms nobody: it ends with the process.
+//! A socket that lingers waits for its peer, a file of a user's own file system for its server, for ever if they like; a listener closes what
+//! was sent to it and not taken. An eventfd waits for whoever waits with epoll for it and for a page of such a file; the last of a large
+//! memory object frees all its pages. So the last user of a client's descriptor gives it to a thread ([`SharedFd`]), whatever it is; what
+//! is known not to be the last of its memory alone is closed in place ([`SharedFd::close_here`]). At most one thread is with each
+//! listener's, so that one client's cost one thread at most; what waits behind is counted ([`Closer::is_behind`]), so that a client cannot
+//! have the front's descriptors pile up. A thread that hangs harms nobody: it ends with the process.
 
-use super::descriptors::is_memory;
 use super::limits::{CLOSER_STACK_BYTES, CLOSERS, CLOSES_WAITING_MAX};
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use vmgmt_mem::Signals;
 
-/// Strangers on their way out, and the threads that close them.
+/// Stands for what came from no client that is known; listeners are counted from 1.
+pub const NO_LISTENER: u32 = 0;
+
+/// The threads that close.
 #[derive(Debug)]
 pub struct Closer {
     shared: Arc<Shared>,
-    /// Strangers that somebody may still use, with their listeners.
-    strangers: Vec<(u32, Rc<OwnedFd>)>,
+}
+
+/// A descriptor that several may use. Where it came from a client the last of them has a thread close it; one of our own is closed in place.
+#[derive(Clone, Debug)]
+pub struct SharedFd {
+    /// There is one until this is dropped.
+    fd: Option<Rc<OwnedFd>>,
+    closer: Option<(u32, Arc<Shared>)>,
 }
 
 #[derive(Debug, Default)]
@@ -48,7 +56,6 @@ impl Closer {
         let shared = Arc::<Shared>::default();
         let closer = Self {
             shared: shared.clone(),
-            strangers: Vec::new(),
         };
         let (began, all_began) = std::sync::mpsc::channel::<()>();
         for _ in 0..CLOSERS {
@@ -69,46 +76,17 @@ impl Closer {
         Ok(closer)
     }
 
-    /// A descriptor came from a client of this listener.
-    pub fn received(&mut self, listener: u32, fd: OwnedFd, signals: &Signals) -> Rc<OwnedFd> {
-        let fd = Rc::new(fd);
-        self.watch(listener, &fd, signals);
-        fd
-    }
-
-    /// Sees to it that the last user of a client's descriptor does not close it, where that could wait.
-    pub fn watch(&mut self, listener: u32, fd: &Rc<OwnedFd>, signals: &Signals) {
-        if !is_memory(fd) && !signals.is_eventfd(fd) {
-            self.strangers.push((listener, fd.clone()));
-        }
-    }
-
-    /// Strangers that are held.
-    pub fn strangers(&self) -> usize {
-        self.strangers.len()
-    }
-
-    /// Has those closed that nobody uses any more.
-    pub fn sweep(&mut self) {
-        let mut index = 0;
-        while let Some((_, fd)) = self.strangers.get(index) {
-            if Rc::strong_count(fd) > 1 {
-                index += 1;
-                continue;
-            }
-            let (listener, fd) = self.strangers.swap_remove(index);
-            if let Some(fd) = Rc::into_inner(fd) {
-                self.close(listener, fd);
-            }
+    /// A descriptor came from a client of this listener, or is one of its own.
+    pub fn watch(&self, listener: u32, fd: impl Into<Rc<OwnedFd>>) -> SharedFd {
+        SharedFd {
+            fd: Some(fd.into()),
+            closer: Some((listener, self.shared.clone())),
         }
     }
 
     /// Has a descriptor closed, soon.
     pub fn close(&self, listener: u32, fd: OwnedFd) {
-        let mut queues = self.shared.lock();
-        queues.waiting.entry(listener).or_default().push_back(fd);
-        drop(queues);
-        self.shared.more.notify_one();
+        drop(self.watch(listener, fd));
     }
 
     /// So many of this listener's wait to be closed that it may bring no more.
@@ -123,6 +101,48 @@ impl Drop for Closer {
     fn drop(&mut self) {
         self.shared.lock().ended = true;
         self.shared.more.notify_all();
+    }
+}
+
+impl SharedFd {
+    /// Closes it here and now, if nobody else uses it: where that cannot wait.
+    pub fn close_here(mut self) {
+        self.closer = None;
+    }
+}
+
+impl From<Rc<OwnedFd>> for SharedFd {
+    /// One of our own.
+    fn from(fd: Rc<OwnedFd>) -> Self {
+        Self {
+            fd: Some(fd),
+            closer: None,
+        }
+    }
+}
+
+impl AsFd for SharedFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // (The other is no file that is open.)
+        self.fd.as_ref().map_or(rustix::fs::CWD, |fd| fd.as_fd())
+    }
+}
+
+impl AsRawFd for SharedFd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
+    }
+}
+
+impl Drop for SharedFd {
+    fn drop(&mut self) {
+        let last = self.fd.take().and_then(Rc::into_inner);
+        if let (Some(fd), Some((listener, shared))) = (last, &self.closer) {
+            let mut queues = shared.lock();
+            queues.waiting.entry(*listener).or_default().push_back(fd);
+            drop(queues);
+            shared.more.notify_one();
+        }
     }
 }
 
@@ -185,28 +205,39 @@ mod tests {
     }
 
     #[test]
-    fn a_stranger_is_closed_after_its_last_user_has_gone() {
-        let (signals, mut closer) = (Signals::new().unwrap(), Closer::new().unwrap());
+    fn a_thread_closes_what_its_last_user_drops() {
+        let closer = Closer::new().unwrap();
         let (reader, writer) = pipe().unwrap();
-        let kept = closer.received(1, writer, &signals);
-        closer.sweep();
-        assert_eq!((closer.strangers(), is_closed(&reader)), (1, false));
-        drop(kept);
-        closer.sweep();
-        assert_eq!(closer.strangers(), 0);
+        let one = closer.watch(1, writer);
+        let other = one.clone();
+        drop(one);
+        assert!(!is_closed(&reader));
+        drop(other);
         while !is_closed(&reader) {
             std::thread::yield_now();
         }
     }
 
     #[test]
-    fn memory_and_eventfds_are_no_strangers() {
-        let (signals, mut closer) = (Signals::new().unwrap(), Closer::new().unwrap());
+    fn memory_and_eventfds_of_clients_are_for_the_threads_too_and_what_is_ours_is_not() {
+        // Nobody takes what waits.
+        let shared = Arc::<Shared>::default();
+        let closer = Closer {
+            shared: shared.clone(),
+        };
+        let waiting = || shared.lock().waiting.values().map(VecDeque::len).sum::<usize>();
         let memory = rustix::fs::memfd_create("memory", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::empty()).unwrap();
-        closer.received(1, memory, &signals);
-        closer.received(1, event, &signals);
-        assert_eq!(closer.strangers(), 0);
+        drop(closer.watch(1, memory));
+        drop(closer.watch(1, event));
+        assert_eq!(waiting(), 2);
+        let (reader, writer) = pipe().unwrap();
+        drop(SharedFd::from(Rc::new(writer)));
+        assert!(is_closed(&reader));
+        let (reader, writer) = pipe().unwrap();
+        closer.watch(1, writer).close_here();
+        assert!(is_closed(&reader));
+        assert_eq!(waiting(), 2);
     }
 
     #[test]
@@ -233,7 +264,6 @@ mod tests {
         // Nobody takes what is behind one that hangs.
         let closer = Closer {
             shared: Arc::default(),
-            strangers: Vec::new(),
         };
         for _ in 0..CLOSES_WAITING_MAX {
             assert!(!closer.is_behind(7));

@@ -5,13 +5,13 @@
 //! Every DMA map carries a fresh duplicate of the same descriptor; one per (device, inode, access mode) is kept, the others are closed at
 //! once. Numbers are never used again.
 
-use rustix::fd::{AsFd, OwnedFd};
+use super::closer::SharedFd;
+use rustix::fd::AsFd;
 use rustix::fs::{
     AtFlags, FileType, OFlags, Statx, StatxFlags, fcntl_get_seals, fcntl_getfl, makedev, statx,
 };
 use slab::Slab;
 use std::collections::BTreeMap;
-use std::rc::Rc;
 use vmgmt_device::page::rights;
 use vmgmt_device::registers::MapObject;
 use vmgmt_wire::{DmaMap, Errno, FdSlot};
@@ -19,20 +19,20 @@ use vmgmt_wire::{DmaMap, Errno, FdSlot};
 /// Tokens and the descriptors behind them.
 #[derive(Debug, Default)]
 pub struct Descriptors {
-    pub(super) slots: Slab<Rc<OwnedFd>>,
+    pub(super) slots: Slab<SharedFd>,
 }
 
 impl Descriptors {
-    pub fn insert(&mut self, fd: Rc<OwnedFd>) -> FdSlot {
+    pub fn insert(&mut self, fd: SharedFd) -> FdSlot {
         FdSlot(self.slots.insert(fd) as u32)
     }
 
-    pub fn get(&self, slot: FdSlot) -> Option<&Rc<OwnedFd>> {
+    pub fn get(&self, slot: FdSlot) -> Option<&SharedFd> {
         self.slots.get(slot.0 as usize)
     }
 
     /// Takes a descriptor out; it is closed when the last user drops it.
-    pub fn remove(&mut self, slot: FdSlot) -> Option<Rc<OwnedFd>> {
+    pub fn remove(&mut self, slot: FdSlot) -> Option<SharedFd> {
         self.slots.try_remove(slot.0 as usize)
     }
 
@@ -68,7 +68,7 @@ type Key = (u64, u64, u64);
 /// A memory object.
 #[derive(Debug)]
 pub struct Object {
-    pub fd: Rc<OwnedFd>,
+    pub fd: SharedFd,
     pub writable: bool,
     key: Key,
 }
@@ -126,7 +126,7 @@ impl Objects {
     }
 
     /// Keeps a new object.
-    pub fn insert(&mut self, interned: &Interned, fd: Rc<OwnedFd>) {
+    pub fn insert(&mut self, interned: &Interned, fd: SharedFd) {
         let number = interned.object.number;
         self.next = self.next.max(number + 1);
         self.numbers.insert(interned.key, number);
@@ -145,7 +145,7 @@ impl Objects {
     ///
     /// # Errors
     /// It is no memory, or its number or memory is there already.
-    pub fn take_over(&mut self, number: u64, fd: Rc<OwnedFd>) -> Result<(), &'static str> {
+    pub fn take_over(&mut self, number: u64, fd: SharedFd) -> Result<(), &'static str> {
         let (key, _) = key_of(&fd).map_err(|_| "a memory object is no memory that can be read")?;
         let (_, _, rights) = key;
         let object = MapObject { number, rights };

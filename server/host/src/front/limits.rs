@@ -56,9 +56,10 @@ pub const CLOSERS: usize = 8;
 /// The stack of one: it only closes.
 pub const CLOSER_STACK_BYTES: usize = 64 * 1024;
 
-/// Descriptors of one listener's clients that wait to be closed, before it is not accepted from and may send no more that need it: more than any
-/// honest client's, whose sockets alone are closed so.
-pub const CLOSES_WAITING_MAX: usize = 256;
+/// Descriptors of one listener's clients that wait to be closed, before it is not accepted from and its clients may send no more: fifteen times
+/// what one client can have the front hold, its memory objects aside. Whoever sends one waits for an answer, and the close of an eventfd takes a microsecond: more
+/// wait only where many VMs of one listener end at once, behind the large memory of one of them.
+pub const CLOSES_WAITING_MAX: usize = 4096;
 
 /// When no descriptors are left to accept with, or a listener has [`NEWCOMERS_MAX`] or too many wait to be closed: try again after this time.
 pub const ACCEPT_RETRY_NS: u64 = 100_000_000;
@@ -98,5 +99,7 @@ pub const HAND_OVER_RETRY_NS: i64 = 1_000_000;
 pub const LOG_LINES_MAX: u32 = 10;
 pub const LOG_LINE_NS: u64 = 1_000_000_000;
 
+// What one session holds at its end, sent to the closer at once, is no pile.
+const _: () = assert!(CLOSES_WAITING_MAX > DESCRIPTORS_MAX);
 const _: () = assert!(READ_BYTES < vmgmt_wire::limits::INPUT_BYTES_MAX);
 const _: () = assert!(BEAT_NS_MAX < vmgmt_device::registers::limits::REPLY_HELD_NS_MAX);

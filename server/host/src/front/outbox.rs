@@ -2,19 +2,19 @@
 //!
 //! In: packets. Out: the same packets in order, as the other role takes them. Must never know: what they mean.
 
+use super::closer::SharedFd;
 use crate::channel::{Channel, ChannelError};
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::AsFd;
 use rustix::io::Errno;
 use serde::Serialize;
 use std::collections::VecDeque;
-use std::rc::Rc;
 
 /// A packet that waits.
 #[derive(Debug)]
 pub struct Waiting<T> {
     pub header: T,
     pub payload: Vec<u8>,
-    pub fds: Vec<Rc<OwnedFd>>,
+    pub fds: Vec<SharedFd>,
 }
 
 /// The sending side of a channel.
@@ -71,7 +71,7 @@ impl<T: Serialize> Outbox<T> {
     }
 
     /// Sends a packet, or queues it behind those that wait.
-    pub fn send(&mut self, header: T, payload: Vec<u8>, fds: Vec<Rc<OwnedFd>>) {
+    pub fn send(&mut self, header: T, payload: Vec<u8>, fds: Vec<SharedFd>) {
         if self.broken {
             return;
         }

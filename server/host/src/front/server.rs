@@ -4,7 +4,7 @@
 //!
 //! mio reports each readiness once: what was not used up is remembered in the session (`readable`, `writable`) and in `ready`.
 
-use super::closer::Closer;
+use super::closer::{Closer, SharedFd};
 use super::core_link::CoreLink;
 use super::frozen::Frozen;
 use super::limits;
@@ -20,12 +20,11 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::io::Errno;
-use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown};
+use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown, sockopt};
 use rustix::time::{ClockId, clock_gettime};
 use slab::Slab;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::rc::Rc;
 use std::time::Duration;
 use vmgmt_ctl::protocol::SandboxedRole;
 use vmgmt_device::Tick;
@@ -39,7 +38,7 @@ pub(super) const LISTENERS: usize = 1 << 32;
 pub(super) const SESSIONS: usize = 1 << 40;
 
 pub(super) struct Listener {
-    pub(super) socket: Rc<OwnedFd>,
+    pub(super) socket: SharedFd,
     pub(super) device: DeviceConfig,
     /// There may be connections to accept.
     pub(super) ready: bool,
@@ -64,7 +63,7 @@ pub struct Front {
     /// Slots with a map whose object waits for the core's channel.
     pub(super) stalled: BTreeSet<usize>,
     /// Eventfds that unmask INTx, by slot.
-    pub(super) unmask: BTreeMap<usize, Rc<OwnedFd>>,
+    pub(super) unmask: BTreeMap<usize, SharedFd>,
     /// VMs without DMA.
     pub(super) frozen: Frozen,
     pub(super) next_session: u64,
@@ -156,7 +155,6 @@ impl Front {
         self.timeouts();
         self.freezes();
         self.beat();
-        self.closer.sweep();
         self.resume_maps();
         self.keeper.flush();
         Ok(())
@@ -247,16 +245,17 @@ impl Front {
     // ---- clients
 
     fn accept(&mut self) {
-        if self.accept_again > self.now && self.accept_again != Tick::NEVER {
-            return;
-        }
-        self.accept_again = Tick::NEVER;
+        // First: the loop wakes for both, and a tick that has passed would keep it awake.
         if self.newcomers_again <= self.now {
             self.newcomers_again = Tick::NEVER;
             self.listeners
                 .values_mut()
                 .for_each(|listener| listener.ready = true);
         }
+        if self.accept_again > self.now && self.accept_again != Tick::NEVER {
+            return;
+        }
+        self.accept_again = Tick::NEVER;
         let numbers: Vec<u32> = self
             .listeners
             .iter()
@@ -309,9 +308,15 @@ impl Front {
 
     /// `held`: connections of that listener before.
     fn accepted(&mut self, listener: u32, held: usize, socket: OwnedFd) {
-        let Ok((pid, uid)) = peer_of(&socket) else {
-            self.closer.close(listener, socket);
-            return;
+        let known = peer_of(&socket).and_then(|peer| take_all_in_order(&socket).map(|()| peer));
+        let (pid, uid) = match known {
+            Ok(peer) => peer,
+            Err(error) => {
+                if self.log.take(self.now).is_some() {
+                    tracing::warn!(%error, "a connection is closed: its socket cannot be looked at or set");
+                }
+                return self.closer.close(listener, socket);
+            }
         };
         let name = format!("process {pid} of uid {uid}");
         let quiet = self.log.take(self.now).is_none();
@@ -445,7 +450,7 @@ impl Front {
             core: self.core.as_mut(),
             buffer: &mut self.buffer,
             signals: &self.signals,
-            closer: &mut self.closer,
+            closer: &self.closer,
         };
         call(session, &mut outside);
         self.close_socket(slot);
@@ -535,7 +540,7 @@ impl Front {
         }
     }
 
-    fn watch_unmask(&mut self, slot: usize, fd: Option<Rc<OwnedFd>>) {
+    fn watch_unmask(&mut self, slot: usize, fd: Option<SharedFd>) {
         if let Some(before) = self.unmask.remove(&slot) {
             self.deregister(before.as_raw_fd());
         }
@@ -566,6 +571,11 @@ impl Front {
 /// Whether a listener with so many sessions may have one more, where there are `all`: always room is left for those that have few.
 pub(super) const fn has_room(held: usize, all: usize) -> bool {
     held < limits::SLOTS_LEFT_FACTOR * limits::SESSIONS_MAX.saturating_sub(all)
+}
+
+/// Has a byte that a client marks as urgent come like any other: else the kernel drops it in the middle of a read, and closes in this thread what was sent with it.
+pub(super) fn take_all_in_order(socket: &OwnedFd) -> Result<(), Errno> {
+    sockopt::set_socket_oobinline(socket, true)
 }
 
 /// The time as the rooms see it.

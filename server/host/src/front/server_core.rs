@@ -2,6 +2,7 @@
 //!
 //! In: core lives, packets and kicks of the core. Out: packets for it; calls of sessions. Must never know: what a client asks.
 
+use super::closer::NO_LISTENER;
 use super::core_link::CoreLink;
 use super::limits::{self, FREEZE_ORPHANED_NS_MAX, FREEZES_ASKED_MAX};
 use super::message_dma::Ask;
@@ -113,6 +114,13 @@ impl Front {
     }
 
     fn core_packet(&mut self, packet: Packet<CoreToFront>) {
+        // It has no reason to send any. What a core that was taken over sends may be a client's.
+        for fd in packet.fds {
+            self.closer.close(NO_LISTENER, fd);
+        }
+        if self.closer.is_behind(NO_LISTENER) {
+            return self.core_broken(false);
+        }
         let (number, request, fence, ask) = match packet.header {
             CoreToFront::DmaRead {
                 session,

@@ -12,6 +12,7 @@ use crate::words::MappedWords;
 use anyhow::{Context, bail};
 use mio::{Interest, Token};
 use rustix::fd::{AsRawFd, OwnedFd};
+use rustix::net::{Shutdown, shutdown};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use vmgmt_device::registers::{Function, Input, Settings};
@@ -49,6 +50,8 @@ impl Front {
             KeeperToFront::Unlisten { listener } => {
                 if let Some(gone) = self.listeners.remove(&listener) {
                     self.deregister(gone.socket.as_raw_fd());
+                    // Nobody connects any more; it is closed soon.
+                    let _ = shutdown(&gone.socket, Shutdown::Both);
                 }
                 self.end_all("its socket is taken away", |session| session.listener == listener);
             }
@@ -102,7 +105,7 @@ impl Front {
 
     fn listen(&mut self, config: ListenerConfig, fds: Vec<OwnedFd>) {
         let number = config.listener;
-        let Some(socket) = fds.into_iter().next() else {
+        let Some(socket) = fds.into_iter().next().map(|fd| self.closer.watch(number, fd)) else {
             if let Some(listener) = self.listeners.get_mut(&number) {
                 listener.device = config.device;
             }
@@ -125,7 +128,7 @@ impl Front {
         self.listeners.insert(
             number,
             Listener {
-                socket: Rc::new(socket),
+                socket,
                 device: config.device,
                 ready: true,
             },

@@ -3,9 +3,9 @@
 //! In: readiness of the socket, the keeper's verdict, kicks, core lives, answers of time. Out: bytes on the socket, packets for the core,
 //! signals. Must never know: another session.
 
-use super::closer::Closer;
+use super::closer::{Closer, SharedFd};
 use super::core_link::CoreLink;
-use super::descriptors::{Descriptors, Interned, Objects, is_served_elsewhere};
+use super::descriptors::{Descriptors, Interned, Objects, is_memory, is_served_elsewhere};
 use super::limits;
 use super::log_budget::LogBudget;
 use super::message_dma::{Answer, Ask, MessageDma};
@@ -13,7 +13,7 @@ use super::socket::{self, Read};
 use crate::fault;
 use crate::messages::{FrontToCore, SessionFault};
 use crate::words::MappedWords;
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::ReadWriteFlags;
 use std::collections::BTreeMap;
 use std::io::IoSliceMut;
@@ -55,7 +55,7 @@ pub struct Outside<'a> {
     pub core: Option<&'a mut CoreLink>,
     pub buffer: &'a mut [u8],
     pub signals: &'a Signals,
-    pub closer: &'a mut Closer,
+    pub closer: &'a Closer,
 }
 
 /// A client.
@@ -82,7 +82,7 @@ pub struct Session {
     /// Its entry in the front's list of deadlines.
     pub deadline: Tick,
     /// The eventfd that unmasks INTx: to be watched from now on, or no more. Taken by the front.
-    pub watch_unmask: Option<Option<Rc<OwnedFd>>>,
+    pub watch_unmask: Option<Option<SharedFd>>,
     /// Everything may be freed.
     pub done: bool,
     /// Of ours, in it.
@@ -193,7 +193,7 @@ impl Session {
     }
 
     /// The eventfd that unmasks INTx was signalled.
-    pub fn unmask_signalled(&mut self, outside: &mut Outside<'_>, fd: &OwnedFd) {
+    pub fn unmask_signalled(&mut self, outside: &mut Outside<'_>, fd: impl AsFd) {
         let mut count = [0; 8];
         // The client may have read it first, and whether a plain read waits is up to the client as well. (An eventfd has no offset: `MAX`.)
         let mut count = [IoSliceMut::new(&mut count)];
@@ -224,12 +224,6 @@ impl Session {
         self.flush(outside);
     }
 
-    /// All that it holds of the client's but the socket.
-    pub fn client_descriptors(&self) -> impl Iterator<Item = &Rc<OwnedFd>> {
-        let objects = self.objects.iter().map(|(_, object)| &object.fd);
-        self.descriptors.slots.iter().map(|(_, fd)| fd).chain(objects)
-    }
-
     /// Serves the client: at most [`limits::REQUESTS_PER_TURN_MAX`] requests. True: there is more to do at once.
     pub fn work(&mut self, outside: &mut Outside<'_>) -> bool {
         if self.socket.is_none() || self.admission == Admission::Asked {
@@ -252,6 +246,12 @@ impl Session {
                     self.flush(outside);
                     return true;
                 }
+            }
+            // Nobody needs one before: a client that has not negotiated must not have the front hold any.
+            if self.connection.phase() == Phase::AwaitingVersion && !self.descriptors.slots.is_empty() {
+                self.complain(outside.now, "a descriptor came before its VERSION");
+                self.end(outside, "protocol error");
+                return false;
             }
             // Late answers make room for what waits, and are no event.
             let answers = self.dma.send(&mut self.connection);
@@ -378,12 +378,10 @@ impl Session {
             Read::Nothing => self.readable = false,
             Read::Closed => self.end(outside, "the client closed the connection"),
             Read::Bytes { bytes, fds, fds_lost } => {
-                let strangers = outside.closer.strangers();
-                let fds = fds
-                    .into_iter()
-                    .map(|fd| outside.closer.received(self.listener, fd, outside.signals));
+                let brings = !fds.is_empty();
+                let fds = fds.into_iter().map(|fd| outside.closer.watch(self.listener, fd));
                 let slots = fds.map(|fd| self.descriptors.insert(fd)).collect();
-                if outside.closer.strangers() > strangers && outside.closer.is_behind(self.listener) {
+                if brings && outside.closer.is_behind(self.listener) {
                     return self.end(outside, "descriptors that it or its like sent cannot be closed");
                 }
                 let bytes = outside.buffer.get(..bytes).unwrap_or_default();
@@ -500,9 +498,9 @@ impl Session {
                         self.stalled_map = Some((handle, map, object));
                         return;
                     }
-                } else {
-                    // Closed before the answer: a client may count on it.
-                    drop(fd);
+                } else if is_memory(&fd) {
+                    // Closed before the answer: a client may count on it. It frees nothing: the same memory is kept.
+                    fd.close_here();
                 }
                 self.input(
                     outside,
@@ -525,7 +523,7 @@ impl Session {
         }
     }
 
-    fn look(&self, map: &DmaMap, fd: &OwnedFd) -> Result<Interned, Errno> {
+    fn look(&self, map: &DmaMap, fd: impl AsFd) -> Result<Interned, Errno> {
         let interned = self.objects.look(map, fd)?;
         let device = self.device.as_ref().ok_or(Errno::ENODEV)?;
         let asks = (map.readable && interned.object.rights & 1 != 0)

@@ -3,12 +3,12 @@
 //! In: outputs of the function. Out: replies for the connection, signals, packets and touches for the core. Must never know: the
 //! client's bytes, another session.
 
+use super::closer::SharedFd;
 use super::core_link::CoreLink;
 use super::message_dma::Answer;
 use super::session::{Outside, Session};
 use crate::messages::FrontToCore;
 use crate::words::{MappedWords, create_writable_page};
-use rustix::fd::OwnedFd;
 use std::rc::Rc;
 use vmgmt_device::Tick;
 use vmgmt_device::page::CorePage;
@@ -51,9 +51,9 @@ impl Session {
         self.kicked = core.kicked(self.slot);
         let (session, vm) = (self.number, self.vm);
         let slot = u32::try_from(self.slot)?;
-        let fds = vec![device.front_page.clone(), core_page, device.state.clone()];
+        let fds = [&device.front_page, &core_page, &device.state].map(|fd| fd.clone().into());
         core.outbox
-            .send(FrontToCore::Session { session, slot, vm }, Vec::new(), fds);
+            .send(FrontToCore::Session { session, slot, vm }, Vec::new(), fds.into());
         for (number, object) in self.objects.iter() {
             let message = FrontToCore::Object {
                 session,
@@ -173,7 +173,7 @@ impl Session {
     }
 
     /// A packet for the core, if it knows this session.
-    fn tell(&self, outside: &mut Outside<'_>, message: FrontToCore, fds: Vec<Rc<OwnedFd>>) {
+    fn tell(&self, outside: &mut Outside<'_>, message: FrontToCore, fds: Vec<SharedFd>) {
         let told = self.told_life;
         if let Some(core) = outside.core.as_deref_mut().filter(|core| told == Some(core.life)) {
             core.outbox.send(message, Vec::new(), fds);
@@ -198,7 +198,7 @@ impl Session {
     }
 
     /// Sends an object to the core that knows this session. True: it waits in the queue.
-    pub(super) fn send_object(&self, outside: &mut Outside<'_>, object: u64, fd: Rc<OwnedFd>) -> bool {
+    pub(super) fn send_object(&self, outside: &mut Outside<'_>, object: u64, fd: SharedFd) -> bool {
         let Some(core) = outside.core.as_deref_mut() else {
             return false;
         };

@@ -96,9 +96,13 @@ impl Keeper {
                 go(Phase::Killing(new, reason))
             }
             Phase::Killing(mut new, reason) => {
-                // The old one goes on only when the new one can touch nothing any more.
+                // The old one goes on only when the new one can touch nothing any more: it has ended; or it sleeps in the kernel, for ever if
+                // the server of a client's file likes, and does not come back out of it. It is waited for with those who leave.
                 if new.ended().is_none() {
-                    return stay(Phase::Killing(new, reason));
+                    if !new.is_dead_for_memory() {
+                        return stay(Phase::Killing(new, reason));
+                    }
+                    self.leaving.push((new, Instant::now()));
                 }
                 self.front_said = None;
                 self.front.go_on(KeeperToFront::Resume);
@@ -282,6 +286,51 @@ mod tests {
             reason.contains("cannot be understood") && stall.as_nanos() == 5,
             "{reason}"
         );
+    }
+
+    #[test]
+    fn an_old_front_goes_on_though_the_killed_new_one_cannot_be_waited_for() {
+        let mut keeper = scene();
+        keeper.front.waiting.clear();
+        keeper.leaving.clear();
+        // A process that ends stands for one that sleeps in the kernel; and one that does not, for a pidfd that does not tell.
+        let mut dead = std::process::Command::new("true").spawn().unwrap();
+        let mut sleeper = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let mut new: Child<KeeperToFront> = child(sleeper.id(), Vec::new(), Some("killed"));
+        new.pidfd = rustix::process::pidfd_open(
+            rustix::process::Pid::from_child(&sleeper),
+            rustix::process::PidfdFlags::empty(),
+        )
+        .unwrap();
+        let killing = Phase::Killing(new, "it was late".into());
+        let Progress::Running(Step::Front(HandOver { phase, .. })) =
+            step(&mut keeper, killing, Duration::ZERO)
+        else {
+            panic!("it is over");
+        };
+        let Phase::Killing(mut new, reason) = phase else {
+            panic!("the old one goes on beside a new one that runs");
+        };
+        new.pid = dead.id();
+        while !new.is_dead_for_memory() {
+            std::thread::yield_now();
+        }
+        let killing = Phase::Killing(new, reason);
+        let Progress::Running(Step::Front(HandOver { phase, .. })) =
+            step(&mut keeper, killing, Duration::ZERO)
+        else {
+            panic!("it is over");
+        };
+        assert!(matches!(phase, Phase::Resuming(reason) if reason == "it was late"));
+        let told = keeper.front.waiting.front().map(|(message, _)| message);
+        assert!(matches!(told, Some(KeeperToFront::Resume)), "{told:?}");
+        assert_eq!(keeper.leaving.len(), 1, "it is waited for");
+        while !keeper.leaving.is_empty() {
+            keeper.see_off();
+        }
+        dead.wait().unwrap();
+        // (It was killed, and waited for by its pidfd.)
+        let _ = sleeper.wait();
     }
 
     #[test]

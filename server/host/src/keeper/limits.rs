@@ -45,6 +45,9 @@ pub(super) const SERVE_DEADLINE: Duration = Duration::from_secs(5);
 pub(super) const LEAVE_DEADLINE: Duration = Duration::from_secs(1);
 /// How long front and core may take to end in order.
 pub(super) const STOP_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a front that was killed at the end may take to be gone, before the daemon ends without it: it may sleep in the kernel for as long as
+/// the server of a client's file likes.
+pub(super) const DEATH_DEADLINE: Duration = Duration::from_secs(2);
 /// How long a core in service may take none of the messages that wait for it: the front is told nothing meanwhile, and a QEMU that connects waits 5 s.
 pub(super) const UNREAD_DEADLINE: Duration = Duration::from_secs(2);
 /// Messages for a core in service from which on it is not listened to, since what it asks is answered.

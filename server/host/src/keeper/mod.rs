@@ -46,8 +46,8 @@ use anyhow::{Context, bail};
 use binary::Binary;
 use child::Child;
 use limits::{
-    HUB_STATE_BYTES, IMPATIENCE, LOOK_AGAIN, NOTICES_MAX, PACKETS_PER_TURN, START_DEADLINE, STOP_DEADLINE,
-    UNREAD_MAX,
+    DEATH_DEADLINE, HUB_STATE_BYTES, IMPATIENCE, LOOK_AGAIN, NOTICES_MAX, PACKETS_PER_TURN, START_DEADLINE,
+    STOP_DEADLINE, UNREAD_MAX,
 };
 use lives::{CoreLife, Standing};
 use mio::unix::SourceFd;
@@ -278,8 +278,23 @@ impl Keeper {
         self.restart_core()?;
         self.announce();
         self.flush();
-        let done = self.stop_at.is_some() && self.core.is_none() && self.front.ended().is_some();
-        Ok((more, done))
+        Ok((more, self.is_over()))
+    }
+
+    /// Whether all has ended that is to end.
+    fn is_over(&mut self) -> bool {
+        let Some(at) = self.stop_at.filter(|_| self.core.is_none()) else {
+            return false;
+        };
+        if self.front.ended().is_some() {
+            return true;
+        }
+        let late = at.elapsed() >= DEATH_DEADLINE;
+        if late {
+            let pid = self.front.pid();
+            tracing::error!("the front, process {pid}, was killed and is not gone: it is left behind");
+        }
+        late
     }
 
     /// How long nothing can happen that no event tells.

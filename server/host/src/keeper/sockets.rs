@@ -64,15 +64,10 @@ pub(super) fn listen_on(path: &Path, mode: u32, group: Option<&str>) -> Result<S
                 "remove it or choose another path",
             ));
         }
-        match new_socket().and_then(|socket| connect(&socket, &address)) {
-            Err(Errno::CONNREFUSED) => {
-                std::fs::remove_file(path).map_err(|error| {
-                    mistake(
-                        format!("an old socket there cannot be removed: {error}"),
-                        "remove it yourself",
-                    )
-                })?;
-            }
+        match listener_of(path) {
+            // Nobody listens any more; or only a process does that a dead daemon has left, asleep in the kernel: nobody comes to accept.
+            Err(Errno::CONNREFUSED) => {}
+            Ok(pid) if !is_there(pid) => {}
             Err(errno @ (Errno::ACCESS | Errno::PERM | Errno::PROTOTYPE)) => {
                 return Err(failed(
                     "it is there, and whether somebody listens cannot be seen",
@@ -84,6 +79,12 @@ pub(super) fn listen_on(path: &Path, mode: u32, group: Option<&str>) -> Result<S
                 return Err(mistake("somebody listens on it already".into(), remedy));
             }
         }
+        std::fs::remove_file(path).map_err(|error| {
+            mistake(
+                format!("an old socket there cannot be removed: {error}"),
+                "remove it yourself",
+            )
+        })?;
     }
     let fd = new_socket().map_err(|errno| failed("socket", errno))?;
     // Nobody may connect before mode and group are as they should be.
@@ -182,6 +183,10 @@ mod tests {
 
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists(), "std leaves it");
+        // (A process that another test is just starting may have inherited it, for a moment.)
+        while UnixStream::connect(&path).is_ok() {
+            std::thread::yield_now();
+        }
         let socket = listen_on(&path, 0o600, None).unwrap();
         // A successor's file is not ours to remove.
         std::fs::remove_file(&path).unwrap();
@@ -195,6 +200,31 @@ mod tests {
                 .contains("is no socket")
         );
         assert!(listen_on(Path::new("/proc/x.sock"), 0o600, None).is_err());
+    }
+
+    /// Set in a process that only listens, on its standard input, for a test of this one.
+    const LISTENS: &str = "VMGMT_TEST_LISTENS";
+
+    #[test]
+    fn a_socket_of_a_process_that_has_ended_is_replaced_though_it_still_answers() {
+        if std::env::var_os(LISTENS).is_some() {
+            return listen(std::io::stdin(), 1).unwrap();
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.sock");
+        let left = new_socket().unwrap();
+        bind(&left, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        let test = "keeper::sockets::tests::a_socket_of_a_process_that_has_ended_is_replaced_though_it_still_answers";
+        let mut listening = std::process::Command::new("/proc/self/exe");
+        listening.args(["--exact", test]).env(LISTENS, "1");
+        listening
+            .stdin(left.try_clone().unwrap())
+            .stdout(std::process::Stdio::null());
+        assert!(listening.status().unwrap().success());
+        UnixStream::connect(&path).unwrap();
+        let socket = listen_on(&path, 0o600, None).unwrap();
+        assert_eq!(listener_of(&path), Ok(std::process::id() as i32));
+        drop((socket, left));
     }
 
     #[test]

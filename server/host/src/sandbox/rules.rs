@@ -229,6 +229,14 @@ const FRONT: &[Rule] = &[
     ),
     rule!(SYS_getsockopt[PEER[0], PEER[1]], Always, "which process has connected"),
     rule!(
+        SYS_setsockopt[
+            Only::OneOf(1, &[number(libc::SOL_SOCKET)]),
+            Only::OneOf(2, &[number(libc::SO_OOBINLINE)])
+        ],
+        Always,
+        "urgent bytes of clients come in order: the kernel would drop them in a read, and close there what came with them"
+    ),
+    rule!(
         SYS_fcntl[Only::OneOf(
             1,
             &[

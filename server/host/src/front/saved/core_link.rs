@@ -2,6 +2,7 @@
 //!
 //! In: a [`CoreLink`]; or its saved form. Out: the other. Must never know: a session.
 
+use crate::front::closer::{Closer, NO_LISTENER};
 use crate::front::core_link::CoreLink;
 use crate::front::limits;
 use crate::front::outbox::{Outbox, Waiting};
@@ -55,7 +56,7 @@ impl SavedCoreLink {
             SavedPacket {
                 header: header.clone(),
                 payload: payload.clone(),
-                fds: fds.iter().map(|fd| packer.carry(fd.as_ref())).collect(),
+                fds: fds.iter().map(|fd| packer.carry(fd)).collect(),
             }
         });
         Self {
@@ -72,7 +73,7 @@ impl SavedCoreLink {
         }
     }
 
-    pub fn restore(self, unpacker: &mut Unpacker) -> Result<CoreLink, Refusal> {
+    pub fn restore(self, unpacker: &mut Unpacker, closer: &Closer) -> Result<CoreLink, Refusal> {
         let Self {
             life,
             channel,
@@ -106,8 +107,8 @@ impl SavedCoreLink {
         for SavedPacket { header, payload, fds } in queue {
             let fds = fds
                 .into_iter()
-                .map(|fd| unpacker.shared(fd))
-                .collect::<Result<_, _>>()?;
+                .map(|fd| Ok(closer.watch(NO_LISTENER, unpacker.shared(fd)?)))
+                .collect::<Result<_, Refusal>>()?;
             waiting.push_back(Waiting { header, payload, fds });
         }
         Ok(core)

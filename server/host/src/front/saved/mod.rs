@@ -10,7 +10,7 @@ mod session;
 
 use super::frozen::Frozen;
 use super::log_budget::LogBudget;
-use super::server::{Front, LISTENERS, Listener, SESSIONS};
+use super::server::{Front, LISTENERS, Listener, SESSIONS, take_all_in_order};
 use super::{limits, session::Session};
 use crate::config::DeviceConfig;
 use crate::packed::{self, Carried, Packer, Refusal, Unpacker};
@@ -22,7 +22,6 @@ pub use session::SavedMessageDma;
 use session::SavedSession;
 use slab::Slab;
 use std::collections::BTreeSet;
-use std::rc::Rc;
 use vmgmt_device::Tick;
 
 /// What this version writes. It reads this one and the one before.
@@ -116,7 +115,7 @@ impl Front {
                 .iter()
                 .map(|(number, Listener { socket, device, .. })| SavedListener {
                     number: *number,
-                    socket: packer.carry(socket.as_ref()),
+                    socket: packer.carry(socket),
                     device: device.clone(),
                 })
                 .collect(),
@@ -158,7 +157,7 @@ impl Front {
             device,
         } in listeners
         {
-            let socket = unpacker.shared(socket)?;
+            let socket = self.closer.watch(number, unpacker.shared(socket)?);
             let token = Token(LISTENERS + number as usize);
             self.register(socket.as_raw_fd(), token, Interest::READABLE)?;
             let listener = Listener {
@@ -171,7 +170,7 @@ impl Front {
             }
         }
         if let Some(saved) = core {
-            let core = saved.restore(&mut unpacker)?;
+            let core = saved.restore(&mut unpacker, &self.closer)?;
             self.watch_core(core)?;
         }
         self.take_sessions(sessions, &mut unpacker)?;
@@ -188,7 +187,7 @@ impl Front {
         let mut sessions: Vec<(usize, Session)> = Vec::new();
         let mut slots = BTreeSet::new();
         for one in saved {
-            let (slot, session, unmask) = one.restore(unpacker)?;
+            let (slot, session, unmask) = one.restore(unpacker, &self.closer)?;
             let number = session.number;
             if slot >= limits::SESSIONS_MAX || !slots.insert(slot) {
                 return Err("a session's slot is out of range or used twice".into());
@@ -197,15 +196,14 @@ impl Front {
                 return Err("a session's number is to come, or used twice".into());
             }
             if let Some(socket) = &session.socket {
+                // A front of an earlier version may not have done it.
+                take_all_in_order(socket)?;
                 let token = Token(SESSIONS + 2 * slot);
                 self.register(socket.as_raw_fd(), token, Interest::READABLE | Interest::WRITABLE)?;
             }
             if let Some(fd) = unmask {
                 self.register(fd.as_raw_fd(), Token(SESSIONS + 2 * slot + 1), Interest::READABLE)?;
                 self.unmask.insert(slot, fd);
-            }
-            for fd in session.client_descriptors() {
-                self.closer.watch(session.listener, fd, &self.signals);
             }
             sessions.push((slot, session));
         }
@@ -276,6 +274,3 @@ impl From<SavedLogBudget> for LogBudget {
         }
     }
 }
-
-/// A descriptor that is shared within a front.
-type Shared = Rc<OwnedFd>;

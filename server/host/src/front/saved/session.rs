@@ -2,7 +2,8 @@
 //!
 //! In: a [`Session`]; or its saved form, checked like a peer's bytes. Out: the other. Must never know: another session.
 
-use super::{SavedLogBudget, Shared};
+use super::SavedLogBudget;
+use crate::front::closer::{Closer, SharedFd};
 use crate::front::descriptors::{Descriptors, Objects};
 use crate::front::limits;
 use crate::front::message_dma::{Ask, MessageDma};
@@ -104,7 +105,7 @@ struct SavedStalledMap {
 impl SavedSession {
     pub fn save<'a>(
         session: &'a Session,
-        unmask: Option<&'a Shared>,
+        unmask: Option<&'a SharedFd>,
         packer: &mut Packer<'a>,
     ) -> Result<Self, Refusal> {
         let Session {
@@ -169,16 +170,16 @@ impl SavedSession {
             connection: connection.save(),
             device,
             descriptors: descriptors
-                .map(|(slot, fd)| (slot as u32, packer.carry(fd.as_ref())))
+                .map(|(slot, fd)| (slot as u32, packer.carry(fd)))
                 .collect(),
             objects: objects
                 .iter()
-                .map(|(number, object)| (number, packer.carry(object.fd.as_ref())))
+                .map(|(number, object)| (number, packer.carry(&object.fd)))
                 .collect(),
             next_object: objects.next,
             dma: SavedMessageDma::from(dma),
             stalled_map: stalled_map.as_ref().map(SavedStalledMap::from),
-            unmask: unmask.map(|fd| packer.carry(fd.as_ref())),
+            unmask: unmask.map(|fd| packer.carry(fd)),
             told_life: *told_life,
             kicked: *kicked,
             accepted_at: *accepted_at,
@@ -188,13 +189,21 @@ impl SavedSession {
     }
 
     /// The session, its slot, and the eventfd to be watched.
-    pub fn restore(self, unpacker: &mut Unpacker) -> Result<(usize, Session, Option<Shared>), Refusal> {
+    pub fn restore(
+        self,
+        unpacker: &mut Unpacker,
+        closer: &Closer,
+    ) -> Result<(usize, Session, Option<SharedFd>), Refusal> {
         let number = self.number;
-        self.try_restore(unpacker)
+        self.try_restore(unpacker, closer)
             .map_err(|refusal| told(number, &refusal.to_string()))
     }
 
-    fn try_restore(self, unpacker: &mut Unpacker) -> Result<(usize, Session, Option<Shared>), Refusal> {
+    fn try_restore(
+        self,
+        unpacker: &mut Unpacker,
+        closer: &Closer,
+    ) -> Result<(usize, Session, Option<SharedFd>), Refusal> {
         let Self {
             number,
             slot,
@@ -220,15 +229,17 @@ impl SavedSession {
             held_back_since,
             log,
         } = self;
-        let descriptors = restore_descriptors(descriptors, unpacker)?;
+        let mut take = |fd| Ok(closer.watch(listener, unpacker.shared(fd)?));
+        let descriptors = restore_descriptors(descriptors, &mut take)?;
         let mut kept = Objects::new();
         for (object, fd) in objects {
-            kept.take_over(object, unpacker.shared(fd)?)?;
+            kept.take_over(object, take(fd)?)?;
         }
         if kept.iter().any(|(object, _)| object >= next_object) {
             return Err("a memory object's number is to come".into());
         }
         kept.next = next_object;
+        let unmask = unmask.map(take).transpose()?;
         let mut device = device.map(|device| device.restore(unpacker)).transpose()?;
         let named = device.as_ref().map(|device| device.function.eventfds());
         let missing = |slot: &FdSlot| descriptors.get(*slot).is_none();
@@ -290,7 +301,6 @@ impl SavedSession {
             held_back_since,
             log: log.into(),
         };
-        let unmask = unmask.map(|fd| unpacker.shared(fd)).transpose()?;
         Ok((slot, session, unmask))
     }
 }
@@ -356,7 +366,10 @@ impl SavedDevice {
     }
 }
 
-fn restore_descriptors(saved: Vec<(u32, Carried)>, unpacker: &mut Unpacker) -> Result<Descriptors, Refusal> {
+fn restore_descriptors(
+    saved: Vec<(u32, Carried)>,
+    mut take: impl FnMut(Carried) -> Result<SharedFd, Refusal>,
+) -> Result<Descriptors, Refusal> {
     let mut slots = BTreeSet::new();
     let mut fds = Vec::new();
     for (slot, fd) in saved {
@@ -364,7 +377,7 @@ fn restore_descriptors(saved: Vec<(u32, Carried)>, unpacker: &mut Unpacker) -> R
         if slot as usize >= limits::DESCRIPTORS_MAX || !slots.insert(slot) {
             return Err("a descriptor's slot is out of range or used twice".into());
         }
-        fds.push((slot as usize, unpacker.shared(fd)?));
+        fds.push((slot as usize, take(fd)?));
     }
     Ok(Descriptors {
         slots: fds.into_iter().collect::<Slab<_>>(),

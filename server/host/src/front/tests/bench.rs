@@ -9,7 +9,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, OwnedFd};
 use serde::de::DeserializeOwned;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{Ordering, fence};
 use std::thread::JoinHandle;
 use vmgmt_device::page::{CorePage, FrontPage, LifePage, TouchedPage};
@@ -48,6 +48,7 @@ pub struct Bench {
     pub thread: Option<JoinHandle<anyhow::Result<()>>>,
     _directory: tempfile::TempDir,
     pub maps_max: u32,
+    device: DeviceConfig,
 }
 
 impl Bench {
@@ -68,27 +69,32 @@ impl Bench {
         let thread = std::thread::spawn(move || super::super::run(front.into_fd(), entered));
         let maps_max = device.maps_max.min(1024);
         let listener = UnixListener::bind(&path).unwrap();
-        let config = ListenerConfig {
-            listener: 1,
-            path: path.clone(),
-            mode: 0o600,
-            group: None,
-            identity: Identity::Vm { vm: 3 },
-            device: DeviceConfig { maps_max, ..device },
-        };
         let mut bench = Self {
             keeper,
-            path,
+            path: path.clone(),
             thread: Some(thread),
             _directory: directory,
             maps_max,
+            device: DeviceConfig { maps_max, ..device },
         };
         assert!(matches!(bench.next(), FrontToKeeper::Ready));
+        bench.listen(1, &path, listener.into());
         bench
-            .keeper
-            .send(&KeeperToFront::Listen(config), b"", &[listener.as_fd()])
+    }
+
+    /// Gives the front a socket, and keeps none of it.
+    pub fn listen(&self, listener: u32, path: &Path, socket: OwnedFd) {
+        let config = ListenerConfig {
+            listener,
+            path: path.to_owned(),
+            mode: 0o600,
+            group: None,
+            identity: Identity::Vm { vm: 3 },
+            device: self.device.clone(),
+        };
+        self.keeper
+            .send(&KeeperToFront::Listen(config), b"", &[socket.as_fd()])
             .unwrap();
-        bench
     }
 
     /// The next thing that the front says, but of its sandbox, and of a core that seems to stand still: a test's own thread may have to wait

@@ -1,6 +1,9 @@
 //! Connections: admission, negotiation, limits, the end.
 
 use super::*;
+use crate::front::closer::Closer;
+use crate::front::limits;
+use crate::front::session::{Outside, Session};
 use crate::messages::{FrontToKeeper, KeeperToFront};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::net::Shutdown;
@@ -270,6 +273,82 @@ fn a_descriptor_whose_close_waits_holds_nobody_up() {
     let reason = "nobody is let in".into();
     bench.tell(&KeeperToFront::Refused { session, reason });
     assert!(matches!(bench.next(), FrontToKeeper::SessionGone { session: gone, .. } if gone == session));
+    other.get_info().unwrap();
+    bench.stop();
+}
+
+#[test]
+fn what_comes_with_an_urgent_byte_is_not_closed_by_the_read() {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    let mut bench = Bench::new();
+    let (mut other, _) = bench.client();
+    let (client, admitted) = bench.client();
+    let lingering = lingering();
+    let fds = [lingering.socket.as_fd()];
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut rights = SendAncillaryBuffer::new(&mut space);
+    assert!(rights.push(SendAncillaryMessage::ScmRights(&fds)));
+    let byte = [std::io::IoSlice::new(&[0])];
+    sendmsg(client.socket(), &byte, &mut rights, SendFlags::OOB).unwrap();
+    drop(lingering.socket);
+    drop(client);
+    assert!(
+        matches!(bench.next(), FrontToKeeper::SessionGone { session, .. } if session == admitted.session)
+    );
+    other.get_info().unwrap();
+    bench.stop();
+}
+
+#[test]
+fn a_descriptor_before_the_version_ends_a_connection() {
+    let (socket, client) = std::os::unix::net::UnixStream::pair().unwrap();
+    let mut client = Client::from_socket(client);
+    let now = vmgmt_device::Tick(1);
+    let mut session = Session::new(now, 1, 0, 1, "one".into(), socket.into());
+    // (It is read, whatever the keeper has said of it.)
+    session.refuse("for this test");
+    let signals = vmgmt_mem::Signals::new().unwrap();
+    let mut outside = Outside {
+        now,
+        core: None,
+        buffer: &mut [0; 64],
+        signals: &signals,
+        closer: &Closer::new().unwrap(),
+    };
+    client.send_raw(&[0; 8], &[]).unwrap();
+    session.work(&mut outside);
+    assert!(session.socket.is_some(), "half a header alone is well");
+    let (reader, writer) = rustix::pipe::pipe().unwrap();
+    client.send_raw(&[0; 4], &[writer.as_fd()]).unwrap();
+    drop(writer);
+    session.readable = true;
+    session.work(&mut outside);
+    assert!(session.socket.is_none() && session.done);
+    // It is closed, soon: this read waits for that.
+    assert_eq!(rustix::io::read(&reader, &mut [0]), Ok(0));
+}
+
+#[test]
+fn what_lies_unaccepted_in_a_listener_that_is_taken_away_holds_nobody_up() {
+    let mut bench = Bench::new();
+    let another = bench.path.with_extension("other");
+    let listener = std::os::unix::net::UnixListener::bind(&another).unwrap();
+    bench.listen(2, &another, listener.into());
+    let (mut other, _) = bench.client();
+    let newcomers: Vec<_> = (0..limits::NEWCOMERS_MAX)
+        .map(|_| Client::connect(&another).unwrap())
+        .collect();
+    for _ in &newcomers {
+        assert!(matches!(bench.next(), FrontToKeeper::Admit { listener: 2, .. }));
+    }
+    // One more waits in the socket.
+    let mut client = Client::connect(&another).unwrap();
+    let _peer = leave_with(&mut client, lingering());
+    drop(client);
+    bench.tell(&KeeperToFront::Unlisten { listener: 2 });
+    for mut client in newcomers {
+        client.wait_closed().unwrap();
+    }
     other.get_info().unwrap();
     bench.stop();
 }
