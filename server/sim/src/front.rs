@@ -494,7 +494,7 @@ impl Front {
             .set_messages_out(client.connection.dma_outstanding() > 0);
         client.function.handle(now, input);
         if client.function.fence() != fence {
-            let answers = client.dma.drop_all(&mut client.connection);
+            let answers = client.dma.fence(&mut client.connection);
             self.answers(session, answers);
         }
         self.after(session);

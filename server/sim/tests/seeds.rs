@@ -45,6 +45,9 @@ fn fixed_seeds_pass() {
 fn what_found_a_fault_once_passes() {
     // A ring's end had a read by message forgotten that another ring had asked for in the same turn: nothing woke that one any more.
     passes(0xdaca_ffdf_d33e_e1ff);
+    // A completion that was sent to the VM's process and not answered, and then a fence and a reset: the guest saw it.
+    passes(0x3456_f897_8adc_4809);
+    passes(0x3456_f897_8adc_6fc1);
 }
 
 #[test]

@@ -253,6 +253,11 @@ impl Connection {
         self.own.abandon(given_up)
     }
 
+    /// Gives up the DMA_READs under way, as [`Connection::abandon_dma`] does; their cookies.
+    pub fn abandon_dma_reads(&mut self) -> Vec<u64> {
+        self.own.abandon_reads()
+    }
+
     /// DMA messages without an answer, those given up included.
     pub fn dma_outstanding(&self) -> usize {
         self.own.outstanding.len()

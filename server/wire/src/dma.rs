@@ -142,6 +142,15 @@ impl OwnRequests {
         count
     }
 
+    /// Gives up the reads; their cookies.
+    pub fn abandon_reads(&mut self) -> Vec<u64> {
+        let reads = self
+            .outstanding
+            .values_mut()
+            .filter(|one| one.kind == DmaKind::Read);
+        reads.filter_map(|read| read.cookie.take()).collect()
+    }
+
     /// Matches a reply by id and checks that it is about what was asked.
     pub fn complete(&mut self, header: &Header, body: &[u8]) -> Matched {
         let Some(outstanding) = self.outstanding.remove(&header.message_id.get()) else {

@@ -30,6 +30,8 @@ pub struct MessageDma {
     /// Life and request, by cookie.
     pub(super) under_way: BTreeMap<u64, (u64, u64)>,
     pub(super) next_cookie: u64,
+    /// Those with smaller cookies were sent before the last fence.
+    pub(super) fenced: u64,
 }
 
 impl MessageDma {
@@ -88,6 +90,10 @@ impl MessageDma {
             Err(DmaFailure::Refused(errno)) => (Vec::new(), errno),
             Err(DmaFailure::Malformed) => (Vec::new(), Errno::EIO),
         };
+        if error != Errno(0) && reply.cookie < self.fenced {
+            // Refused for what the fence was about, perhaps.
+            return Some(Answer::again(life, request));
+        }
         Some(Answer {
             life,
             request,
@@ -96,8 +102,25 @@ impl MessageDma {
         })
     }
 
-    /// A fence, or the end of a core life: unsent messages are taken back, answers to the others will be dropped. All of them are
-    /// answered with EAGAIN: ask again, if it is still wanted.
+    /// A fence: unsent messages are taken back, answers to reads that were sent will be dropped, and these are answered with EAGAIN: ask again, if
+    /// it is still wanted. A write that was sent is answered when the client has: it may do it all the same, and the core must not
+    /// take for lost what the guest then sees. (Refused, it is EAGAIN.)
+    pub fn fence(&mut self, connection: &mut Connection) -> Vec<Answer> {
+        let mut back = connection.drop_unsent_dma();
+        back.extend(connection.abandon_dma_reads());
+        back.sort_unstable();
+        self.fenced = self.next_cookie;
+        let sent = back
+            .into_iter()
+            .filter_map(|cookie| self.under_way.remove(&cookie));
+        let waiting = self.waiting.drain(..).map(|(life, request, _)| (life, request));
+        sent.chain(waiting)
+            .map(|(life, request)| Answer::again(life, request))
+            .collect()
+    }
+
+    /// The end of a session, or of a core life: unsent messages are taken back, answers to the others will be dropped. All of them are
+    /// answered with EAGAIN.
     pub fn drop_all(&mut self, connection: &mut Connection) -> Vec<Answer> {
         if self.waiting.is_empty() && self.under_way.is_empty() {
             return Vec::new();

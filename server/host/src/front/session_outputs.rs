@@ -83,7 +83,7 @@ impl Session {
             .set_messages_out(self.connection.dma_outstanding() > 0);
         device.function.handle(outside.now, input);
         if device.function.fence() != fence {
-            let answers = self.dma.drop_all(&mut self.connection);
+            let answers = self.dma.fence(&mut self.connection);
             self.tell_answers(outside, answers);
         }
         self.after_function(outside);

@@ -234,6 +234,7 @@ fn silent(what: &str) -> String {
 mod tests {
     use super::super::saved_tests::{child, scene};
     use super::*;
+    use std::io::{Read, Write};
 
     /// One step of a hand-over in this phase; what it became.
     fn step(keeper: &mut Keeper, phase: Phase, age: Duration) -> Progress {
@@ -295,7 +296,12 @@ mod tests {
         keeper.leaving.clear();
         // A process that ends stands for one that sleeps in the kernel; and one that does not, for a pidfd that does not tell.
         let mut dead = std::process::Command::new("true").spawn().unwrap();
-        let mut sleeper = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let mut sleeper = std::process::Command::new("cat");
+        let piped = std::process::Stdio::piped;
+        let mut sleeper = sleeper.stdin(piped()).stdout(piped()).spawn().unwrap();
+        // When it has answered it sleeps for no disk any more.
+        sleeper.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+        sleeper.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
         let mut new: Child<KeeperToFront> = child(sleeper.id(), Vec::new(), Some("killed"));
         new.pidfd = rustix::process::pidfd_open(
             rustix::process::Pid::from_child(&sleeper),

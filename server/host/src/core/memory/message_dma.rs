@@ -326,9 +326,23 @@ impl MessageQueue {
         if self.given_up.answered(request, error == 0) {
             return true;
         }
-        let Some(fence) = self.outstanding.get(&request).map(|answered| answered.fence) else {
+        let Some(answered) = self.outstanding.get(&request) else {
             return false;
         };
+        let (fence, is_read) = (
+            answered.fence,
+            matches!(answered.operation, Operation::Read { .. }),
+        );
+        if error == AGAIN && is_read {
+            // A write that was given out with it may be with the client, and is answered when that has answered.
+            if let Some(Outstanding { operation, .. }) = self.outstanding.remove(&request)
+                && !self.dropped.remove(&request)
+            {
+                self.set_out(&operation, false);
+                self.queue.push_front(operation);
+            }
+            return true;
+        }
         if error == AGAIN {
             // Dropped at the next fence, and so were all that were given out under the same one: they go again, in order. What was given out under a
             // later fence, before this answer came, is with the client.

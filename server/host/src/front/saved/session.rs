@@ -390,6 +390,7 @@ impl From<&MessageDma> for SavedMessageDma {
             waiting,
             under_way,
             next_cookie,
+            fenced: _,
         } = dma;
         let waiting = waiting.iter().map(|(life, request, ask)| {
             let ask = match ask {
@@ -444,6 +445,8 @@ impl SavedMessageDma {
                 .map(|(cookie, life, request)| (cookie, (life, request)))
                 .collect(),
             next_cookie,
+            // Whether there was a fence is not handed over: what is refused is asked for once more.
+            fenced: next_cookie,
         })
     }
 }
