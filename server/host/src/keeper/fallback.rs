@@ -10,16 +10,18 @@ use std::collections::BTreeMap;
 const CONTROL_TOKENS: usize = 16;
 
 impl Keeper {
-    /// While no core is READY the keeper answers the operators, so that they never wait in vain.
+    /// While no core is READY the keeper answers the operators, so that they never wait in vain. In the turn in which one becomes it, what has come
+    /// in until then is answered still; then their connections end.
     pub(super) fn serve_fallback(&mut self) {
-        if self.core.as_ref().is_some_and(|core| core.ready.is_some()) {
+        let is_served = self.core.as_ref().is_some_and(|core| core.ready.is_some());
+        if is_served && self.fallback.is_none() {
             return;
         }
         let server = self.fallback.take().map_or_else(|| self.new_fallback(), Ok);
         match server {
             Ok(mut server) => {
                 self.answer(&mut server);
-                self.fallback = Some(server);
+                self.fallback = (!is_served).then_some(server);
             }
             Err(error) => tracing::debug!("the control socket is not served now: {error}"),
         }
@@ -93,3 +95,7 @@ impl Keeper {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "fallback_tests.rs"]
+mod tests;

@@ -430,7 +430,6 @@ impl Keeper {
                         if core.standing == Standing::Able {
                             core.standing = Standing::Usual;
                         }
-                        self.fallback = None;
                     }
                     CoreToKeeper::Ready { life, .. } => tracing::warn!("the core says it is life {life}"),
                     CoreToKeeper::Able { .. } if core.standing == Standing::Trial => {
