@@ -110,13 +110,11 @@ impl MessageDma {
         back.extend(connection.abandon_dma_reads());
         back.sort_unstable();
         self.fenced = self.next_cookie;
-        let sent = back
+        let sent: Vec<_> = back
             .into_iter()
-            .filter_map(|cookie| self.under_way.remove(&cookie));
-        let waiting = self.waiting.drain(..).map(|(life, request, _)| (life, request));
-        sent.chain(waiting)
-            .map(|(life, request)| Answer::again(life, request))
-            .collect()
+            .filter_map(|cookie| self.under_way.remove(&cookie))
+            .collect();
+        self.give_back(sent)
     }
 
     /// The end of a session, or of a core life: unsent messages are taken back, answers to the others will be dropped. All of them are
@@ -127,9 +125,15 @@ impl MessageDma {
         }
         connection.drop_unsent_dma();
         connection.abandon_dma(|_| true);
+        let under_way = std::mem::take(&mut self.under_way);
+        self.give_back(under_way.into_values())
+    }
+
+    /// Answers for these, and for what waits, in the order in which the core asked.
+    fn give_back(&mut self, under_way: impl IntoIterator<Item = (u64, u64)>) -> Vec<Answer> {
         let waiting = self.waiting.drain(..).map(|(life, request, _)| (life, request));
-        let under_way = std::mem::take(&mut self.under_way).into_values();
         under_way
+            .into_iter()
             .chain(waiting)
             .map(|(life, request)| Answer::again(life, request))
             .collect()

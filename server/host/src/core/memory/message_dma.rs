@@ -329,45 +329,43 @@ impl MessageQueue {
         let Some(answered) = self.outstanding.get(&request) else {
             return false;
         };
-        let (fence, is_read) = (
-            answered.fence,
-            matches!(answered.operation, Operation::Read { .. }),
-        );
-        if error == AGAIN && is_read {
+        let fence = answered.fence;
+        if error != AGAIN {
+            self.dropped.remove(&request);
+            if let Some(Outstanding { operation, .. }) = self.outstanding.remove(&request) {
+                self.finish(operation, (error == 0).then_some(payload));
+            }
+            return true;
+        }
+        if matches!(answered.operation, Operation::Read { .. }) {
             // A write that was given out with it may be with the client, and is answered when that has answered.
-            if let Some(Outstanding { operation, .. }) = self.outstanding.remove(&request)
-                && !self.dropped.remove(&request)
-            {
-                self.set_out(&operation, false);
-                self.queue.push_front(operation);
+            if let Some(given_out) = self.outstanding.remove(&request) {
+                self.take_back(request, given_out.operation);
             }
             return true;
         }
-        if error == AGAIN {
-            // Dropped at the next fence, and so were all that were given out under the same one: they go again, in order. What was given out under a
-            // later fence, before this answer came, is with the client.
-            let later = self.outstanding.split_off(&request);
-            for (request, given_out) in later.into_iter().rev() {
-                if given_out.fence > fence {
-                    self.outstanding.insert(request, given_out);
-                    continue;
-                }
-                let operation = given_out.operation;
-                if !self.dropped.remove(&request) {
-                    self.set_out(&operation, false);
-                    self.queue.push_front(operation);
-                } else if let Operation::Write(write) = operation {
-                    self.queued_bytes = self.queued_bytes.saturating_sub(write.data.len());
-                    self.given_up.lose_write(&write);
-                }
+        // Dropped at the next fence, and so were all that were given out under the same one: they go again, in order. What was given out under a
+        // later fence, before this answer came, is with the client.
+        let later = self.outstanding.split_off(&request);
+        for (request, given_out) in later.into_iter().rev() {
+            if given_out.fence > fence {
+                self.outstanding.insert(request, given_out);
+            } else {
+                self.take_back(request, given_out.operation);
             }
-            return true;
-        }
-        self.dropped.remove(&request);
-        if let Some(Outstanding { operation, .. }) = self.outstanding.remove(&request) {
-            self.finish(operation, (error == 0).then_some(payload));
         }
         true
+    }
+
+    /// What the client was not asked for, or will not answer, is first again of what waits, if it is still wanted.
+    fn take_back(&mut self, request: u64, operation: Operation) {
+        if !self.dropped.remove(&request) {
+            self.set_out(&operation, false);
+            self.queue.push_front(operation);
+        } else if let Operation::Write(write) = operation {
+            self.queued_bytes = self.queued_bytes.saturating_sub(write.data.len());
+            self.given_up.lose_write(&write);
+        }
     }
 
     /// When the oldest outstanding request is given up.
