@@ -50,6 +50,14 @@ pub const REST_CUTS: u64 = 10;
 /// Turns in a row in which nobody did anything: then all sleep.
 pub const REST_TURNS_CALM: u32 = 3;
 
+/// Turns in which everything that is under way must have come to its end. (A VM that is reached by message takes some 14 for each of the hundreds of
+/// messages that may wait for it.)
+pub const DRY_TURNS: u64 = 100_000;
+/// Virtual time between two of them.
+pub const DRY_STEP_NS: u64 = 1_000;
+
+// A hand-over that has just begun takes its time of them.
+const _: () = assert!(HAND_OVER_NS_MAX <= DRY_STEP_NS * DRY_TURNS / 2);
 const _: () = assert!(POLL_NS[0] < REST_STEP_NS * REST_TURNS as u64 / 4);
 
 /// Entries of a guest's rings.

@@ -192,7 +192,7 @@ impl Town {
             ) {
                 self.blur_if_unserved(number);
             }
-            if matches!(act, Act::Reset | Act::Leave) {
+            if act == Act::Leave {
                 self.blur_what_is_posted(number);
             }
             self.note(format!("VM {number}: {what}"));
@@ -221,8 +221,8 @@ impl Town {
         }
     }
 
-    /// A VM's process may still do (or has done, and its guest has even taken) a write by message whose answer comes behind a reset, which is a
-    /// posted write, or not at all, because the process has ended. Nobody waits for that answer, so the hub takes the message for not delivered.
+    /// A VM's process that ends may have done a write by message (and its guest has even taken it) whose answer nobody waits for any more: the hub
+    /// takes the message for not delivered.
     fn blur_what_is_posted(&mut self, vm: u64) {
         if self.vms[vm as usize - 1].unshared {
             self.shadow

@@ -48,6 +48,9 @@ fn what_found_a_fault_once_passes() {
     // A completion that was sent to the VM's process and not answered, and then a fence and a reset: the guest saw it.
     passes(0x3456_f897_8adc_4809);
     passes(0x3456_f897_8adc_6fc1);
+    // (A fault of the model:) at the end a hand-over of the front, and then hundreds of messages for a VM that is reached by message, took
+    // more turns than there were.
+    passes(0x5e1b_0545_a9e0_9aa9);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! In: the world after its last step. Out: complaints about what was accepted and did not come, what is open, what waits.
 
 use super::*;
+use crate::limits::{DRY_STEP_NS, DRY_TURNS};
 use crate::offers::Step as OfferStep;
 
 impl World {
@@ -30,12 +31,12 @@ impl World {
         }
         let horizon = self.clock.now().after_ns(120_000_000_000);
         let mut idle = 0;
-        for _ in 0..20_000 {
+        for _ in 0..DRY_TURNS {
             if self.complaints.first().is_some() {
                 return;
             }
             self.clock.begin_action();
-            self.advance(self.clock.now().after_ns(1_000));
+            self.advance(self.clock.now().after_ns(DRY_STEP_NS));
             self.spin();
             self.keep();
             let mut worked = self.run_all();
