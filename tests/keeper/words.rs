@@ -4,8 +4,11 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
+use vmgmt_ctl::Client;
+use vmgmt_ctl::protocol::{Call, Event, Log};
 
-use super::Daemon;
+use super::{Daemon, PATIENCE, signal};
 
 #[test]
 fn vmgmtctl_tells_by_words_json_and_exit_code() -> Result<()> {
@@ -157,6 +160,45 @@ fn vmgmtctl_needs_no_reader_of_its_errors() -> Result<()> {
             .stderr(full)
             .status()?;
         ensure!(status.code() == Some(7), "{status}");
+    }
+    Ok(())
+}
+
+/// When a thing happened that `vmgmtctl log` tells of.
+fn time_of(daemon: &Daemon, text: &str) -> Result<Option<u64>> {
+    let mut time = None;
+    let mut look = |event| {
+        if let Event::Log(line) = event
+            && line.text.contains(text)
+        {
+            time = Some(line.time_ns);
+        }
+        true
+    };
+    let call = Call::Log(Log { follow: false });
+    Client::connect(&daemon.path("control.sock"))?.call(&call, &[], Some(PATIENCE), &mut look)?;
+    Ok(time)
+}
+
+/// Each core is told of all that happened before it: for operators who ask, not for the daemon's log, which has it.
+#[test]
+fn what_happened_is_logged_once_and_keeps_its_time() -> Result<()> {
+    let daemon = Daemon::start_ready(&["--socket", "DIR/mgmt.sock"])?;
+    let mut times = Vec::new();
+    let mut core = None;
+    for life in 2..=4 {
+        let next = daemon.wait_role("core", core)?;
+        core = Some(next);
+        signal(next, Signal::KILL)?;
+        daemon.wait_serving(life)?;
+        times.push(time_of(&daemon, "core life 1 died")?.context("the first death")?);
+    }
+    ensure!(times.iter().all(|time| *time == times[0]), "{times:?}");
+    daemon.wait_line("core life 3 died")?;
+    let lines = daemon.lines();
+    for life in 1..=3 {
+        let told = lines.matches(&format!("core life {life} died")).count();
+        ensure!(told == 1, "{told} times in {lines}");
     }
     Ok(())
 }

@@ -25,12 +25,8 @@ pub struct Lines {
 }
 
 impl Lines {
-    /// Adds one; the oldest goes when there are too many.
+    /// Adds one; the oldest goes when there are too many. Whoever has it from its source writes it to the daemon's log.
     pub fn push(&mut self, line: Line) {
-        match &line.vm {
-            Some(vm) => tracing::info!(target: "vmgmt", vm, "{}", line.text),
-            None => tracing::info!(target: "vmgmt", "{}", line.text),
-        }
         if self.lines.len() == LINES_MAX {
             self.lines.pop_front();
             self.first += 1;

@@ -291,11 +291,16 @@ impl EventLoop {
 
     pub(super) fn log(&mut self, vm: Option<u64>, text: String) {
         let vm = vm.and_then(|vm| self.vms.get(&vm)).map(|vm| vm.name.clone());
-        self.lines.push(Line {
-            time_ns: wall_clock_ns(),
-            vm,
-            text,
-        });
+        match &vm {
+            Some(vm) => tracing::info!(target: "vmgmt", vm, "{text}"),
+            None => tracing::info!(target: "vmgmt", "{text}"),
+        }
+        self.keep_line(wall_clock_ns(), vm, text);
+    }
+
+    /// Keeps a line for `vmgmtctl log` that is in the daemon's log already.
+    pub(super) fn keep_line(&mut self, time_ns: u64, vm: Option<String>, text: String) {
+        self.lines.push(Line { time_ns, vm, text });
         self.operators.tell_followers(&self.lines);
     }
 

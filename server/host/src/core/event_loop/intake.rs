@@ -131,7 +131,9 @@ impl EventLoop {
                     let text = text.clone();
                     self.faults.insert(vm, LastFault { time_ns, text });
                 }
-                self.log(None, text);
+                // The keeper has logged it when it happened; a new core is told of all that there was.
+                let time_ns = if time_ns == 0 { wall_clock_ns() } else { time_ns };
+                self.keep_line(time_ns, None, text);
             }
             KeeperToCore::Stop => self.stopping = true,
         }
